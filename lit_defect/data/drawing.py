@@ -16,8 +16,8 @@ ORDERS = 64  # random orders tried when groups are drawn
 def draw(counts: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """Mask (U,) of units that hold about `fraction` of every stratum, but never all of one.
 
-    At least one unit is drawn. Where the units are single samples, each stratum gives its share rounded up or down, and the total is
-    exact. All False if every unit is the last of its stratum.
+    At least one unit is drawn. Where the units are single samples, each stratum gives its share rounded up
+    or down, and the total is exact. All False if every unit is the last of its stratum.
     """
     totals = counts.sum(axis=0)
     sizes = counts.sum(axis=1)
@@ -47,7 +47,8 @@ def draw(counts: np.ndarray, fraction: float, rng: np.random.Generator) -> np.nd
 def draw_fold(counts: np.ndarray, folds: int, fold: int, rng: np.random.Generator) -> np.ndarray:
     """Mask (U,) of one of `folds` disjoint folds.
 
-    Fold 0 is 1/folds of all, each later one an equal share of the rest. The same random stream must be given for each fold. All False if there are too few units.
+    Fold 0 is 1/folds of all, each later one an equal share of the rest. The same random stream must be given
+    for each fold. All False if there are too few units.
     """
     free = np.arange(len(counts))
     drawn = np.zeros(len(counts), bool)
