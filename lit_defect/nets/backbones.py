@@ -1,0 +1,209 @@
+"""One wrapper around every timm network: features, head, frozen parts, parameter groups.
+
+    images in [0, 1] -> normalise -> feature_map -> features (B, D) -> head -> logits (B, C)
+
+What each step is, by family:
+
+| family | features | last block |
+|---|---|---|
+| VGG | 4096 values after fc7 (and its ReLU) | fc6 and fc7 |
+| ResNet | pooled `layer4` | `layer4` |
+| EfficientNet, MobileNetV2 | pooled `conv_head` | last stage and `conv_head` |
+| MobileNetV3 | `conv_head` after pooling | `conv_head` |
+| ConvNeXt, Swin | pooled and normalised last stage | last stage and the final norm |
+| DenseNet | pooled `norm5` | `denseblock4` and `norm5` |
+| ViT | class token, or the mean of the tokens, as timm pools | last transformer block and the final norm |
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lit_defect.errors import UserError
+from lit_defect.nets.fitting import fingerprint
+from lit_defect.nets.weights import create_model
+
+Part = Literal["head", "last_block", "all"]
+
+
+class Backbone(nn.Module):
+    """A timm network cut before its classifier.
+
+    `forward` is `head(features(images))`, which equals the timm network itself. The state_dict is the
+    network's (prefix `model.`), the mean and the std, so that a checkpoint carries its normalisation.
+
+    Args:
+        name: timm name, such as `vgg19`.
+        weights: null, `hub`, `hub:TAG`, a file, or `package:NAME` (see `weights.py`).
+        num_classes: C, the width of the head; 0 for features alone (the head is then the identity).
+        image_size: height and width of the images, for networks that are built for one size (ViT,
+            Swin); null for the size of the weights. Convolutional networks take any size.
+        drop_rate: dropout before the classifier (and, in VGG, between fc6 and fc7).
+    Attributes:
+        model: the timm network.
+        input_size: (height, width) that the weights were trained with, or `image_size` where given.
+        num_features: D, width of the features.
+    Raises:
+        UserError: unknown name, unavailable weights, a size that the network does not take, or a
+            network without a single linear classifier.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weights: str | None = None,
+        num_classes: int = 0,
+        image_size: int | tuple[int, int] | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.name = name
+        self.model: Any = _create(name, weights, num_classes, size, drop_rate)
+        config = self.model.pretrained_cfg
+        self.input_size: tuple[int, int] = size or tuple(config["input_size"][1:])
+        self.num_features: int = self.model.head_hidden_size
+        self.classifier: str = config["classifier"]
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
+        self._part: Part = "all"
+
+    # --- forward ---
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> the same, centred and scaled as the weights expect."""
+        return (images - self.mean) / self.std
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> the last map as the network lays it out.
+
+        (B, C, h, w) for most, (B, h, w, C) for Swin, (B, N, C) for the tokens of a ViT.
+        """
+        return self.model.forward_features(images)
+
+    def pool(self, feature_map: Tensor) -> Tensor:
+        """What `feature_map` gives -> (B, D)."""
+        return self.model.forward_head(feature_map, pre_logits=True)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> (B, D), what the classifier sees."""
+        return self.pool(self.feature_map(images))
+
+    def head(self, features: Tensor) -> Tensor:
+        """(B, D) -> logits (B, C)."""
+        return self.model.get_classifier()(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> logits (B, C)."""
+        return self.head(self.features(images))
+
+    # --- transfer ---
+
+    def unfreeze(self, part: Part) -> Self:
+        """Train `part` and keep everything before it as it is.
+
+        `head`: the linear classifier. `last_block`: also the last group of layers by timm's coarse
+        `group_matcher` that holds a weight matrix or kernel beside the classifier's (table above), and
+        all that follows it. `all`: everything. Frozen layers stay in eval mode: BatchNorm keeps its
+        running statistics, and with `head` the features of an image are constant.
+        """
+        if part not in get_args(Part):
+            raise UserError(f"part to train: {part!r} is none of {', '.join(get_args(Part))}.")
+        self._part = part
+        trained = self._names_in(part)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return self.train(self.training)
+
+    @property
+    def constant_features(self) -> bool:
+        """Whether training leaves `features` as they are, so that they can be computed once."""
+        return self._part == "head"
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for what trains; the frozen layers stay in eval mode."""
+        super().train(mode)
+        if self._part == "head":
+            self.model.eval()  # also the dropout that some networks apply as a function of their own mode
+        elif mode:
+            _eval_frozen(self.model)
+        return self
+
+    def _names_in(self, part: Part) -> set[str]:
+        from timm.models import group_parameters
+
+        names = {name for name, _ in self.model.named_parameters()}
+        if part == "all":
+            return names
+        head = {name for name in names if name.startswith(f"{self.classifier}.")}
+        if part == "head":
+            return head
+        groups = group_parameters(self.model, self.model.group_matcher(coarse=True))
+        shapes = dict(self.model.named_parameters())
+        order = sorted(groups)
+        blocks = [i for i in order if any(shapes[n].ndim > 1 for n in groups[i] if n not in head)]
+        return head.union(*(groups[i] for i in order if i >= blocks[-1]))
+
+    def parameter_groups(
+        self, *, lr: float, weight_decay: float, layer_decay: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """Groups of the trainable parameters, for `timm.optim.create_optimizer_v2` or any optimiser.
+
+        A layer k steps before the last learns at `lr * layer_decay ** k`, counted by timm's fine
+        `group_matcher` (discriminative fine-tuning, Howard & Ruder 2018). Norms, biases and what the
+        network itself excepts (position embeddings) have no weight decay.
+        """
+        from timm.optim import param_groups_layer_decay
+
+        excepted = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        groups = param_groups_layer_decay(
+            self.model, weight_decay=weight_decay, no_weight_decay_list=excepted, layer_decay=layer_decay
+        )
+        # A plain `lr` in place of timm's `lr_scale`, which only timm's own schedulers read.
+        return [
+            {"params": g["params"], "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]}
+            for g in groups
+        ]
+
+    def fingerprint(self) -> str:
+        """Identity of the map from normalised images to features: equal for equal networks and weights."""
+        body = {k: v for k, v in self.model.state_dict().items() if not k.startswith(f"{self.classifier}.")}
+        return fingerprint(body, prefix=self.name)
+
+
+def _create(
+    name: str, weights: str | None, num_classes: int, size: tuple[int, int] | None, drop_rate: float
+) -> Any:
+    import timm
+
+    arguments: dict[str, Any] = {"drop_rate": drop_rate} if drop_rate else {}
+    config = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if size and config and config.fixed_input_size:
+        arguments["img_size"] = size
+    try:
+        model = create_model(name, weights, num_classes=num_classes, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"backbone: timm cannot build {name} with {arguments}: {error}") from error
+    if not isinstance(model.get_classifier(), nn.Linear if num_classes else nn.Identity):
+        raise UserError(f"backbone: {name} does not end in one linear classifier; choose another network.")
+    return model
+
+
+def _eval_frozen(module: nn.Module) -> None:
+    """Put every part whose parameters are all frozen into eval mode, with all that it contains.
+
+    Parts without parameters (dropout, pooling) go with the part around them.
+    """
+    flags = {parameter.requires_grad for parameter in module.parameters()}
+    if flags == {False}:
+        module.eval()
+    elif flags == {True, False}:
+        for child in module.children():
+            _eval_frozen(child)
