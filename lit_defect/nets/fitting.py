@@ -57,25 +57,17 @@ def read_state(path: Path) -> State:
     return state
 
 
-def load_weights(model: nn.Module, path: Path, *, classifier: str) -> None:
-    """Load `path` into `model`, in place.
+def fit(model: nn.Module, state: State, *, classifier: str) -> str:
+    """Load `state` into `model`, in place.
 
     Args:
-        model: a timm model; every tensor of its body must be found in the file.
-        path: weight file.
+        model: a timm model; every tensor of its body must be found.
+        state: tensors of a weight file.
         classifier: name of the last linear layer (timm's `pretrained_cfg["classifier"]`); its tensors
             are loaded only if their shapes agree.
-    Raises:
-        UserError: the file cannot be read or does not fit; the first mismatches are listed.
+    Returns:
+        Empty on success, otherwise what does not fit, and the model is left as it was.
     """
-    fitted = fit_state(model, read_state(path), classifier=classifier)
-    if isinstance(fitted, str):
-        raise UserError(f"weights: {path} does not fit the backbone ({type(model).__name__}).\n{fitted}")
-    model.load_state_dict(fitted, strict=False)
-
-
-def fit_state(model: nn.Module, state: State, *, classifier: str) -> State | str:
-    """`state` under the model's names, or the text of what does not fit."""
     wanted = {k: v for k, v in model.state_dict().items() if _is_weight(k)}
     body = {k: v for k, v in wanted.items() if not k.startswith(f"{classifier}.")}
     head = {k: v for k, v in wanted.items() if k not in body}
@@ -83,10 +75,17 @@ def fit_state(model: nn.Module, state: State, *, classifier: str) -> State | str
     for named in _candidates(model, state, next(iter(body))):
         problem = _misfit(body, {k: v for k, v in named.items() if not k.startswith(f"{classifier}.")})
         if not problem:
-            return {k: named[k] for k, v in wanted.items() if k in named and named[k].shape == v.shape}
+            model.load_state_dict(
+                {k: named[k] for k, v in wanted.items() if k in named and named[k].shape == v.shape},
+                strict=False,
+            )
+            return ""
         problems.append(problem)
     ordered = _fit_by_order(body, head, state)
-    return ordered if isinstance(ordered, dict) else f"By name: {problems[0]}.\nBy order: {ordered}."
+    if isinstance(ordered, str):
+        return f"By name: {problems[0]}.\nBy order: {ordered}."
+    model.load_state_dict(ordered, strict=False)
+    return ""
 
 
 def _is_weight(key: str) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_defect.errors import UserError
-from lit_defect.nets.fitting import load_weights
+from lit_defect.nets.fitting import State, fit, read_state
 
 Triple = tuple[float, float, float]
 
@@ -83,6 +83,9 @@ def create_model(backbone: str, weights: str | None, *, num_classes: int, **argu
         near = difflib.get_close_matches(backbone, timm.list_models(), n=4)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise UserError(f"backbone: timm {timm.__version__} has no model {backbone!r}.{hint}")
+    config: Any = timm.models.get_pretrained_cfg(backbone)
+    if config is None or not isinstance(config.classifier, str):
+        raise UserError(f"backbone: {backbone} does not end in one linear classifier; choose another.")
     if weights is None:
         return timm.create_model(backbone, num_classes=num_classes, **arguments)
     found = find_weights(weights, backbone)
@@ -91,12 +94,25 @@ def create_model(backbone: str, weights: str | None, *, num_classes: int, **argu
         return timm.create_model(
             found.model, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **arguments
         )
-    overlay = {"mean": found.mean, "std": found.std} if found.mean else {}
-    model: Any = timm.create_model(
-        backbone, num_classes=num_classes, pretrained_cfg_overlay=overlay, **arguments
-    )
-    load_weights(model, found.path, classifier=model.pretrained_cfg["classifier"])
+    state = read_state(found.path)
+    mean, std = (found.mean, found.std) if found.mean else _own_statistics(state)
+    overlay = {"mean": mean, "std": std} if mean else {}
+    model = timm.create_model(backbone, num_classes=num_classes, pretrained_cfg_overlay=overlay, **arguments)
+    misfit = fit(model, state, classifier=config.classifier)
+    if misfit:
+        raise UserError(f"weights: {found.path} does not fit {backbone}.\n{misfit}")
     return model
+
+
+def _own_statistics(state: State) -> tuple[Triple | None, Triple | None]:
+    """Mean and std that our `Backbone` keeps beside its network, if a checkpoint of ours was given."""
+    for key, mean in state.items():
+        prefix = key.removesuffix("mean")
+        std = state.get(f"{prefix}std")
+        ours = prefix != key and any(k.startswith(f"{prefix}model.") for k in state)
+        if ours and std is not None and mean.numel() == std.numel() == 3:
+            return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+    return None, None
 
 
 def find_weights(source: str, backbone: str) -> WeightFile:

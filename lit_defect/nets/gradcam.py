@@ -1,0 +1,88 @@
+"""Grad-CAM (Selvaraju et al. 2017): where in the picture the evidence for a class lies.
+
+With A the last feature map (C channels of h x w) and y the logit of the class,
+1. alpha_k = mean over i, j of dy / dA_kij      (eq. 1: how much the class wants channel k)
+2. L = ReLU(sum over k of alpha_k A_k)          (eq. 2: evidence for, not against)
+3. L is enlarged to the image and divided by its maximum.
+
+For a network that ends in average pooling and one linear layer this is CAM (Zhou et al. 2016).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lit_defect.errors import UserError
+from lit_defect.nets.backbones import Backbone
+
+
+def grad_cam(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor:
+    """Class-activation maps of a batch.
+
+    Runs in eval mode, leaves the network's mode and gradients as they were, and works inside
+    `torch.inference_mode`.
+
+    Args:
+        backbone: a network with a head.
+        images: (B, 3, H, W), normalised.
+        target: (B,) int64, the class to explain for each image.
+    Returns:
+        (B, H, W) float32 in [0, 1]; all zero where nothing speaks for the class.
+    Raises:
+        UserError: the network has no feature map in space that we know how to find.
+    """
+    training = backbone.training
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            maps, logits = _maps_and_logits(backbone.eval(), images.clone())
+            target = target.clone().to(logits.device)
+            (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), maps)
+    finally:
+        backbone.train(training)
+    size = (images.shape[-2], images.shape[-1])
+    channels = backbone.model.num_features
+    a = _channels_first(maps.detach(), channels, backbone, size).float()  # (B, C, h, w)
+    alpha = _channels_first(gradient, channels, backbone, size).float().mean((2, 3), keepdim=True)
+    cam = (alpha * a).sum(1, keepdim=True).relu()  # (B, 1, h, w)
+    cam = functional.interpolate(cam, size, mode="bilinear", align_corners=False).squeeze(1)
+    return cam / cam.amax((1, 2), keepdim=True).clamp_min(torch.finfo(cam.dtype).tiny)
+
+
+def _maps_and_logits(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The map A as a leaf of the graph, and the logits (B, C) that follow from it."""
+    with torch.no_grad():
+        maps = backbone.feature_map(images)
+    if maps.ndim == 4:
+        maps = maps.requires_grad_()
+        return maps, backbone.head(backbone.pool(maps))
+    # Tokens: after the last attention the class token alone may decide, and the gradient at the other
+    # tokens is zero. What the last block attends to is still a map.
+    layer = getattr(getattr(backbone.model, "blocks", [None])[-1], "norm1", None)
+    if layer is None:
+        raise UserError(f"Grad-CAM: {backbone.name} has no feature map in space.")
+    kept: list[Tensor] = []
+
+    def keep(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[0]
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        logits = backbone(images)
+    finally:
+        handle.remove()
+    return kept[0], logits
+
+
+def _channels_first(maps: Tensor, channels: int, backbone: Backbone, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w), (B, h, w, C) or tokens (B, N, C) -> (B, C, h, w)."""
+    if maps.ndim == 3:
+        patch = getattr(getattr(backbone.model, "patch_embed", None), "patch_size", None)
+        if patch is None:
+            raise UserError(f"Grad-CAM: the tokens of {backbone.name} have no known place in the picture.")
+        h, w = size[0] // patch[0], size[1] // patch[1]
+        maps = maps[:, maps.shape[1] - h * w :]  # class and register tokens come first
+        return maps.transpose(1, 2).unflatten(2, (h, w))
+    return maps if maps.shape[1] == channels else maps.permute(0, 3, 1, 2)
