@@ -1,0 +1,225 @@
+"""Decoded pictures, kept as uint8 so that each is decoded once and not once an epoch.
+
+`off` decodes whenever a picture is asked for. `ram` keeps what has been decoded in this process. `disk`
+decodes everything once into one flat file that later runs and other processes map into memory; the file
+appears under its name only when it is complete, so an interrupted build is simply done again.
+
+Rows may differ in size: they lie one behind the other, and only rows of one size can share a batch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import get_worker_info
+
+from lit_defect.data.images import Array, read_mask, read_pixels, resize_image, resize_mask
+from lit_defect.data.samples import Sample
+from lit_defect.errors import DataError
+
+Shape = tuple[int, ...]
+Read = Callable[[int], Array]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class PictureReader:
+    """row -> picture of sample `row`, cropped and scaled but not mirrored: (H, W, channels) uint8."""
+
+    samples: Sequence[Sample]
+    size: tuple[int, int] | None  # (height, width); None keeps the native size
+    channels: int
+    convert: bool
+
+    def __call__(self, row: int) -> Array:
+        sample = self.samples[row]
+        pixels = read_pixels(sample.path, box=sample.box, convert=self.convert)
+        pixels = resize_image(pixels, self.size or pixels.shape[:2])
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        return np.broadcast_to(pixels, (*pixels.shape[:2], self.channels)) if pixels.shape[2] == 1 else pixels
+
+
+@dataclass(frozen=True)
+class MaskReader:
+    """row -> stored mask values of sample `row`, (H, W) of its shape; zeros for a sample without a mask."""
+
+    samples: Sequence[Sample]
+    shapes: Sequence[tuple[int, int]]
+
+    def __call__(self, row: int) -> Array:
+        sample, shape = self.samples[row], self.shapes[row]
+        return np.zeros(shape, np.uint8) if sample.mask is None else resize_mask(
+            read_mask(sample.mask, box=sample.box), shape
+        )
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """[function(item) ...] on all cores; Pillow lets other threads run while it decodes."""
+    items = list(items)
+    if len(items) < 2 or get_worker_info() is not None:  # a loader's worker is one of many already
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), core_count())) as pool:
+        return list(pool.map(function, items))
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class PixelStore:
+    """Rows of uint8 pixels, decoded whenever they are asked for (`off`).
+
+    Args:
+        shapes: shape of each row, (H, W, C) for pictures and (H, W) for masks.
+        read: row -> its pixels, of that shape.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], read: Read) -> None:
+        self.shapes = list(shapes)
+        self._read = read
+
+    def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Array:
+        """(B, *shape) uint8, an array of its own.
+
+        Raises:
+            DataError: the rows differ in shape, or a picture is no longer what it was when it was checked.
+        """
+        self._check_one_shape(rows)
+        return np.stack(in_threads(self.decode, rows))
+
+    def decode(self, row: int) -> Array:
+        """One row, from its file."""
+        pixels = self._read(row)
+        if pixels.shape != self.shapes[row]:
+            raise DataError(
+                f"row {row} is {pixels.shape} now and was {self.shapes[row]} when the data set was checked: "
+                "a file has changed meanwhile. Start the run again."
+            )
+        return pixels
+
+    def _check_one_shape(self, rows: Iterable[int]) -> None:
+        sizes = {self.shapes[row][:2] for row in rows}
+        if len(sizes) > 1:
+            some = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:3])
+            raise DataError(
+                f"pictures of different sizes ({some} ...) cannot share a batch. "
+                "Set data.image_size, or data.batch_size and data.eval_batch_size to 1."
+            )
+
+
+class BufferedStore(PixelStore):
+    """Rows kept in `buffer`, a flat array in memory or mapped from disk; those not yet `ready` are decoded."""
+
+    def __init__(self, shapes: Sequence[Shape], read: Read, buffer: Array, ready: bool) -> None:
+        super().__init__(shapes, read)
+        self.buffer = buffer
+        self.ready = np.full(len(shapes), ready)
+        self.offsets = [0, *accumulate(prod(shape) for shape in shapes)]
+        self._even = buffer.reshape(-1, *shapes[0]) if len(set(shapes)) == 1 else None  # (N, *shape)
+
+    def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Array:
+        rows = np.asarray(rows)
+        self.fill(row for row in np.unique(rows).tolist() if not self.ready[row])
+        if self._even is not None:
+            return self._even[rows]
+        self._check_one_shape(rows)
+        return np.stack([self._slot(row) for row in rows])
+
+    def fill(self, rows: Iterable[int]) -> None:
+        """Decodes these rows into the buffer."""
+
+        def keep(row: int) -> None:
+            self._slot(row)[...] = self.decode(row)
+            self.ready[row] = True
+
+        in_threads(keep, rows)
+
+    def _slot(self, row: int) -> Array:
+        return self.buffer[self.offsets[row] : self.offsets[row + 1]].reshape(self.shapes[row])
+
+
+def ram_store(shapes: Sequence[Shape], read: Read, *, copies: int = 1) -> PixelStore:
+    """A store in memory, filled as rows are asked for; `copies` is the number of processes that hold one.
+
+    Raises:
+        DataError: it would not fit.
+    """
+    needed, free = sum(map(prod, shapes)), available_memory()
+    if free is not None and needed * copies > free:
+        raise DataError(
+            f"data.cache=ram needs {_size(needed)} per process, {_size(needed * copies)} in all, and "
+            f"{_size(free)} are free. Use data.cache=disk (shared by all processes and later runs), "
+            "a smaller data.image_size, or data.cache=off."
+        )
+    return BufferedStore(shapes, read, np.empty(needed, np.uint8), ready=False) if shapes else PixelStore(shapes, read)
+
+
+def disk_store(path: Path, shapes: Sequence[Shape], read: Read) -> PixelStore:
+    """The store in the file `path`, which is decoded and written first if it is not there.
+
+    Raises:
+        DataError: the disk has no room for it, or the folder cannot be written.
+    """
+    if not shapes:
+        return PixelStore(shapes, read)
+    needed = sum(map(prod, shapes))
+    try:
+        if not path.exists() or path.stat().st_size != needed:
+            _build(path, shapes, read, needed)
+        return BufferedStore(shapes, read, np.asarray(np.memmap(path, np.uint8, mode="r")), ready=True)
+    except OSError as problem:
+        raise DataError(f"{path}: the cache cannot be written or read ({problem}). Set data.cache_dir.") from problem
+
+
+def _build(path: Path, shapes: Sequence[Shape], read: Read, needed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise DataError(
+            f"data.cache=disk needs {_size(needed)} in {path.parent} and {_size(free)} are free. "
+            "Set data.cache_dir to a larger disk, or a smaller data.image_size."
+        )
+    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        buffer = np.memmap(name, np.uint8, mode="w+", shape=(needed,))
+        BufferedStore(shapes, read, buffer, ready=False).fill(range(len(shapes)))
+        buffer.flush()
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def available_memory() -> int | None:
+    """Bytes that may still be used here, by the machine and by the container's limit; None if unknown."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except OSError:
+        pass
+    group = Path("/sys/fs/cgroup")  # version 2; "anon" leaves out the file cache, which gives way
+    try:
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["anon"]
+        found.append(int((group / "memory.max").read_text()) - int(used))
+    except (OSError, ValueError, KeyError):  # no such group, or the limit is "max"
+        pass
+    return max(0, min(found)) if found else None
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,83 @@
+"""ELPV: 2,624 electroluminescence photographs of solar cells, 300 x 300 grey, each with a defect probability.
+
+From the pip package `elpv-dataset`; the pictures are licensed CC BY-NC-SA 4.0 (not for commercial use).
+Sources: Buerhop-Lutz et al., "A Benchmark for Visual Identification of Defective Solar Cells in
+Electroluminescence Imagery", EU PVSEC 2018; Deitsch et al., "Automatic classification of defective
+photovoltaic module cells in electroluminescence images", Solar Energy 2019.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_defect.data.module import DefectDataModule
+from lit_defect.data.samples import Sample
+from lit_defect.errors import DataError
+
+GRADES = ("good", "defective 1/3", "defective 2/3", "defective")  # probability 0, 1/3, 2/3, 1
+
+
+class ELPV(DefectDataModule):
+    """Solar cells, 75 % for training and 25 % for the test, stratified by grade and cell type.
+
+    Args:
+        grades: `binary` calls a cell defective from probability 0.5 on; `four` keeps the four grades.
+        cells: use monocrystalline cells, polycrystalline cells, or both.
+    """
+
+    def __init__(
+        self,
+        *,
+        grades: Literal["binary", "four"] = "binary",
+        cells: Literal["both", "mono", "poly"] = "both",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.grades = grades
+        self.cells = cells
+
+    @property
+    def class_names(self) -> list[str]:
+        return ["good", "defective"] if self.grades == "binary" else list(GRADES)
+
+    @property
+    def normal_class(self) -> int:
+        return 0
+
+    def find_samples(self) -> list[Sample]:
+        """`category` is the cell type, `defect_type` the grade.
+
+        Raises:
+            DataError: the package is not installed, or its list of labels is damaged.
+        """
+        folder = package_folder()
+        samples = []
+        for number, line in enumerate((folder / "labels.csv").read_text().splitlines(), start=1):
+            fields = line.split()
+            try:
+                name, probability, cell = fields
+                grade = round(3 * float(probability))
+                if not 0 <= grade <= 3 or cell not in ("mono", "poly"):
+                    raise ValueError(line)
+            except ValueError:
+                raise DataError(
+                    f"{folder / 'labels.csv'}:{number}: expected path, probability and mono or poly, "
+                    f"got {line!r}. Install the package again: pip install --force-reinstall elpv-dataset"
+                ) from None
+            if self.cells in ("both", cell):
+                label = grade if self.grades == "four" else int(grade >= 2)
+                path = str(folder / name)
+                samples.append(Sample(path=path, name=name, label=label, category=cell, defect_type=GRADES[grade]))
+        return samples
+
+
+def package_folder() -> Path:
+    """The folder of labels.csv and images/; the package's code is not imported."""
+    spec = find_spec("elpv_dataset")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(place) / "data"
+        if (folder / "labels.csv").is_file():
+            return folder
+    raise DataError("the ELPV photographs are not here. Install them (90 MB): pip install elpv-dataset")
