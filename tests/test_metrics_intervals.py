@@ -6,15 +6,20 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
 from lit_defect.metrics import weighted
+from lit_defect.metrics.bootstrap import (
+    basic_limits,
+    bootstrap,
+    bootstrap_all,
+    logit_limits,
+    paired_bootstrap,
+    percentile_limits,
+    resamples,
+)
 from lit_defect.metrics.intervals import (
     Interval,
     auroc_delong,
-    bootstrap,
-    bootstrap_all,
     mcnemar,
     mean_of_independent,
-    paired_bootstrap,
-    resamples,
     t_interval,
     wilson,
     wilson_clustered,
@@ -217,15 +222,46 @@ def test_bootstrap_repeats_with_its_seed_and_in_blocks(monkeypatch: pytest.Monke
     first = bootstrap(weighted.mean, [x], n=300, seed=1)
     assert bootstrap(weighted.mean, [x], n=300, seed=1) == first
     assert bootstrap(weighted.mean, [x], n=300, seed=2) != first
-    monkeypatch.setattr("lit_defect.metrics.intervals._BLOCK", 50 * 7)
+    monkeypatch.setattr("lit_defect.metrics.bootstrap._BLOCK", 50 * 7)
     assert sum(len(block) for block in resamples(50, n=300)) == 300
+
+
+def test_logit_limits_agree_with_delong_on_the_auroc() -> None:
+    truth, score = scores_of(9, n=300)
+    delong = auroc_delong(truth, score)
+    ours = bootstrap(weighted.auroc, [truth, score], limits=logit_limits)
+    assert (ours.low, ours.high) == pytest.approx((delong.low, delong.high), abs=0.004)
+
+
+def test_limits_of_average_precision_cover_it() -> None:
+    rng = np.random.default_rng(10)
+    big_truth = rng.random(200_000) < 0.2
+    true_value = average_precision_score(big_truth, rng.normal(size=200_000) + 2.2 * big_truth)
+    covered = {logit_limits: 0, percentile_limits: 0}
+    for i in range(200):
+        truth = rng.random(60) < 0.2
+        score = rng.normal(size=60) + 2.2 * truth
+        for limits in covered:
+            interval = bootstrap(weighted.average_precision, [truth, score], limits=limits, n=200, seed=i)
+            covered[limits] += interval.low <= true_value <= interval.high
+    assert covered[logit_limits] >= 0.9 * 200
+    assert covered[logit_limits] > covered[percentile_limits]
+
+
+def test_basic_limits_reflect_and_hold_the_value() -> None:
+    drawn = np.linspace(0.2, 0.3, 1001)
+    low, high = basic_limits(0.2, drawn, 0.9)
+    assert low == pytest.approx(0.4 - 0.295)
+    assert high == 0.2  # the reflected 0.195 lies below the value
+    assert basic_limits(0.1, drawn, 0.9)[0] == 0
 
 
 def test_undefined_bootstraps_say_why() -> None:
     def undefined(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
         return np.full(len(weights), np.nan)
 
-    figures = bootstrap_all({"nan": undefined, "mean": weighted.mean}, [np.ones(4)], n=20)
+    statistics = {"nan": (undefined, percentile_limits), "mean": (weighted.mean, percentile_limits)}
+    figures = bootstrap_all(statistics, [np.ones(4)], n=20)
     assert figures["nan"].reason == "not defined on these samples"
     assert (figures["mean"].value, figures["mean"].reason) == (1.0, "the same on every resample")
     assert bootstrap(weighted.mean, [np.empty(0)]).reason == "no samples"

@@ -125,7 +125,9 @@ def make_loss(
         counts: (C,) training samples per class, each at least 1.
         label_smoothing: mass spread evenly over the classes.
         weighting: of `weighted`: inverse (frequency) or effective (number of samples).
-        beta: of the effective number. gamma: of focal. tau: of logit_adjusted.
+        beta: of the effective number.
+        gamma: of focal.
+        tau: of logit_adjusted.
 
     Raises:
         UserError: unknown name or weighting, a class without training samples, a number out of range.

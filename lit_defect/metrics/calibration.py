@@ -68,7 +68,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     Fit on validation data; ranking and arg max do not change. T > 1 means that the model was over-confident.
 
     Args:
-        logits: (n, C). labels: (n,).
+        logits: (n, C).
+        labels: (n,).
 
     Returns:
         T within [1 / 100, 100]. Where every sample is right (or wrong) there is no minimum inside and T lies

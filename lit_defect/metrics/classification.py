@@ -21,22 +21,36 @@ from numpy.typing import ArrayLike, NDArray
 
 from lit_defect.errors import UserError
 from lit_defect.metrics import weighted
-from lit_defect.metrics.calibration import weighted_ece
-from lit_defect.metrics.intervals import (
-    Interval,
+from lit_defect.metrics.bootstrap import (
+    Limits,
     Statistic,
-    auroc_delong,
+    basic_limits,
     bootstrap_all,
-    mean_of_independent,
-    wilson,
-    wilson_clustered,
+    logit_limits,
+    percentile_limits,
 )
+from lit_defect.metrics.calibration import weighted_ece
+from lit_defect.metrics.intervals import Interval, auroc_delong, mean_of_independent, wilson, wilson_clustered
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 LEVEL = 0.95
+FIGURES = (
+    "accuracy",
+    "balanced_accuracy",
+    "auroc",
+    "average_precision",
+    "f1",
+    "defect_auroc",
+    "defect_average_precision",
+    "escape_rate",
+    "overkill_rate",
+    "ece",
+    "brier",
+    "nll",
+)
 
 
 def evaluate(
@@ -91,20 +105,25 @@ def evaluate(
         "accuracy": _rate(predicted == y, everyone, group),
         "balanced_accuracy": mean_of_independent([r for r in recall if r.n]),
     }
-    statistics: dict[str, Statistic] = {"ece": _ece, "brier": _brier, "nll": _nll}
+    statistics: dict[str, tuple[Statistic, Limits]] = {
+        "ece": (_ece, basic_limits),
+        "brier": (_brier, percentile_limits),
+        "nll": (_nll, percentile_limits),
+    }
     if classes == 2:
         positive = 1 if normal_class is None else 1 - normal_class
         figures["auroc"] = auroc_delong(y == positive, p[:, positive], groups=group, level=LEVEL)
         figures["f1"] = _binary_f1(y == positive, predicted == positive, group)
-        statistics["average_precision"] = partial(_average_precision_of, positive=positive)
+        statistics["average_precision"] = (partial(_average_precision_of, positive=positive), logit_limits)
     else:
-        statistics["f1"] = _macro_f1
+        statistics["f1"] = (_macro_f1, percentile_limits)
         for curve in ("auroc", "average_precision"):
-            statistics[curve] = partial(_one_against_rest, curve=curve)
+            statistics[curve] = (partial(_one_against_rest, curve=curve), logit_limits)
     if normal_class is not None and classes > 2:
         score = defect_score(p, normal_class)
         figures["defect_auroc"] = auroc_delong(y != normal_class, score, groups=group, level=LEVEL)
-        statistics["defect_average_precision"] = partial(_defect_average_precision, normal_class=normal_class)
+        precision_of_defects = partial(_defect_average_precision, normal_class=normal_class)
+        statistics["defect_average_precision"] = (precision_of_defects, logit_limits)
     figures |= _factory_rates(p, y, normal_class, threshold, group)
     figures |= bootstrap_all(statistics, [p, y], groups=group, n=resamples, seed=seed, level=LEVEL)
 
@@ -117,7 +136,7 @@ def evaluate(
         "normal_class": normal_class,
         "threshold": None if threshold is None or math.isnan(threshold) else float(threshold),
         "counts": dict(zip(class_names, np.bincount(y, minlength=classes).tolist(), strict=True)),
-        **{name: figure.as_dict() for name, figure in figures.items()},
+        **{name: figures[name].as_dict() for name in FIGURES if name in figures},
         "recall": {name: r.as_dict() for name, r in zip(class_names, recall, strict=True)},
         "precision": {name: r.as_dict() for name, r in zip(class_names, precision, strict=True)},
         "confusion": confusion.tolist(),
