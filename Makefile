@@ -1,0 +1,31 @@
+# make quickstart: environment, then a defect classifier on real photographs, then its results.
+# make test:       environment, then all tests.
+# The first Python on the PATH that is new enough.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test slow lint environment benchmarks
+
+quickstart: environment
+	$(BIN)/python -m lit_defect fit --config experiments/quickstart.yaml
+
+test: environment
+	$(BIN)/python -m pytest
+
+slow: environment
+	$(BIN)/python -m pytest -m slow
+
+lint: environment
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+environment: $(READY)
+
+# Made again only when the dependencies change.
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it by make PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[elpv,test,lint]'
+	touch $@

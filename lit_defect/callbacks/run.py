@@ -1,0 +1,149 @@
+"""Callbacks that keep a run: its folder and record, its last state, its results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lit_defect.runs import RunFolder, describe_process
+
+
+class RunRecorder(Callback):
+    """Creates the run folder, writes config, splits and status into it, and lets the task write its results.
+
+    Args:
+        run: the folder, decided by the command line.
+        stage: the verb.
+        config: the whole configuration, plain types.
+        config_hash: hash of what the configuration computes.
+    """
+
+    def __init__(self, run: RunFolder, stage: str, config: dict[str, Any], config_hash: str) -> None:
+        self.run = run
+        self.stage = stage
+        self.config = config
+        self.config_hash = config_hash
+        self._begun = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the folder before anything else writes into it."""
+        if not self._begun and trainer.is_global_zero and (self.stage == "fit" or not self.run.record()):
+            self.run.path.mkdir(parents=True, exist_ok=True)
+            config = self.run.path / "config.yaml"
+            config.write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            process = describe_process(sys.argv)
+            begun = self.run.record().get("started", process["started"])
+            resumed = [*self.run.record().get("resumed", []), *([process["started"]] if self.run.record() else [])]
+            self.run.update(
+                **{**process, "started": begun},
+                resumed=resumed,
+                status="running" if self.stage == "fit" else "evaluation",
+                seed=self.config.get("seed_everything"),
+                config_hash=self.config_hash,
+                devices=trainer.world_size,
+            )
+        self._begun = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write which sample went into which split, and what the checks found."""
+        records = getattr(trainer.datamodule, "write_records", None)
+        if trainer.is_global_zero and records is not None:
+            records(self.run.path)
+        self._start = time.monotonic()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say in `run.json` that the run is complete, and how long it took."""
+        if trainer.is_global_zero:
+            seconds = round(time.monotonic() - self._start, 1)
+            self.run.update(
+                status="interrupted" if trainer.interrupted else "finished",
+                seconds=[*self.run.record().get("seconds", []), seconds],
+                epochs=trainer.current_epoch,
+                steps=trainer.global_step,
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say in `run.json` that the run broke off, and why."""
+        if trainer.is_global_zero and self.stage == "fit" and self.run.record():
+            status = "interrupted" if isinstance(exception, KeyboardInterrupt | SystemExit) else "failed"
+            self.run.update(status=status, error=f"{type(exception).__name__}: {exception}"[:2000])
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the results of the test split."""
+        self._write_results(trainer, pl_module, "test")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the results of the `validate` verb (not of the epochs of a fit)."""
+        if not trainer.sanity_checking and self.stage == "validate":
+            self._write_results(trainer, pl_module, "val")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the predictions."""
+        self._write_results(trainer, pl_module, "predict")
+
+    def _write_results(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        write = getattr(pl_module, "write_results", None)
+        if write is not None and trainer.is_global_zero:
+            write(self.run.path, stage)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`, the state that a killed run goes on from.
+
+    Saves after every training epoch and, within long epochs, whenever `every_n_seconds` have passed
+    or `every_n_steps` optimizer steps are done. Lightning's ModelCheckpoint takes one trigger only.
+
+    Args:
+        path: the file; it is replaced atomically. None takes `checkpoints/last.ckpt` in the trainer's root.
+        every_n_steps: optimizer steps between saves, or None.
+        every_n_seconds: seconds between saves, or None. Rank 0's clock decides for all.
+    """
+
+    def __init__(
+        self, path: Path | None = None, every_n_steps: int | None = None, every_n_seconds: float | None = 300.0
+    ) -> None:
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self.every_n_seconds = every_n_seconds
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count time from here."""
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save within an epoch when it is due."""
+        step = trainer.global_step
+        if step == self._saved_step or trainer.fast_dev_run:
+            return
+        due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
+        if self.every_n_seconds is not None:
+            late = time.monotonic() - self._saved_at > self.every_n_seconds
+            due |= trainer.strategy.broadcast(late) if trainer.world_size > 1 else late
+        if due:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after the epoch and its validation."""
+        if not trainer.fast_dev_run:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        path = self.path or Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(path)
+        self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+
+
+@rank_zero_only
+def announce(lines: list[str]) -> None:
+    """Print lines once, not once per process."""
+    print("\n".join(lines), flush=True)

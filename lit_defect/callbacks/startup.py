@@ -1,0 +1,82 @@
+"""One screen at the start: which data, which model, which machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+
+class StartupSummary(Callback):
+    """Prints what is about to happen, once, on rank 0.
+
+    Args:
+        folder: the run folder, or None for a run that leaves nothing behind.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._shown = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before training."""
+        self._show(trainer, pl_module, "fit")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before testing."""
+        self._show(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before predicting."""
+        self._show(trainer, pl_module, "predict")
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, verb: str) -> None:
+        if self._shown or not trainer.is_global_zero:
+            return
+        self._shown = True
+        console = Console(highlight=False)
+        console.print()
+        console.print(data_table(trainer.datamodule))
+        console.print(f"[bold]model[/]   {describe_model(pl_module)}")
+        console.print(f"[bold]machine[/] {describe_machine(trainer)}")
+        console.print(f"[bold]{verb}[/]     {self.folder or 'a trial without a run folder'}\n", soft_wrap=True)
+
+
+def data_table(datamodule: object) -> Table:
+    """Samples per split and class."""
+    counts: dict[str, dict[str, int]] = datamodule.counts() if hasattr(datamodule, "counts") else {}
+    counts = {split: found for split, found in counts.items() if sum(found.values())}
+    table = Table(title=f"data: {type(datamodule).__name__}", title_justify="left", title_style="bold")
+    table.add_column("split")
+    names = list(dict.fromkeys(name for found in counts.values() for name in found))
+    shown = names[:8]
+    for name in shown:
+        table.add_column(name, justify="right")
+    if len(names) > len(shown):
+        table.add_column(f"{len(names) - len(shown)} more", justify="right")
+    table.add_column("all", justify="right")
+    for split, found in counts.items():
+        cells = [str(found.get(name, 0)) for name in shown]
+        if len(names) > len(shown):
+            cells.append(str(sum(found.get(name, 0) for name in names[len(shown) :])))
+        table.add_row(split, *cells, str(sum(found.values())))
+    return table
+
+
+def describe_model(module: LightningModule) -> str:
+    """Class, trainable and frozen parameters of each part."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    title = getattr(module, "title", type(module).__name__)
+    return f"{title}: {trainable:,} parameters trained, {frozen:,} frozen"
+
+
+def describe_machine(trainer: Trainer) -> str:
+    """Devices, precision and threads."""
+    kind = type(trainer.accelerator).__name__.removesuffix("Accelerator")
+    name = f" ({torch.cuda.get_device_name()})" if kind == "CUDA" else f", {torch.get_num_threads()} threads each"
+    processes = "process" if trainer.world_size == 1 else "processes"
+    return f"{trainer.world_size} {kind} {processes}{name}, precision {trainer.precision}"

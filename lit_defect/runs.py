@@ -1,0 +1,242 @@
+"""The run folder: where a run keeps what it was told, what it did and what came out.
+
+`<runs_dir>/<experiment>/<run id>/` holds
+
+- `config.yaml`: every option, defaults included; `run.json`: status, command, commit, versions;
+- `metrics.csv`: what was logged, step by step;
+- `checkpoints/last.ckpt` and `checkpoints/best.ckpt`;
+- `splits.csv`, `leakage.csv`, `skipped.csv`: which sample went where, and what was found;
+- `<stage>_metrics.json`, `<stage>_predictions.csv` and `figures/` for each evaluated stage.
+
+No torch here, so that reports and sweeps start quickly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lit_defect.errors import UserError
+
+RUN_ID_VARIABLE = "LIT_DEFECT_RUN_ID"
+# Options that say where and how a run is carried out, not what it computes.
+_NOT_THE_EXPERIMENT = ("config", "run_id", "resume", "runs_dir", "wandb", "ckpt_path", "weights_only", "test_after_fit")
+_RECORDED_PACKAGES = ("lit_defect", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder; creating the object touches nothing on disk."""
+
+    path: Path
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment that the run belongs to."""
+        return self.path.parent.name
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run, unique in its experiment."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `last.ckpt` and `best.ckpt`."""
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """The state that a resumed run goes on from."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """The best state on the validation split."""
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the pictures."""
+        return self.path / "figures"
+
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says; empty when there is none or it is unreadable."""
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def update(self, **changes: Any) -> None:
+        """Change entries of `run.json`, atomically."""
+        write_json(self.path / "run.json", {**self.record(), **changes})
+
+    def is_alive(self) -> bool:
+        """Whether the process that writes this run still runs on this machine."""
+        record = self.record()
+        if record.get("status") != "running" or record.get("host") != socket.gethostname():
+            return False
+        pid = int(record.get("pid", 0))
+        if pid <= 0 or pid == os.getpid():
+            return False
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+
+
+def new_run_id(seed: int | None) -> str:
+    """A fresh run id: time, seed and four random characters, such as `20260131-120000-s0-1f3a`."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{stamp}-s{'x' if seed is None else seed}-{secrets.token_hex(2)}"
+
+
+def launched_run_id(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The run id that all processes of one launch can know without talking to each other.
+
+    Lightning's own launcher hands it down in an environment variable; torchrun and SLURM give every
+    process the same job id. None for a process that was started alone.
+
+    Raises:
+        UserError: torchrun gave no unique id.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ:
+        if environ["TORCHELASTIC_RUN_ID"] == "none":
+            raise UserError(
+                "torchrun gave this job no id, so its processes cannot agree on a run folder: "
+                "pass --run_id NAME to the program, or --standalone or --rdzv-id to torchrun"
+            )
+        return f"torchrun-{environ['TORCHELASTIC_RUN_ID']}"
+    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        job = environ["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_JOB_ID" in environ:
+            job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+        return f"slurm-{job}"
+    if "LOCAL_RANK" in environ:
+        return environ.get(RUN_ID_VARIABLE)
+    return None
+
+
+def list_runs(experiment_dir: Path) -> list[RunFolder]:
+    """The runs of an experiment, newest first."""
+    if not experiment_dir.is_dir():
+        return []
+    runs = [RunFolder(path.parent) for path in experiment_dir.glob("*/run.json")]
+    return sorted(runs, key=lambda run: (run.record().get("started", ""), run.run_id), reverse=True)
+
+
+def find_resumable(experiment_dir: Path, config_hash: str) -> RunFolder | None:
+    """The newest run of this very configuration that no living process writes, finished or not."""
+    for run in list_runs(experiment_dir):
+        if run.record().get("config_hash") == config_hash and not run.is_alive():
+            return run
+    return None
+
+
+def hash_config(config: Mapping[str, Any]) -> str:
+    """Hash of what is computed: the configuration without run id, folders and tracking."""
+    relevant = {key: value for key, value in config.items() if key not in _NOT_THE_EXPERIMENT}
+    text = json.dumps(relevant, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def resolve_checkpoint(name: str, experiment_dir: Path, run_id: str | None) -> Path:
+    """The file behind `--ckpt_path`: `best` and `last` mean the newest run's own.
+
+    Args:
+        name: `best`, `last` or a file.
+        experiment_dir: folder of the experiment's runs.
+        run_id: a certain run, or None for the newest one that has such a checkpoint.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if name not in ("best", "last"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"--ckpt_path {name}: no such file; give a checkpoint's path, `best` or `last`")
+        return path
+    runs = [RunFolder(experiment_dir / run_id)] if run_id else list_runs(experiment_dir)
+    for run in runs:
+        path = getattr(run, name)
+        if path.is_file():
+            return path
+    where = experiment_dir / run_id if run_id else experiment_dir
+    raise UserError(
+        f"--ckpt_path {name}: no run in {where} has a checkpoints/{name}.ckpt; "
+        "run `fit` with the same --experiment first, or give the checkpoint's path"
+    )
+
+
+def run_of_checkpoint(path: Path) -> RunFolder | None:
+    """The run folder that a checkpoint lies in, if it lies in one."""
+    folder = path.resolve().parent.parent
+    return RunFolder(folder) if path.parent.name == "checkpoints" and (folder / "run.json").is_file() else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def keep_previous(path: Path) -> None:
+    """Rename an existing `name.ext` to the first free `name.1.ext`, `name.2.ext`, ...: results are never lost."""
+    if not path.exists():
+        return
+    number = 1
+    while (target := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(target)
+
+
+def describe_process(command: list[str]) -> dict[str, Any]:
+    """Who runs where with what: command, host, commit and package versions, for `run.json`."""
+    return {
+        "command": command,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "commit": _git_commit(),
+        "versions": {name: found for name in _RECORDED_PACKAGES if (found := _installed(name))},
+        "cpus": os.cpu_count(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this code lies in, `+` for uncommitted changes; None outside of git."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here, capture_output=True, text=True, timeout=5, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if dirty else "")

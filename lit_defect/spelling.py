@@ -1,0 +1,130 @@
+"""Short error messages for the command line, with the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from lit_defect.errors import UserError
+
+_NOT_OPTIONS = {"CACHE", "RUN_ID"}  # variables of ours that stand for no option
+
+
+def explain(message: str, parser: Any, arguments: list[str]) -> str:
+    """Rewrite a parser's message: the full key, the nearest right one, where to look.
+
+    Args:
+        message: what jsonargparse says.
+        parser: the parser that failed.
+        arguments: the command line, searched for the key as the user wrote it.
+    """
+    unknown = re.search(r"(?:[Oo]ption|[Kk]ey) '([^']+)'", message)
+    if unknown and re.search(r"not accept|not expected|is not accepted", message):
+        key = unknown.group(1)
+        written = _as_written(key, arguments)
+        return f"unknown key {written}{_nearest(key, written, parser)}\n  see: {_help(parser)}"
+    unrecognised = re.search(r"[Uu]nrecognized arguments: (.*)", message)
+    if unrecognised:
+        key = unrecognised.group(1).split()[0].lstrip("-").split("=")[0]
+        return f"unknown option --{key}{_nearest(key, key, parser)}\n  see: {_help(parser)}"
+    choice = re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", message)
+    if choice and "subcommand" in message:
+        verbs = re.findall(r"\w+", choice.group(2))
+        return f"unknown verb {choice.group(1)!r}{_hint(choice.group(1), verbs)}\n  verbs: {', '.join(verbs)}"
+    kind = re.search(r'Parser key "(?:fit\.|validate\.|test\.|predict\.)?(model|data)":', message)
+    if kind and (name := re.search(r"Expected a dot import path string: ([\w.]+)", message)):
+        known = sorted(_classes(LightningModule if kind.group(1) == "model" else LightningDataModule))
+        return f"--{kind.group(1)} {name.group(1)}: no such class{_hint(name.group(1), known)}\n  there is: {', '.join(known)}"
+    return f"{_shorten(message)}\n  see: {_help(parser)}"
+
+
+def unknown_environment(prefix: str, environ: Mapping[str, str]) -> None:
+    """Refuse variables that look like options and would be ignored in silence.
+
+    Raises:
+        UserError: a variable `<prefix>_<VERB>__MODEL__INIT_ARGS__...` or one that belongs to no verb.
+    """
+    for name in environ:
+        if not name.startswith(f"{prefix}_"):
+            continue
+        rest = name.removeprefix(f"{prefix}_")
+        if rest in _NOT_OPTIONS or rest == "CONFIG" or rest == "SUBCOMMAND":
+            continue
+        verb, _, key = rest.partition("__")
+        if verb not in ("FIT", "VALIDATE", "TEST", "PREDICT") or not key:
+            raise UserError(f"environment variable {name}: no such option; {prefix}_FIT__TRAINER__MAX_EPOCHS is one")
+        if key.startswith(("MODEL__", "DATA__")):
+            part = key.split("__")[0]
+            raise UserError(
+                f"environment variable {name}: a class's own arguments cannot be set one by one; "
+                f"set {prefix}_{verb}__{part} to YAML ({{class_path: ..., init_args: {{...}}}}) or use the command line"
+            )
+
+
+def _as_written(key: str, arguments: list[str]) -> str:
+    """The key with its prefix, as on the command line; the bare key when it came from a file."""
+    for argument in arguments:
+        option = argument.split("=")[0].lstrip("-")
+        if argument.startswith("--") and (option == key or option.endswith(f".{key}")):
+            return f"--{option}"
+    return repr(key)
+
+
+def _nearest(key: str, written: str, parser: Any) -> str:
+    """`; did you mean ...?` from the parser's options and the arguments of the known classes."""
+    prefix, _, last = key.rpartition(".")
+    options = [action.dest for action in parser._actions if action.dest]
+    options += [option for sub in getattr(parser, "_subcommands_action", None) and [] or [] for option in sub]
+    full = difflib.get_close_matches(key, options, n=1, cutoff=0.7)
+    if full:
+        return f"; did you mean --{full[0]}?"
+    base: Iterable[type] = (LightningModule, LightningDataModule)
+    if "model" in written:
+        base = (LightningModule,)
+    elif "data." in written:
+        base = (LightningDataModule,)
+    names = {name for kind in base for known in _classes(kind).values() for name in _parameters(known)}
+    return _hint(last, names, prefix)
+
+
+def _hint(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+    lowered = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.5)
+    return f"; did you mean {prefix + '.' if prefix else ''}{lowered[near[0]]}?" if near else ""
+
+
+def _classes(base: type) -> dict[str, type]:
+    """This project's subclasses of `base` by name."""
+    found: dict[str, type] = {}
+    for known in base.__subclasses__():
+        found |= _classes(known)
+        if known.__module__.startswith("lit_defect.") and not inspect.isabstract(known):
+            found[known.__name__] = known
+    return found
+
+
+def _parameters(known: type) -> set[str]:
+    """Names of a class's arguments, its parents' included."""
+    return {
+        name
+        for parent in known.__mro__
+        if parent.__module__.startswith("lit_defect.") and "__init__" in vars(parent)
+        for name in inspect.signature(parent).parameters
+        if name not in ("args", "kwargs")
+    }
+
+
+def _help(parser: Any) -> str:
+    return f"python -m {parser.prog.replace(' [options]', '')} --help"
+
+
+def _shorten(message: str) -> str:
+    """The lines that say something to a user, without jsonargparse's inner types."""
+    skipped = ("Subtypes:", "Given value type:", "Errors:", "Does not validate against any of the Union subtypes")
+    lines = [line.strip(" -") for line in message.splitlines()]
+    return "\n  ".join(line for line in lines if line and not line.startswith(skipped))

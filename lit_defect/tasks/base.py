@@ -1,0 +1,130 @@
+"""What every task shares: optimizer and schedule, randomness that survives a restart, evaluation over all ranks."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lit_defect.errors import UserError
+
+Batch = dict[str, Any]
+
+
+class DefectTask(LightningModule):
+    """Base of the tasks; a subclass says what is particular to its system.
+
+    Args:
+        optimizer: name of a timm optimizer, such as `adamw`, `sgd`, `lamb`.
+        lr: largest learning rate.
+        weight_decay: decay of weights; norms and biases have none.
+        schedule: `cosine` falls to zero over the whole training, `constant` does not; both after the warm-up.
+        warmup: share of all optimizer steps over which the learning rate rises from zero.
+        monitor: logged value that chooses the best checkpoint; smaller is better for losses and errors.
+    """
+
+    def __init__(
+        self,
+        *,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        warmup: float = 0.05,
+        monitor: str = "val/loss",
+    ) -> None:
+        super().__init__()
+        if not lr > 0:
+            raise UserError(f"model.init_args.lr = {lr}: expected a number > 0")
+        if not 0 <= warmup < 1:
+            raise UserError(f"model.init_args.warmup = {warmup}: expected a share of the steps, 0 <= warmup < 1")
+        self.optimizer_name = optimizer
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup = warmup
+        self.monitor = (monitor, "min" if any(word in monitor for word in ("loss", "error", "ece", "nll")) else "max")
+        self._evaluated: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed augmentation and dropout by (seed, epoch, batch, rank), so that a resumed run draws the same numbers."""
+        words = [int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, with learning rate and decay; norms and biases (one dimension) have no decay."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [
+            {"params": [p for p in trained if p.ndim > 1], "lr": self.lr, "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "lr": self.lr, "weight_decay": 0.0},
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer by name and a schedule counted in optimizer steps."""
+        from timm.optim import create_optimizer_v2, list_optimizers
+
+        if self.optimizer_name not in list_optimizers():
+            near = difflib.get_close_matches(self.optimizer_name, list_optimizers(), n=3, cutoff=0.3)
+            raise UserError(f"model.init_args.optimizer = {self.optimizer_name}: unknown to timm; near: {', '.join(near)}")
+        groups = [group for group in self.parameter_groups() if group["params"]]
+        optimizer = create_optimizer_v2(groups, opt=self.optimizer_name, lr=self.lr)
+        total = self.trainer.estimated_stepping_batches
+        if self.schedule == "cosine" and (math.isinf(total) or total <= 0):
+            raise UserError("model.init_args.schedule = cosine needs an end: set trainer.max_epochs or trainer.max_steps")
+        factor = partial(warmup_and_decay, total=total, warmup=self.warmup, schedule=self.schedule)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def collect(self, **tensors: Tensor) -> None:
+        """Keep one evaluated batch; `index` (B,) must be among the tensors (B, ...)."""
+        self._evaluated.append({key: value.detach().cpu() for key, value in tensors.items()})
+
+    def gathered(self) -> dict[str, Tensor]:
+        """What `collect` kept, of all ranks, ordered by index, every sample once; empties the store.
+
+        Raises:
+            UserError: samples were repeated, as a padding distributed sampler does.
+        """
+        local = {key: torch.cat([part[key] for part in self._evaluated]) for key in self._evaluated[0]}
+        self._evaluated.clear()
+        if self.trainer.world_size > 1:
+            from torchmetrics.utilities.distributed import gather_all_tensors
+
+            device = self.device
+            local = {key: torch.cat(gather_all_tensors(value.to(device))).cpu() for key, value in local.items()}
+        order = local["index"].argsort(stable=True)
+        merged = {key: value[order] for key, value in local.items()}
+        if merged["index"].unique().numel() != merged["index"].numel():
+            raise UserError("samples were evaluated twice: set trainer.use_distributed_sampler to false")
+        return merged
+
+
+def warmup_and_decay(step: int, total: float, warmup: float, schedule: str) -> float:
+    """Factor of the learning rate at an optimizer step: linear rise, then cosine to zero or constant.
+
+    Cosine: Loshchilov & Hutter, SGDR, ICLR 2017, eq. 5, without restarts.
+    """
+    rise = math.ceil(warmup * total) if math.isfinite(total) else 0
+    if step < rise:
+        return (step + 1) / rise
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
+
+
+def results_path(folder: Path, stage: str, what: str) -> Path:
+    """`<folder>/<stage>_<what>`; an older file of that name is kept beside it under a number."""
+    from lit_defect.runs import keep_previous
+
+    path = folder / f"{stage}_{what}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keep_previous(path)
+    return path

@@ -1,0 +1,384 @@
+"""Transfer classification of good and defective products: a pretrained network with a new head.
+
+Source: Zheng & Nagata (VGG19, all of it in `experiments/classification/crops_vgg19_*.yaml`), on any timm
+network, with what a factory asks beside the accuracy: escapes and overkill at a threshold that was chosen
+on validation data, intervals for every figure, and pictures of the worst mistakes.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_defect.errors import UserError
+from lit_defect.losses.imbalance import make_loss
+from lit_defect.metrics.classification import defect_score, evaluate, threshold_for_recall
+from lit_defect.nets.backbones import Backbone, Part
+from lit_defect.nets.features import FeatureStore
+from lit_defect.tasks.base import Batch, DefectTask
+from lit_defect.tasks.views import VIEWS, Augment, random_views, resize, unit_range, view
+
+_LOGGED = ("accuracy", "balanced_accuracy", "auroc", "average_precision", "f1", "ece", "escape_rate", "overkill_rate")
+
+
+class DefectClassifier(DefectTask):
+    """Classifies pictures, transferring a pretrained network to the classes of the data module.
+
+    Args:
+        backbone: timm name of the network.
+        weights: `hub`, `hub:TAG`, a file, `package:NAME`, or null for random ones (see `nets/weights.py`).
+        transfer: what is trained: the `head` on frozen features, the `last_block` too, or `all`.
+        image_size: side or (height, width) that pictures are resized to on the device; null takes them as
+            the data module gives them.
+        augment: views that training draws from: `none`, `flip` (left-right), `flips` (both ways),
+            `dihedral` (and quarter turns), `strong` (and small affine and light changes).
+        average_views: predict by the mean probability over the listed views instead of the plain picture.
+        cache_features: with `transfer: head`, compute the features once per picture and view and keep
+            them in the data module's cache folder, for all epochs, seeds and trials.
+        loss: `plain`, `weighted`, `focal` or `logit_adjusted` (see `losses/imbalance.py`).
+        label_smoothing: share of the label that is spread over all classes.
+        layer_decay: factor of the learning rate from each layer to the one before it.
+        drop_rate: dropout before the classifier.
+        required_recall: share of the defects that must be found on validation data; sets the threshold
+            for the escape and the overkill rate.
+        channels_last: memory format of the network; faster convolutions on most devices.
+        compile: compile the network with torch.compile.
+        class_names: names of the classes; null takes them from the data module.
+        normal_class: index of the good class; null takes it from the data module.
+        optimizer, lr, weight_decay, schedule, warmup, monitor: see `DefectTask`.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "vgg19",
+        weights: str | None = "hub",
+        transfer: Part = "head",
+        image_size: int | tuple[int, int] | None = None,
+        augment: Augment = "none",
+        average_views: bool = False,
+        cache_features: bool = True,
+        loss: Literal["plain", "weighted", "focal", "logit_adjusted"] = "plain",
+        label_smoothing: float = 0.0,
+        layer_decay: float = 1.0,
+        drop_rate: float = 0.0,
+        required_recall: float = 0.95,
+        channels_last: bool = True,
+        compile: bool = False,
+        class_names: list[str] | None = None,
+        normal_class: int | None = None,
+        monitor: str = "val/auroc",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(monitor=monitor, **kwargs)
+        self.save_hyperparameters(logger=False)
+        if not 0 < required_recall <= 1:
+            raise UserError(f"model.init_args.required_recall = {required_recall}: expected a share, 0 < r <= 1")
+        self.cached = cache_features and transfer == "head"
+        if self.cached and augment == "strong":
+            raise UserError(
+                "model.init_args.augment = strong draws a new picture each time, so features cannot be cached: "
+                "set cache_features to false, or augment to dihedral"
+            )
+        self.backbone_name = backbone
+        self.weights = weights
+        self.transfer = transfer
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.augment: Augment = augment
+        self.average_views = average_views
+        self.loss_name = loss
+        self.label_smoothing = label_smoothing
+        self.layer_decay = layer_decay
+        self.drop_rate = drop_rate
+        self.required_recall = required_recall
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.compile_network = compile
+        self.class_names = class_names
+        self.normal_class = normal_class
+        self.register_buffer("threshold", torch.tensor(float("nan"), dtype=torch.float64))
+        self.backbone: Backbone | None = None
+        self._features: dict[str, Tensor] = {}
+        self._fingerprint: str | None = None
+        self._result: dict[str, Any] = {}
+        self._predictions: dict[str, Any] = {}
+        self._started = 0.0
+
+    # --- construction ---
+
+    @property
+    def title(self) -> str:
+        """What the start-up screen calls it."""
+        return f"DefectClassifier on {self.backbone_name} ({self.weights or 'random'} weights), trains {self.transfer}"
+
+    def setup(self, stage: str) -> None:
+        """Take the classes from the data module, or check that they are the checkpoint's.
+
+        Raises:
+            UserError: the model was made for other classes.
+        """
+        data: Any = self.trainer.datamodule
+        names = list(data.class_names)
+        if self.class_names is not None and list(self.class_names) != names:
+            raise UserError(f"the model's classes are {self.class_names}, the data's are {names}")
+        self.class_names = names
+        self.normal_class = data.normal_class if self.normal_class is None else self.normal_class
+        self.hparams.update(class_names=names, normal_class=self.normal_class)
+        if stage == "fit":
+            counts = data.counts()["train"]
+            if self.loss_name == "plain":
+                counts = dict.fromkeys(names, 1)
+            self.loss = make_loss(
+                self.loss_name, [counts[name] for name in names], label_smoothing=self.label_smoothing
+            )
+
+    def configure_model(self) -> None:
+        """Build the network; weights are fetched only where they will be used."""
+        if self.backbone is not None:
+            return
+        if self.class_names is None:
+            raise UserError("the classes are not known: give class_names, or a trainer with a data module")
+        trainer = getattr(self, "_trainer", None)
+        fresh = trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None
+        needed = fresh or self.transfer == "head"  # a head's checkpoint holds no frozen weights
+        self.backbone = Backbone(
+            self.backbone_name,
+            weights=self.weights if needed else None,
+            num_classes=len(self.class_names),
+            image_size=self.image_size,
+            drop_rate=self.drop_rate,
+        )
+        self.backbone.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.backbone.unfreeze(self.transfer)
+        if self.compile_network:
+            self.backbone.compile()
+
+    @property
+    def network(self) -> Backbone:
+        """The network, after `configure_model`."""
+        if self.backbone is None:
+            raise UserError("the network is not built yet: call configure_model, or load a checkpoint")
+        return self.backbone
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Layer-wise learning rates, no decay for norms and biases."""
+        return self.network.parameter_groups(
+            lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay
+        )
+
+    # --- checkpoints ---
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen and can be had again, and note which weights it was."""
+        if self.transfer != "head" or self.weights is None:
+            return
+        state = checkpoint["state_dict"]
+        for key in self._frozen_keys():
+            del state[key]
+        checkpoint["frozen"] = {"weights": self.weights, "fingerprint": self.fingerprint()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the classes, and put the frozen weights back in.
+
+        Raises:
+            UserError: other classes, or other frozen weights than the head was trained on.
+        """
+        names = checkpoint.get("hyper_parameters", {}).get("class_names")
+        if names is not None and list(names) != list(self.class_names or names):
+            raise UserError(f"the checkpoint's classes are {names}, the data's are {self.class_names}")
+        if frozen := checkpoint.get("frozen"):
+            if frozen["fingerprint"] != self.fingerprint():
+                raise UserError(
+                    f"the checkpoint's head belongs to other weights: it was trained on {frozen['weights']}, and "
+                    f"model.init_args.weights = {self.weights} gives different ones"
+                )
+            own = self.state_dict()
+            checkpoint["state_dict"].update({key: own[key] for key in self._frozen_keys()})
+
+    def fingerprint(self) -> str:
+        """Identity of the frozen features."""
+        if self._fingerprint is None:
+            self._fingerprint = self.network.fingerprint()
+        return self._fingerprint
+
+    def _frozen_keys(self) -> list[str]:
+        body, head = "backbone.model.", f"backbone.model.{self.network.classifier}."
+        return [key for key in self.state_dict() if key.startswith(body) and not key.startswith(head)]
+
+    # --- forward ---
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), uint8 or float in [0, 1], of any size -> logits (B, C)."""
+        return self.network(self._prepare(resize(unit_range(images), self.image_size)))
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        return self.network.normalise(images).contiguous(memory_format=self.memory_format)
+
+    def _probabilities(self, batch: Batch, split: str) -> Tensor:
+        """(B, C) float64, of the plain picture or averaged over the views."""
+        numbers = range(VIEWS[self.augment] if self.average_views else 1)
+        if split in self._features:
+            rows = self._features[split][batch["index"]]  # (B, V, D)
+            logits = [self.network.head(rows[:, number]) for number in numbers]
+        else:
+            images = resize(unit_range(batch["image"]), self.image_size)
+            logits = [self.network(self._prepare(view(images, number))) for number in numbers]
+        return torch.stack([part.double().softmax(1) for part in logits]).mean(0)
+
+    # --- cached features ---
+
+    def on_fit_start(self) -> None:
+        """Compute or read the features of a frozen network, before the first epoch."""
+        self._cache_features("train", VIEWS[self.augment])
+        if self.trainer.limit_val_batches:
+            self._cache_features("val", VIEWS[self.augment] if self.average_views else 1)
+
+    def on_test_start(self) -> None:
+        """Features of the test split."""
+        self._cache_features("test", VIEWS[self.augment] if self.average_views else 1)
+        self._started = time.monotonic()
+
+    def on_validation_start(self) -> None:
+        """Features of the validation split, where `validate` runs without `fit`."""
+        if self.trainer.state.fn == "validate":
+            self._cache_features("val", VIEWS[self.augment] if self.average_views else 1)
+            self._started = time.monotonic()
+
+    def _cache_features(self, split: str, views: int) -> None:
+        """Fill `self._features[split]` (n, V, D); each process computes its share of what is missing."""
+        data: Any = self.trainer.datamodule
+        if not self.cached or not hasattr(data, "sample_key"):
+            return
+        samples = data.samples[split]
+        keys = [data.sample_key(sample) for sample in samples]
+        setting = f"{self.fingerprint()} {self.image_size} {self.trainer.precision}"
+        store = FeatureStore(data.cache_dir, setting, num_features=self.network.num_features)
+        for number in range(views):
+            _, missing = store.get(keys, view=number)
+            self.trainer.strategy.barrier("features looked up")  # before anybody adds to them
+            own = missing[self.trainer.global_rank :: self.trainer.world_size].tolist()
+            if own:
+                computed = self._compute_features(data, split, own, number)
+                store.put([keys[position] for position in own], computed, view=number)
+        self.trainer.strategy.barrier("features computed")
+        found = [store.get(keys, view=number) for number in range(views)]
+        if any(len(missing) for _, missing in found):
+            raise UserError(f"features of {split} could not be kept in {store.folder}; set cache_features to false")
+        self._features[split] = torch.stack([features for features, _ in found], dim=1).to(self.device)
+        data.serve_images = False  # batches need identity and labels only
+
+    @torch.no_grad()
+    def _compute_features(self, data: Any, split: str, positions: list[int], number: int) -> Tensor:
+        data.serve_images = True
+        dataset = data.loader(split).dataset
+        size = data.eval_batch_size or data.batch_size
+        self.network.eval()
+        parts = []
+        for start in range(0, len(positions), size):
+            batch = dataset.__getitems__(positions[start : start + size])
+            images = resize(unit_range(batch["image"].to(self.device)), self.image_size)
+            with self.trainer.precision_plugin.forward_context():
+                parts.append(self.network.features(self._prepare(view(images, number))).float().cpu())
+        self.network.train(self.training)
+        return torch.cat(parts)
+
+    # --- training and evaluation ---
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch, each picture in a random view."""
+        size = len(batch["label"])
+        numbers = torch.randint(VIEWS[self.augment], (size,), device=self.device)
+        if "train" in self._features:
+            logits = self.network.head(self._features["train"][batch["index"], numbers])
+        else:
+            images = resize(unit_range(batch["image"]), self.image_size)
+            logits = self.network(self._prepare(random_views(images, self.augment, numbers)))
+        loss = self.loss(logits, batch["label"])
+        self.log("train/loss", loss, batch_size=size, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the probabilities."""
+        self.collect(
+            index=batch["index"], label=batch["label"], probability=self._probabilities(batch, "val")
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Choose the threshold and log the figures of the whole split."""
+        data = self.gathered()
+        probs, labels = data["probability"].numpy(), data["label"].numpy()
+        if self.trainer.state.fn == "fit":
+            self._choose_threshold(probs, labels)
+            result = self._evaluate(probs, labels, resamples=0)
+            self._log_result("val", result)
+        else:
+            self._keep_result("val", data)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the probabilities."""
+        self.collect(
+            index=batch["index"], label=batch["label"], probability=self._probabilities(batch, "test")
+        )
+
+    def on_test_epoch_end(self) -> None:
+        """All figures with their intervals, at the threshold that validation chose."""
+        self._keep_result("test", self.gathered())
+        self._log_result("test", self._result)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Probabilities (B, C) of a batch; they are also kept for the file of predictions."""
+        probability = self._probabilities(batch, "predict")
+        self.collect(index=batch["index"], label=batch["label"], probability=probability)
+        return probability
+
+    def on_predict_epoch_end(self) -> None:
+        """Keep the predictions of all processes."""
+        self._keep_result("predict", self.gathered())
+
+    def _choose_threshold(self, probs: np.ndarray, labels: np.ndarray) -> None:
+        if self.normal_class is None or not (labels != self.normal_class).any():
+            return
+        score = defect_score(probs, self.normal_class)
+        self.threshold.fill_(threshold_for_recall(score, labels != self.normal_class, self.required_recall))
+
+    def _evaluate(self, probs: np.ndarray, labels: np.ndarray, **settings: Any) -> dict[str, Any]:
+        return evaluate(
+            probs,
+            labels,
+            list(self.class_names or ()),
+            normal_class=self.normal_class,
+            threshold=float(self.threshold),
+            **settings,
+        )
+
+    def _log_result(self, stage: str, result: dict[str, Any]) -> None:
+        values = {name: result[name]["value"] for name in _LOGGED if name in result}
+        values["loss"] = result["nll"]["value"]
+        defined = {f"{stage}/{name}": value for name, value in values.items() if value is not None}
+        # Every process holds the same figures of the whole split; the sync only tells Lightning so.
+        self.log_dict(defined, sync_dist=True)
+
+    def _keep_result(self, stage: str, data: dict[str, Tensor]) -> None:
+        """Predictions of a whole split by sample, and their figures where the labels are known."""
+        samples = self.trainer.datamodule.samples[stage]  # type: ignore[attr-defined]
+        evaluated = [samples[position] for position in data["index"].tolist()]
+        probs, labels = data["probability"].numpy(), data["label"].numpy()
+        self._predictions = {"samples": evaluated, "probabilities": probs, "labels": labels}
+        self._result = {}
+        if (labels >= 0).all():
+            groups = [sample.group or sample.name for sample in evaluated]
+            clustered = len(set(groups)) < len(groups)
+            self._result = self._evaluate(probs, labels, groups=groups if clustered else None)
+            self._result["required_recall"] = self.required_recall
+            self._result["images_per_second"] = round(len(labels) / max(1e-9, time.monotonic() - self._started), 1)
+
+    def write_results(self, folder: Path, stage: str) -> None:
+        """Figures, predictions and pictures of the last evaluation, in the run folder; rank 0 only."""
+        from lit_defect.tasks.classification_report import write_report
+
+        write_report(self, folder, stage, self._result, **self._predictions)
