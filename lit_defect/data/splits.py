@@ -107,7 +107,7 @@ def assign_splits(
                 spread.add(ordered[i].group)
     if spread:
         warnings.warn(
-            f"{len(spread)} groups stand in several of the data set's own splits ({_some(spread)}). "
+            f"{len(spread)} groups stand in several of the data set's own splits ({some(spread)}). "
             "They stay in the test (or else the validation) split; their other samples are not used.",
             stacklevel=2,
         )
@@ -141,7 +141,7 @@ def read_split(path: Path, samples: Sequence[Sample]) -> list[Sample]:
         splits[row["name"]] = row["split"]
     names = {sample.name for sample in samples}
     problems = [
-        f"{len(odd)} samples {text} ({_some(odd)})"
+        f"{len(odd)} samples {text} ({some(odd)})"
         for odd, text in (
             (names - splits.keys(), "of the data set are not in the file"),
             (splits.keys() - names, "of the file are not in the data set"),
@@ -158,7 +158,7 @@ def read_split(path: Path, samples: Sequence[Sample]) -> list[Sample]:
     torn = {group for group, where in places.items() if len(where) > 1}
     if torn:
         raise DataError(
-            f"{path} puts {len(torn)} groups into several splits ({_some(torn)}): the same part would be "
+            f"{path} puts {len(torn)} groups into several splits ({some(torn)}): the same part would be "
             "trained on and tested. Write a new split, or leave the group file out."
         )
     return result
@@ -197,7 +197,7 @@ def read_groups(path: Path, samples: Sequence[Sample], *, prefix: str = "") -> l
             result.append(replace(sample, group=prefix + group if group else ""))
     if missing:
         raise DataError(
-            f"{path} has no row for {len(missing)} samples ({_some(missing)}). Add a row for each; "
+            f"{path} has no row for {len(missing)} samples ({some(missing)}). Add a row for each; "
             "leave its group empty if the part was photographed only once."
         )
     return result
@@ -262,7 +262,7 @@ def _check_settings(
 def _check_names(samples: Sequence[Sample]) -> None:
     repeated = [name for name, times in Counter(s.name for s in samples).items() if times > 1]
     if repeated:
-        raise DataError(f"{len(repeated)} samples are listed more than once ({_some(repeated)}).")
+        raise DataError(f"{len(repeated)} samples are listed more than once ({some(repeated)}).")
 
 
 def _check_training_classes(before: Sequence[Sample], split: Sequence[str]) -> None:
@@ -276,7 +276,8 @@ def _check_training_classes(before: Sequence[Sample], split: Sequence[str]) -> N
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first five names by alphabet, for a message."""
     ordered = sorted(names)
     return ", ".join(ordered[:5]) + (", ..." if len(ordered) > 5 else "")
 

@@ -1,0 +1,78 @@
+"""SBD, the Semantic Boundaries Dataset: more masks for VOC's pictures (Hariharan et al., ICCV 2011).
+
+The release (`benchmark.tgz`, folder `benchmark_RELEASE`) holds `dataset/img/<name>.jpg`, and in
+`dataset/cls/<name>.mat` a MATLAB structure `GTcls` whose field `Segmentation` is an (H, W) map of VOC's class
+indices, without void. The maps are written once as PNG, which the rest of the data code reads.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from lit_defect.data.cache import in_threads
+from lit_defect.errors import DataError
+
+
+def read_sbd(root: Path, folder: Path, *, skip: Collection[str] = ()) -> dict[str, tuple[Path, Path]]:
+    """The (picture, mask) of every SBD picture whose name is not in `skip`, by that name.
+
+    Args:
+        root: the release's folder, or its `dataset`.
+        folder: where the masks are written as PNG; those that are there already are kept.
+
+    Raises:
+        DataError: the folders are missing, or a map cannot be read.
+    """
+    home = root / "dataset" if (root / "dataset").is_dir() else root
+    maps = sorted((home / "cls").glob("*.mat"))
+    if not maps or not (home / "img").is_dir():
+        raise DataError(
+            f"data.sbd_root: {root} is not an unpacked SBD. Expected dataset/img/<name>.jpg and "
+            "dataset/cls/<name>.mat, as in benchmark.tgz from "
+            "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+        )
+    wanted = [path for path in maps if path.stem not in skip]
+    masks = [folder / f"{path.stem}.png" for path in wanted]
+    missing = [(path, mask) for path, mask in zip(wanted, masks, strict=True) if not mask.is_file()]
+    in_threads(lambda pair: _convert(*pair), missing)
+    return {
+        path.stem: (home / "img" / f"{path.stem}.jpg", mask) for path, mask in zip(wanted, masks, strict=True)
+    }
+
+
+def write_whole(file: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file under a temporary name and renames it, so that it is complete or not there.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=".part", dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                write(stream)
+            os.replace(name, file)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as problem:
+        raise DataError(f"data.cache_dir: {file} cannot be written ({problem}).") from problem
+
+
+def _convert(source: Path, target: Path) -> None:
+    from scipy.io import loadmat
+
+    try:
+        values = np.asarray(loadmat(str(source))["GTcls"]["Segmentation"][0, 0])
+        if values.ndim != 2 or values.dtype.kind not in "ui":
+            raise ValueError(f"a map of {values.dtype} with {values.ndim} axes")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as problem:
+        raise DataError(f"{source} is not a class map of SBD ({problem}).") from problem
+    write_whole(target, lambda stream: Image.fromarray(values.astype(np.uint8)).save(stream, "PNG"))
