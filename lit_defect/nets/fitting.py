@@ -2,8 +2,8 @@
 
 Files of other projects name the same layers differently. A file fits when, in this order of trial,
 1. its names are the model's, behind any common prefix (`module.`, `backbone.model.`, ...);
-2. they are after timm's own conversion for the architecture (torchvision's VGG, position embeddings
-   of another image size, ...);
+2. they are after timm's own conversion for the architecture (position embeddings of another image
+   size, the authors' own names, ...);
 3. its tensors stand in the model's order, and every shape and kind (weight, bias, running mean or
    variance) agrees.
 The classifier is left out when its number of classes differs; any other difference is an error.
@@ -134,9 +134,13 @@ def _fit_by_order(body: Mapping[str, Tensor], head: Mapping[str, Tensor], state:
     if len(given) < len(body) or [v.ndim for v in last] not in ([], [2, 1]):
         return f"the file has {len(given)} tensors, the backbone {len(body)} and a classifier of 2"
     for (name, tensor), (key, value) in zip(body.items(), given, strict=False):
-        if tensor.shape != value.shape or _kind(name) != _kind(key):
+        # A fully connected layer over a whole map may be kept as a convolution (VGG's fc6 and fc7).
+        same = tensor.shape == value.shape or (
+            {tensor.ndim, value.ndim} == {2, 4} and tensor.flatten(1).shape == value.flatten(1).shape
+        )
+        if not same or _kind(name) != _kind(key):
             return f"{key} {tuple(value.shape)} stands where {name} {tuple(tensor.shape)} is expected"
-    fitted = {name: value for name, (_, value) in zip(body, given, strict=False)}
+    fitted = {name: value.reshape(body[name].shape) for name, (_, value) in zip(body, given, strict=False)}
     if [v.shape for v in last] == [v.shape for v in head.values()]:
         fitted |= dict(zip(head, last, strict=True))
     return fitted

@@ -42,9 +42,8 @@ def grad_cam(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor:
     finally:
         backbone.train(training)
     size = (images.shape[-2], images.shape[-1])
-    channels = backbone.model.num_features
-    a = _channels_first(maps.detach(), channels, backbone, size).float()  # (B, C, h, w)
-    alpha = _channels_first(gradient, channels, backbone, size).float().mean((2, 3), keepdim=True)
+    a = _channels_first(backbone, maps.detach(), size).float()  # (B, C, h, w)
+    alpha = _channels_first(backbone, gradient, size).float().mean((2, 3), keepdim=True)
     cam = (alpha * a).sum(1, keepdim=True).relu()  # (B, 1, h, w)
     cam = functional.interpolate(cam, size, mode="bilinear", align_corners=False).squeeze(1)
     return cam / cam.amax((1, 2), keepdim=True).clamp_min(torch.finfo(cam.dtype).tiny)
@@ -59,9 +58,12 @@ def _maps_and_logits(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor
         return maps, backbone.head(backbone.pool(maps))
     # Tokens: after the last attention the class token alone may decide, and the gradient at the other
     # tokens is zero. What the last block attends to is still a map.
-    layer = getattr(getattr(backbone.model, "blocks", [None])[-1], "norm1", None)
-    if layer is None:
-        raise UserError(f"Grad-CAM: {backbone.name} has no feature map in space.")
+    network = backbone.model
+    layer = getattr(network.blocks[-1], "norm1", None) if hasattr(network, "blocks") else None
+    if layer is None or not hasattr(network, "patch_embed"):
+        raise UserError(
+            f"Grad-CAM: there is no feature map of {backbone.name} that has a place in the picture."
+        )
     kept: list[Tensor] = []
 
     def keep(_module: object, _inputs: object, output: Tensor) -> Tensor:
@@ -76,13 +78,11 @@ def _maps_and_logits(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor
     return kept[0], logits
 
 
-def _channels_first(maps: Tensor, channels: int, backbone: Backbone, size: tuple[int, int]) -> Tensor:
+def _channels_first(backbone: Backbone, maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, C, h, w), (B, h, w, C) or tokens (B, N, C) -> (B, C, h, w)."""
     if maps.ndim == 3:
-        patch = getattr(getattr(backbone.model, "patch_embed", None), "patch_size", None)
-        if patch is None:
-            raise UserError(f"Grad-CAM: the tokens of {backbone.name} have no known place in the picture.")
+        patch = backbone.model.patch_embed.patch_size
         h, w = size[0] // patch[0], size[1] // patch[1]
         maps = maps[:, maps.shape[1] - h * w :]  # class and register tokens come first
         return maps.transpose(1, 2).unflatten(2, (h, w))
-    return maps if maps.shape[1] == channels else maps.permute(0, 3, 1, 2)
+    return maps if maps.shape[1] == backbone.model.num_features else maps.permute(0, 3, 1, 2)

