@@ -36,33 +36,48 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class PictureReader:
-    """row -> picture of sample `row`, cropped and scaled but not mirrored: (H, W, channels) uint8."""
+    """Decodes, crops and scales pictures, but does not mirror them.
+
+    Args:
+        shapes: (height, width, channels) to deliver, for each sample.
+        resize: scale to that size; otherwise the picture must have it already.
+        convert: as for `read_image`.
+    """
 
     samples: Sequence[Sample]
-    size: tuple[int, int] | None  # (height, width); None keeps the native size
-    channels: int
+    shapes: Sequence[Shape]
+    resize: bool
     convert: bool
 
     def __call__(self, row: int) -> Array:
-        sample = self.samples[row]
+        """The picture of sample `row`, (H, W, C) uint8."""
+        sample, shape = self.samples[row], self.shapes[row]
         pixels = read_pixels(sample.path, box=sample.box, convert=self.convert)
-        pixels = resize_image(pixels, self.size or pixels.shape[:2])
-        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-        return np.broadcast_to(pixels, (*pixels.shape[:2], self.channels)) if pixels.shape[2] == 1 else pixels
+        if self.resize:
+            pixels = resize_image(pixels, (shape[0], shape[1]))
+        pixels = pixels if pixels.ndim == 3 else np.broadcast_to(pixels[..., None], (*pixels.shape, shape[2]))
+        if pixels.shape != shape:
+            raise DataError(f"{sample.path} has changed since the data set was checked. Start the run again.")
+        return pixels
 
 
 @dataclass(frozen=True)
 class MaskReader:
-    """row -> stored mask values of sample `row`, (H, W) of its shape; zeros for a sample without a mask."""
+    """Decodes, crops and scales masks, but does not mirror them.
+
+    Args:
+        shapes: (height, width) to deliver, for each sample.
+    """
 
     samples: Sequence[Sample]
-    shapes: Sequence[tuple[int, int]]
+    shapes: Sequence[Shape]
 
     def __call__(self, row: int) -> Array:
+        """The stored mask values of sample `row`, (H, W) uint8; zeros where it has no mask."""
         sample, shape = self.samples[row], self.shapes[row]
-        return np.zeros(shape, np.uint8) if sample.mask is None else resize_mask(
-            read_mask(sample.mask, box=sample.box), shape
-        )
+        if sample.mask is None:
+            return np.zeros(shape, np.uint8)
+        return resize_mask(read_mask(sample.mask, box=sample.box), (shape[0], shape[1]))
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -84,31 +99,21 @@ class PixelStore:
 
     Args:
         shapes: shape of each row, (H, W, C) for pictures and (H, W) for masks.
-        read: row -> its pixels, of that shape.
+        read: gives the pixels of a row, of that shape.
     """
 
     def __init__(self, shapes: Sequence[Shape], read: Read) -> None:
         self.shapes = list(shapes)
-        self._read = read
+        self.decode = read
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Array:
         """(B, *shape) uint8, an array of its own.
 
         Raises:
-            DataError: the rows differ in shape, or a picture is no longer what it was when it was checked.
+            DataError: the rows differ in shape, or a file has changed since it was checked.
         """
         self._check_one_shape(rows)
         return np.stack(in_threads(self.decode, rows))
-
-    def decode(self, row: int) -> Array:
-        """One row, from its file."""
-        pixels = self._read(row)
-        if pixels.shape != self.shapes[row]:
-            raise DataError(
-                f"row {row} is {pixels.shape} now and was {self.shapes[row]} when the data set was checked: "
-                "a file has changed meanwhile. Start the run again."
-            )
-        return pixels
 
     def _check_one_shape(self, rows: Iterable[int]) -> None:
         sizes = {self.shapes[row][:2] for row in rows}
@@ -121,7 +126,11 @@ class PixelStore:
 
 
 class BufferedStore(PixelStore):
-    """Rows kept in `buffer`, a flat array in memory or mapped from disk; those not yet `ready` are decoded."""
+    """Rows kept in `buffer`, a flat array in memory or mapped from a file.
+
+    Args:
+        ready: whether the buffer is filled already; otherwise rows are decoded into it when first asked for.
+    """
 
     def __init__(self, shapes: Sequence[Shape], read: Read, buffer: Array, ready: bool) -> None:
         super().__init__(shapes, read)
@@ -131,6 +140,7 @@ class BufferedStore(PixelStore):
         self._even = buffer.reshape(-1, *shapes[0]) if len(set(shapes)) == 1 else None  # (N, *shape)
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Array:
+        """As of `PixelStore`; rows of one data-set-wide shape in a single copy."""
         rows = np.asarray(rows)
         self.fill(row for row in np.unique(rows).tolist() if not self.ready[row])
         if self._even is not None:
@@ -164,7 +174,7 @@ def ram_store(shapes: Sequence[Shape], read: Read, *, copies: int = 1) -> PixelS
             f"{_size(free)} are free. Use data.cache=disk (shared by all processes and later runs), "
             "a smaller data.image_size, or data.cache=off."
         )
-    return BufferedStore(shapes, read, np.empty(needed, np.uint8), ready=False) if shapes else PixelStore(shapes, read)
+    return BufferedStore(shapes, read, np.empty(needed, np.uint8), ready=False)
 
 
 def disk_store(path: Path, shapes: Sequence[Shape], read: Read) -> PixelStore:
@@ -173,15 +183,13 @@ def disk_store(path: Path, shapes: Sequence[Shape], read: Read) -> PixelStore:
     Raises:
         DataError: the disk has no room for it, or the folder cannot be written.
     """
-    if not shapes:
-        return PixelStore(shapes, read)
     needed = sum(map(prod, shapes))
     try:
         if not path.exists() or path.stat().st_size != needed:
             _build(path, shapes, read, needed)
         return BufferedStore(shapes, read, np.asarray(np.memmap(path, np.uint8, mode="r")), ready=True)
     except OSError as problem:
-        raise DataError(f"{path}: the cache cannot be written or read ({problem}). Set data.cache_dir.") from problem
+        raise DataError(f"{path}: no access to this cache ({problem}). Set data.cache_dir.") from problem
 
 
 def _build(path: Path, shapes: Sequence[Shape], read: Read, needed: int) -> None:

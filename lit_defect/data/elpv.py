@@ -40,10 +40,12 @@ class ELPV(DefectDataModule):
 
     @property
     def class_names(self) -> list[str]:
+        """Good first."""
         return ["good", "defective"] if self.grades == "binary" else list(GRADES)
 
     @property
     def normal_class(self) -> int:
+        """Good cells: probability 0 (with two classes, also 1/3)."""
         return 0
 
     def find_samples(self) -> list[Sample]:
@@ -68,8 +70,8 @@ class ELPV(DefectDataModule):
                 ) from None
             if self.cells in ("both", cell):
                 label = grade if self.grades == "four" else int(grade >= 2)
-                path = str(folder / name)
-                samples.append(Sample(path=path, name=name, label=label, category=cell, defect_type=GRADES[grade]))
+                path, kind = str(folder / name), GRADES[grade]
+                samples.append(Sample(path=path, name=name, label=label, category=cell, defect_type=kind))
         return samples
 
 

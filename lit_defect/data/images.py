@@ -64,7 +64,9 @@ class BoxError(ImageError):
     kind = "box outside the picture"
 
 
-def read_image(path: str | Path, *, box: Box | None = None, mirror: bool = False, convert: bool = False) -> Array:
+def read_image(
+    path: str | Path, *, box: Box | None = None, mirror: bool = False, convert: bool = False
+) -> Array:
     """(H, W, 3) uint8, RGB. Grey pictures have three equal channels.
 
     Args:
@@ -105,10 +107,10 @@ def read_mask(path: str | Path, *, box: Box | None = None, mirror: bool = False)
         values = np.asarray(picture)
     if values.ndim == 3:
         if (values[..., :1] != values[..., :3]).any():
-            raise WrongModeError(f"{path}: a mask has one channel, this is {picture.mode} with different channels")
+            raise WrongModeError(f"{path}: a mask has one channel; those of this {picture.mode} file differ")
         values = values[..., 0]
     if values.dtype.kind not in "bui" or values.min() < 0 or values.max() > 255:
-        raise WrongModeError(f"{path}: a mask holds whole numbers from 0 to 255, this {picture.mode} file does not")
+        raise WrongModeError(f"{path}: a mask holds whole numbers from 0 to 255; this is {picture.mode}")
     values = crop(values.astype(np.uint8), box, path)
     return np.ascontiguousarray(values[:, ::-1] if mirror else values)
 
@@ -183,7 +185,7 @@ def _to_uint8(picture: Image.Image, path: str | Path) -> Array:
         values = np.asarray(picture).astype(np.float64)
         white = 1.0 if mode == "F" else 65535.0
         if not (values.min() >= 0 and values.max() <= white):
-            raise WrongModeError(f"{path}: mode {mode} with values outside 0 to {white:g}, so white is not known")
+            raise WrongModeError(f"{path}: mode {mode} with values outside 0 to {white:g}: white is unknown")
         return np.rint(values * (255 / white)).astype(np.uint8)
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         straight = picture.convert("RGBA")

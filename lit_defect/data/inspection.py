@@ -16,17 +16,28 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from lit_defect.data.cache import in_threads
-from lit_defect.data.images import Box, ImageError, MissingFileError, crop, read_mask, read_pixels
+from lit_defect.data.images import (
+    SUFFIXES,
+    Array,
+    Box,
+    ImageError,
+    MissingFileError,
+    crop,
+    read_mask,
+    read_pixels,
+)
 from lit_defect.data.leakage import LOW, perceptual_code
 from lit_defect.data.samples import Sample
 from lit_defect.errors import DataError
 
+CODED = 128  # pixels a side that a perceptual code is computed from; a multiple of its 32
 SHOWN = 20  # files listed for each kind of problem
 
 REMEDIES = {
@@ -150,6 +161,27 @@ def check(
     )
 
 
+def list_pictures(folder: Path) -> list[Sample]:
+    """Every picture below `folder`, by name, with label -1 and the split `predict`.
+
+    Raises:
+        DataError: there is none.
+    """
+    folder = folder.absolute()
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise DataError(f"no pictures ({' '.join(sorted(SUFFIXES))}) in {folder}.")
+    return [
+        Sample(path=str(path), name=path.relative_to(folder).as_posix(), label=-1, split="predict")
+        for path in paths
+    ]
+
+
+def summary(problems: Iterable[Problem]) -> str:
+    """The kinds of problems with their numbers, on one line."""
+    return ", ".join(f"{kind} {count}" for kind, count in Counter(p.kind for p in problems).most_common())
+
+
 def report(problems: Sequence[Problem]) -> str:
     """One text for all problems, by kind, with the remedy; at most `SHOWN` files of a kind are named."""
     kinds: dict[str, list[Problem]] = defaultdict(list)
@@ -185,7 +217,7 @@ def _fault(
         sizes = f"{mask.width}x{mask.height}, the picture {picture.width}x{picture.height}"
         return Problem(sample.name, "mask of another size", f"{sample.mask} is {sizes}")
     if defective and not mask.flag:
-        return Problem(sample.name, "empty mask", f"{sample.mask} marks nothing, though the class is a defect")
+        return Problem(sample.name, "empty mask", f"{sample.mask} marks nothing, but the class is a defect")
     return None
 
 
@@ -202,7 +234,7 @@ def _stamps(paths: Iterable[str]) -> dict[str, Stamp]:
 
 
 class Memory:
-    """What earlier starts saw, in one file per folder of pictures; without a file it only lasts for this start.
+    """What earlier starts saw, one file per folder of pictures; without a file it lasts for this start.
 
     The file holds no names: entries are found by the BLAKE2 hash of path, stamp, box and what was asked.
     """
@@ -255,12 +287,12 @@ class Memory:
         return result
 
     def save(self) -> None:
-        """Writes the file under a temporary name and renames it; a folder that cannot be written is no error."""
+        """Writes the file under another name and renames it; a folder without write access is no error."""
         if self.file is None or not self.changed:
             return
         nothing = np.zeros(LOW * LOW, np.float32)
         entries = list(self.known.values())
-        arrays: dict[str, npt.NDArray[np.generic]] = {
+        arrays: dict[str, Any] = {
             "keys": np.frombuffer(b"".join(self.known), np.uint8).reshape(-1, 16),
             "sizes": np.array([(seen.height, seen.width) for seen in entries], np.int32),
             "flags": np.array([seen.flag for seen in entries], bool),
@@ -296,9 +328,21 @@ def _look_at(what: str, path: str, boxes: Sequence[Box | None]) -> dict[Box | No
         if what == "mask":
             result[box] = Seen(height, width, bool(part.any()), None)
         else:
-            result[box] = Seen(height, width, pixels.ndim == 2, perceptual_code(np.ascontiguousarray(part)))
+            result[box] = Seen(height, width, pixels.ndim == 2, perceptual_code(_small(part)))
     return result
 
 
+def _small(pixels: Array) -> Array:
+    """(H, W) grey, at most `CODED` pixels a side, by area average as in the code itself.
+
+    Pillow does it in the thread of its own; the code's matrix product on a large picture would start as many
+    BLAS threads again in each of ours, which was seen to take ten times as long.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
+    width, height = min(picture.width, CODED), min(picture.height, CODED)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+
+
 def digest(*parts: object) -> bytes:
+    """16 bytes that stand for the values: BLAKE2b of their `repr`."""
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16).digest()

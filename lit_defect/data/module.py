@@ -11,12 +11,9 @@ A batch is a dict: `image` (B, 3, H, W) uint8 · `mask` (B, 1, H, W) uint8 {0, 1
 
 from __future__ import annotations
 
-import csv
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +24,15 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_defect.data.cache import MaskReader, PictureReader, PixelStore, Read, Shape, disk_store, ram_store
-from lit_defect.data.images import SUFFIXES, Array, read_image
-from lit_defect.data.inspection import CheckResult, Problem, check, digest
-from lit_defect.data.leakage import ORIENTATIONS, Leak, find_leaks, leak_picture, propose_groups
+from lit_defect.data import guard
+from lit_defect.data.images import Array
+from lit_defect.data.inspection import CheckResult, Problem, check, list_pictures, summary
+from lit_defect.data.leakage import Leak
 from lit_defect.data.loading import BatchLoader, DefectDataset, EvalBatchSampler, TrainBatchSampler
-from lit_defect.data.samples import REAL, SPLITS, Sample
-from lit_defect.data.splits import assign_splits, read_groups, read_split, write_groups, write_split
+from lit_defect.data.samples import SPLITS, Sample
+from lit_defect.data.splits import assign_splits, read_groups, read_split, write_split
+from lit_defect.data.stores import Stores, open_stores
 from lit_defect.errors import DataError, UserError
-
-MIRRORED = "#mirrored"  # ends the names of the copies that `test="mirrored_train"` makes
 
 
 class DefectDataModule(LightningDataModule, ABC):
@@ -108,7 +104,8 @@ class DefectDataModule(LightningDataModule, ABC):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.num_workers = num_workers
         self.cache = cache
-        self.cache_dir = Path(cache_dir or os.environ.get("LIT_DEFECT_CACHE") or "~/.cache/lit_defect").expanduser()
+        folder = cache_dir or os.environ.get("LIT_DEFECT_CACHE") or "~/.cache/lit_defect"
+        self.cache_dir = Path(folder).expanduser()
         self.with_masks = with_masks
         self.seed = seed
         self.val_fraction = val_fraction
@@ -130,10 +127,10 @@ class DefectDataModule(LightningDataModule, ABC):
         self.serve_images = True
         self.samples: dict[str, list[Sample]] = {}
         self.leaks: list[Leak] = []
-        self.layout_problems: list[Problem] = []  # find_samples adds what it finds, such as a mask without image
+        self.layout_problems: list[Problem] = []  # found by find_samples, such as a mask without image
         self._checked: CheckResult | None = None  # of the data set
         self._divided: list[Sample] = []  # the same samples with their splits, unused ones too
-        self._stores: _Stores | None = None
+        self._stores: Stores | None = None
         self._to_predict: CheckResult | None = None
 
     # ---- what a layout provides -------------------------------------------------------------------------
@@ -170,7 +167,7 @@ class DefectDataModule(LightningDataModule, ABC):
         )
 
     def prepare_mask(self, values: Array, sample: Sample) -> npt.NDArray[Any]:
-        """(H, W) stored mask values -> the mask in the batch; here (1, H, W) uint8, 1 where a value is not 0."""
+        """The mask in the batch, made of the stored values (H, W): here (1, H, W) uint8, 1 where not 0."""
         return (values > 0)[None].astype(np.uint8)
 
     # ---- Lightning's hooks --------------------------------------------------------------------------------
@@ -186,14 +183,14 @@ class DefectDataModule(LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         """Splits, the same on every process; `stage` matters only for `predict` with a folder of its own."""
         if self.predict_root and stage == "predict":
-            self._to_predict = self._inspect_new_pictures(self.predict_root)
+            self._to_predict = self._check(list_pictures(Path(self.predict_root)))
             self.samples["predict"] = self._to_predict.samples
         elif not self._divided:
             self._divide()
             self._guard()
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled (or balanced) batches; a resumed Trainer continues where it stopped, also within an epoch."""
+        """Shuffled or balanced batches; a resumed Trainer goes on where it stopped, also within an epoch."""
         samples = self._of("train")
         rank, world_size = self._rank()
         order = TrainBatchSampler(
@@ -204,7 +201,7 @@ class DefectDataModule(LightningDataModule, ABC):
             world_size=world_size,
             kind=self.sampler,
             drop_last=self.drop_last,
-            fixed=self.trainer is not None and self.trainer.overfit_batches > 0,
+            fixed=self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0,
         )
         return self._loader("train", order, progress=self._batches_done)
 
@@ -231,14 +228,15 @@ class DefectDataModule(LightningDataModule, ABC):
         samples = self._of(split)
         rank, world_size = self._rank()
         size = batch_size or self.eval_batch_size
-        return self._loader(split, EvalBatchSampler(len(samples), batch_size=size, rank=rank, world_size=world_size))
+        order = EvalBatchSampler(len(samples), batch_size=size, rank=rank, world_size=world_size)
+        return self._loader(split, order)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """split -> class name -> number of samples, for the splits that have any."""
+        """Number of samples by split and class name, for the splits that have any."""
         table = {}
-        for split, samples in self.samples.items():
-            labels = Counter(sample.label for sample in samples)
-            if samples and set(labels) != {-1}:
+        for split in ("train", "val", "test"):
+            labels = Counter(sample.label for sample in self.samples.get(split, ()))
+            if labels:
                 table[split] = {name: labels[label] for label, name in enumerate(self.class_names)}
         return table
 
@@ -265,16 +263,13 @@ class DefectDataModule(LightningDataModule, ABC):
             write_split(folder / "splits.csv", self._divided)
         skipped = [p for checked in (self._checked, self._to_predict) if checked for p in checked.problems]
         if skipped:
-            _write_csv(folder / "skipped.csv", Problem._fields, skipped)
-        if self.leaks:
-            fields = tuple(Leak.__slots__)
-            _write_csv(folder / "leakage.csv", fields, [[getattr(leak, f) for f in fields] for leak in self.leaks])
-            by_name = {sample.name: sample for samples in self.samples.values() for sample in samples}
-            leak_picture(self.leaks, lambda name: self._read(by_name[name])).save(folder / "leakage.png")
-        if self.leaks and self._checked and self.test == "holdout":
-            names = [sample.name for sample in self._divided]
-            groups = propose_groups(self._checked.codes, names, [sample.group for sample in self._divided])
-            write_groups(folder / "groups.csv", names, groups)
+            guard.write_csv(folder / "skipped.csv", Problem._fields, skipped)
+        if self.leaks and self._checked:
+            samples = [sample for split in self.samples.values() for sample in split]
+            guard.write_leaks(folder, self.leaks, samples, self._convert)
+            if self.test == "holdout":
+                groups = [sample.group for sample in self._divided]
+                guard.write_proposed_groups(folder / "groups.csv", self._checked, groups)
 
     # ---- inside -------------------------------------------------------------------------------------------
 
@@ -299,96 +294,72 @@ class DefectDataModule(LightningDataModule, ABC):
         if self._checked is None:
             self.layout_problems = []
             samples = self.find_samples()
-            self._checked = check(
+            self._checked = self._check(
                 samples,
                 class_names=self.needed_classes,
                 normal_class=self.normal_class,
                 with_masks=self.with_masks,
                 problems=self.layout_problems,
-                on_bad_file=self.on_bad_file,
-                on_wrong_mode=self.on_wrong_mode,
-                cache_dir=self.cache_dir,
             )
-            self._warn_of_skipped(self._checked)
         return self._checked
 
-    def _inspect_new_pictures(self, root: str) -> CheckResult:
-        folder = Path(root).absolute()
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not paths:
-            raise DataError(f"data.predict_root: no pictures ({' '.join(sorted(SUFFIXES))}) in {folder}.")
-        samples = [Sample(path=str(p), name=p.relative_to(folder).as_posix(), label=-1, split="predict") for p in paths]
+    def _check(self, samples: list[Sample], **kwargs: Any) -> CheckResult:
         checked = check(
-            samples, on_bad_file=self.on_bad_file, on_wrong_mode=self.on_wrong_mode, cache_dir=self.cache_dir
+            samples,
+            on_bad_file=self.on_bad_file,
+            on_wrong_mode=self.on_wrong_mode,
+            cache_dir=self.cache_dir,
+            **kwargs,
         )
-        self._warn_of_skipped(checked)
-        return checked
-
-    def _warn_of_skipped(self, checked: CheckResult) -> None:
         if checked.problems:
-            kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(p.kind for p in checked.problems).most_common())
-            rank_zero_warn(f"{len(checked.problems)} files are left out ({kinds}); see skipped.csv.")
+            text = f"{len(checked.problems)} files are left out ({summary(checked.problems)})"
+            rank_zero_warn(f"{text}; see skipped.csv in the run's folder.")
+        return checked
 
     def _divide(self) -> None:
         samples = self._inspect().samples
         if self.group_file:
             samples = read_groups(Path(self.group_file), samples)
-        self._divided = read_split(Path(self.split_file), samples) if self.split_file else self.assign(samples)
+        if self.split_file:
+            self._divided = read_split(Path(self.split_file), samples)
+        else:
+            self._divided = self.assign(samples)
         self.samples = {split: [s for s in self._divided if s.split == split] for split in SPLITS}
         if self.test == "mirrored_train":
             rank_zero_warn(
-                "data.test=mirrored_train: the test pictures are the mirrored training pictures. The result says "
-                "how well the model remembers, not how well it judges new parts."
+                "data.test=mirrored_train: the test pictures are the mirrored training pictures. The result "
+                "says how well the model remembers, not how well it judges new parts."
             )
-            self.samples["test"] = [
-                replace(s, mirror=not s.mirror, name=s.name + MIRRORED, split="test") for s in self.samples["train"]
-            ]
+            self.samples["test"] = guard.mirrored(self.samples["train"])
         self.samples["predict"] = self.samples["test"]
-        for split in ("val", "test"):
-            made = [s.name for s in self.samples[split] if s.source != REAL]
-            if made:
-                raise DataError(
-                    f"{len(made)} generated pictures are in the {split} split, such as {made[0]}. "
-                    "Generated pictures may only train; give their split as train."
-                )
+        guard.refuse_generated(self.samples)
 
     def _guard(self) -> None:
-        """Looks for near-duplicates across the splits, where the outcome matters."""
+        """Looks for near-duplicates across the splits; on one process where the outcome only warns."""
         if self.leakage == "off" or (self.leakage == "warn" and self._rank()[0] > 0):
             return
-        checked = self._inspect()
-        row = {(s.path, s.box): i for i, s in enumerate(checked.samples)}
-        used = [s for split in ("train", "val", "test") for s in self.samples[split]]
-        index, sign = ORIENTATIONS["mirrored"]
-        straight = [checked.codes[row[s.path, s.box]] for s in used]
-        codes = [code[index] * sign if s.mirror else code for code, s in zip(straight, used, strict=True)]
-        self.leaks = find_leaks(
-            np.array(codes), [s.name for s in used], [s.split for s in used], [s.group for s in used]
-        )
-        if not self.leaks:
-            return
-        first = self.leaks[0]
-        text = (
-            f"{len(self.leaks)} pairs of near-duplicate pictures stand in different splits, such as {first.name_a} "
-            f"({first.split_a}) and {first.name_b} ({first.split_b}), {first.orientation}, distance "
-            f"{first.distance:.2f}. A result on such a split is too good. "
-        )
-        if self.leakage == "error":
+        used = [sample for split in ("train", "val", "test") for sample in self.samples[split]]
+        self.leaks = guard.leaks_between(used, self._inspect())
+        if self.leaks and self.leakage == "error":
             raise DataError(
-                text + "Run once with data.leakage=warn and give the groups.csv of that run as data.group_file; "
-                "pictures of one group stay in one split."
+                f"{guard.warning(self.leaks)} Run once with data.leakage=warn and give the groups.csv of "
+                "that run as data.group_file; pictures of one group stay in one split."
             )
-        rank_zero_warn(
-            text + "See leakage.csv and leakage.png; with groups.csv as data.group_file they stay in one split."
-        )
+        if self.leaks:
+            rank_zero_warn(
+                f"{guard.warning(self.leaks)} See leakage.csv and leakage.png of this run; its groups.csv as "
+                "data.group_file keeps them together."
+            )
 
     def _of(self, split: str) -> list[Sample]:
-        if not self.samples.get(split):
-            raise DataError(f"the {split} split has no samples (has `setup` been called?).")
+        if split not in self.samples:
+            raise DataError(f"there is no {split} split before setup.")
+        if not self.samples[split]:
+            raise DataError(f"no samples in the {split} split: set data.{split}_fraction or data.split_file.")
         return self.samples[split]
 
     def _rank(self) -> tuple[int, int]:
-        """This process's number and how many there are."""
+        """Number of this process, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _batches_done(self) -> int:
@@ -401,56 +372,36 @@ class DefectDataModule(LightningDataModule, ABC):
         samples = self.samples[split]
         if not self.serve_images:
             return BatchLoader(DefectDataset(samples), order, **kwargs)
-        new = split == "predict" and self._to_predict is not None
-        stores = _Stores(self, self._to_predict, "off") if new and self._to_predict else self._open_stores()
+        new = self._to_predict if split == "predict" else None
+        stores = self._open(new, "off") if new else self._open_stores()
         dataset = DefectDataset(
             samples,
-            rows=[stores.row[sample.path, sample.box] for sample in samples],
+            rows=stores.rows_of(samples),
             images=stores.images,
-            masks=None if new else stores.masks,
+            masks=stores.masks,
             prepare_mask=self.prepare_mask,
         )
-        workers = self.num_workers if self.cache == "off" or new else 0
-        return BatchLoader(dataset, order, num_workers=workers, pin_memory=torch.cuda.is_available(), **kwargs)
+        workers = self.num_workers if new or self.cache == "off" else 0
+        pin = torch.cuda.is_available()
+        return BatchLoader(dataset, order, num_workers=workers, pin_memory=pin, **kwargs)
 
-    def _open_stores(self) -> _Stores:
+    def _open_stores(self) -> Stores:
         if self._stores is None:
-            self._stores = _Stores(self, self._inspect(), self.cache)
+            self._stores = self._open(self._inspect(), self.cache)
         return self._stores
 
-    def _read(self, sample: Sample) -> Array:
-        return read_image(
-            sample.path, box=sample.box, mirror=sample.mirror, convert=self.on_wrong_mode == "convert"
+    def _open(self, checked: CheckResult, cache: Literal["off", "ram", "disk"]) -> Stores:
+        return open_stores(
+            checked,
+            image_size=self.image_size,
+            convert=self._convert,
+            with_masks=self.with_masks and checked is not self._to_predict,
+            cache=cache,
+            cache_dir=self.cache_dir,
+            key=self.sample_key,
+            copies=self.trainer.num_devices if self.trainer else 1,
         )
 
-
-class _Stores:
-    """Where the pixels of a checked data set come from; a row for each (path, box)."""
-
-    def __init__(self, module: DefectDataModule, checked: CheckResult, cache: str) -> None:
-        first = {(s.path, s.box): i for i, s in reversed(list(enumerate(checked.samples)))}
-        chosen = sorted(first.values())
-        samples = [checked.samples[i] for i in chosen]
-        sizes = [module.image_size or checked.shapes[i] for i in chosen]
-        channels = 1 if all(checked.grey) else 3
-        self.row = {(s.path, s.box): row for row, s in enumerate(samples)}
-        keys = [module.sample_key(sample) for sample in samples]
-        copies = module.trainer.num_devices if module.trainer else 1
-
-        def open_store(shapes: Sequence[Shape], read: Read, what: object) -> PixelStore:
-            if cache == "disk":
-                return disk_store(module.cache_dir / f"pixels-{digest(keys, what).hex()}.u8", shapes, read)
-            return ram_store(shapes, read, copies=copies) if cache == "ram" else PixelStore(shapes, read)
-
-        convert = module.on_wrong_mode == "convert"
-        read = PictureReader(samples, module.image_size, channels, convert)
-        self.images = open_store([(*size, channels) for size in sizes], read, channels)
-        self.masks = None
-        if module.with_masks:
-            stamps = [(s.mask, checked.stamps.get(s.mask or "")) for s in samples]
-            self.masks = open_store(sizes, MaskReader(samples, sizes), stamps)
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([header, *rows])
+    @property
+    def _convert(self) -> bool:
+        return self.on_wrong_mode == "convert"

@@ -1,0 +1,79 @@
+"""Honest splits: no generated picture in an evaluation, near-duplicates across splits named and shown."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_defect.data.images import read_image
+from lit_defect.data.inspection import CheckResult
+from lit_defect.data.leakage import ORIENTATIONS, Leak, find_leaks, leak_picture, propose_groups
+from lit_defect.data.samples import REAL, Sample
+from lit_defect.data.splits import write_groups
+from lit_defect.errors import DataError
+
+
+def refuse_generated(samples: Mapping[str, Sequence[Sample]]) -> None:
+    """Raises DataError if the validation or the test split holds a picture that is not real."""
+    for split in ("val", "test"):
+        made = [sample.name for sample in samples[split] if sample.source != REAL]
+        if made:
+            raise DataError(
+                f"{len(made)} generated pictures are in the {split} split, such as {made[0]}. "
+                "Generated pictures may only train; give their split as train."
+            )
+
+
+def mirrored(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples turned left-right, as a test split: set C of Zheng & Nagata, a leak by design."""
+    return [replace(s, mirror=not s.mirror, name=f"{s.name}#mirrored", split="test") for s in samples]
+
+
+def leaks_between(samples: Sequence[Sample], checked: CheckResult) -> list[Leak]:
+    """Near-duplicates among `samples` whose splits differ, the closest first."""
+    row = {(sample.path, sample.box): i for i, sample in enumerate(checked.samples)}
+    codes = checked.codes[[row[sample.path, sample.box] for sample in samples]]
+    index, sign = ORIENTATIONS["mirrored"]
+    mirror = np.array([sample.mirror for sample in samples], dtype=bool)
+    codes[mirror] = codes[mirror][:, index] * sign
+    names, splits = [s.name for s in samples], [s.split for s in samples]
+    return find_leaks(codes, names, splits, [s.group for s in samples])
+
+
+def warning(leaks: Sequence[Leak]) -> str:
+    """What was found, with the closest pair as example, and what it means."""
+    first = leaks[0]
+    return (
+        f"{len(leaks)} pairs of near-duplicate pictures stand in different splits, such as {first.name_a} "
+        f"({first.split_a}) and {first.name_b} ({first.split_b}), {first.orientation}, distance "
+        f"{first.distance:.2f}. A test result is too good when the model has trained on the tested parts."
+    )
+
+
+def write_leaks(folder: Path, leaks: Sequence[Leak], samples: Iterable[Sample], convert: bool) -> None:
+    """Writes leakage.csv with all pairs and leakage.png with the closest."""
+    write_csv(folder / "leakage.csv", [field.name for field in fields(Leak)], map(astuple, leaks))
+    by_name = {sample.name: sample for sample in samples}
+
+    def read(name: str) -> Any:
+        sample = by_name[name]
+        return read_image(sample.path, box=sample.box, mirror=sample.mirror, convert=convert)
+
+    leak_picture(leaks, read).save(folder / "leakage.png")
+
+
+def write_proposed_groups(path: Path, checked: CheckResult, groups: Sequence[str]) -> None:
+    """Writes a group file that joins all near-duplicates, within a split too, and keeps the known groups."""
+    names = [sample.name for sample in checked.samples]
+    write_groups(path, names, propose_groups(checked.codes, names, groups))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table with a header line."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([header, *rows])
