@@ -163,9 +163,8 @@ class PascalVOC(DefectDataModule):
             if path.stem not in pictures and path.stem not in found
         ]
         if self.sbd_root is not None:
-            for name, (picture, mask) in read_sbd(
-                self.sbd_root, self.cache_dir / "sbd", skip=set(found)
-            ).items():
+            folder = self.cache_dir / f"sbd-{digest(str(self.sbd_root)).hex()}"
+            for name, (picture, mask) in read_sbd(self.sbd_root, folder, skip=found).items():
                 found[name] = ("train", picture, mask)
 
         boxes = in_threads(self._box, [picture for _, picture, _ in found.values()])
