@@ -236,7 +236,7 @@ def training_figure(metrics_csv: Path) -> Figure:
         if name.startswith("val/") and name not in losses and (c[1] >= 0).all() and (c[1] <= 1).all()
     }  # fmt: skip
     panels = [p for p in (("loss", losses), ("validation", scores), ("learning rate", rates)) if p[1]]
-    figure = Figure(figsize=(4.4 * max(1, len(panels)), 3.7), layout="constrained")
+    figure = Figure(figsize=(3.7 * max(1, len(panels)), 3.5), layout="constrained")
     for axes, (title, curves) in zip(np.ravel(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
         for i, (name, (x, y)) in enumerate(sorted(curves.items())):
             marker = "o" if len(x) <= 40 else None

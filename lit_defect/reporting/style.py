@@ -63,10 +63,8 @@ def shorten(text: str, length: int) -> str:
     """Leave out the middle of a text longer than `length` characters: `crack_near_…_image_0012`."""
     if len(text) <= length:
         return text
-    if length < 3:
-        return "…"[:length]
     tail = (length - 1) // 2
-    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
+    return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def short_names(names: list[str], length: int) -> list[str]:
@@ -82,6 +80,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """Write a PNG so that a reader never sees half of it; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=DPI, format="png")
+    with matplotlib.rc_context(STYLE):  # ticks are made when they are drawn
+        figure.savefig(temporary, dpi=DPI, format="png")
     temporary.replace(path)
     return path
