@@ -14,13 +14,13 @@ The result depends on the set of samples and the seed, not on the order in which
 from __future__ import annotations
 
 import csv
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.data.drawing import draw, draw_fold
 from lit_defect.data.samples import Sample
@@ -106,10 +106,9 @@ def assign_splits(
             else:
                 spread.add(ordered[i].group)
     if spread:
-        warnings.warn(
+        rank_zero_warn(
             f"{len(spread)} groups stand in several of the data set's own splits ({some(spread)}). "
-            "They stay in the test (or else the validation) split; their other samples are not used.",
-            stacklevel=2,
+            "They stay in the test (or else the validation) split; their other samples are not used."
         )
     if shots is not None:
         _keep_shots(ordered, stratum, result, shots, np.random.default_rng([seed, SHOTS_DRAW]))
