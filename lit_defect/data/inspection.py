@@ -37,7 +37,7 @@ from lit_defect.data.leakage import LOW, perceptual_code
 from lit_defect.data.samples import Sample
 from lit_defect.errors import DataError
 
-CODED = 128  # pixels a side that a perceptual code is computed from; a multiple of its 32
+CODED = 128  # pixels a side that a perceptual code is computed from
 SHOWN = 20  # files listed for each kind of problem
 
 REMEDIES = {
@@ -333,14 +333,14 @@ def _look_at(what: str, path: str, boxes: Sequence[Box | None]) -> dict[Box | No
 
 
 def _small(pixels: Array) -> Array:
-    """(H, W) grey, at most `CODED` pixels a side, by area average as in the code itself.
+    """(H, W) grey, at most `CODED` pixels a side; the low frequencies of the code survive.
 
-    Pillow does it in the thread of its own; the code's matrix product on a large picture would start as many
+    Pillow does this in the calling thread. On a large picture the code's matrix product would start as many
     BLAS threads again in each of ours, which was seen to take ten times as long.
     """
     picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
-    width, height = min(picture.width, CODED), min(picture.height, CODED)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    size = min(picture.width, CODED), min(picture.height, CODED)
+    return np.asarray(picture.resize(size, Image.Resampling.HAMMING))
 
 
 def digest(*parts: object) -> bytes:
