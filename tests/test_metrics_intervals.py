@@ -140,6 +140,29 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     assert 0.92 <= covered / 400 <= 0.98  # 0.95 with 3 standard errors
 
 
+def test_grouped_intervals_cover_the_truth_where_the_plain_ones_do_not() -> None:
+    # 40 parts, each photographed 6 times; what the part adds is shared by its photographs.
+    rng = np.random.default_rng(11)
+    part = np.repeat(np.arange(40), 6)
+    truth = part % 2 == 0
+    true_rate, true_area = 0.8, stats.norm.cdf(1.5 / math.sqrt(2 * 1.5))
+    covered = dict.fromkeys(("rate", "plain rate", "area", "plain area"), 0)
+    for _ in range(300):
+        hits = rng.random(240) < rng.beta(1.6, 0.4, 40)[part]  # correlation 1 / 3 within a part
+        score = 1.5 * truth + rng.normal(size=40)[part] + rng.normal(size=240) * math.sqrt(0.5)
+        for name, interval, true in (
+            ("rate", wilson_clustered(hits, part), true_rate),
+            ("plain rate", wilson(int(hits.sum()), 240), true_rate),
+            ("area", auroc_delong(truth, score, groups=part), true_area),
+            ("plain area", auroc_delong(truth, score), true_area),
+        ):
+            covered[name] += interval.low <= true <= interval.high
+    assert 0.91 <= covered["rate"] / 300 <= 0.985
+    assert 0.91 <= covered["area"] / 300 <= 0.985
+    assert covered["plain rate"] / 300 < 0.85
+    assert covered["plain area"] / 300 < 0.85
+
+
 @pytest.mark.parametrize(
     ("truth", "reason"),
     [([1, 1, 1], "one class only"), ([], "no samples"), ([1, 0, 0], "one sample only in a class")],

@@ -177,19 +177,21 @@ def test_training_figure_reads_lightnings_log(tmp_path: Path) -> None:
     with log.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
-            ["epoch", "step", "lr-AdamW", "train/loss_step", "train/loss_epoch", "val/auroc", "val/nll"]
+            ["epoch", "step", "lr-AdamW", "train/loss_step", "train/loss_epoch", "val/auroc", "val/loss"]
         )
         for epoch in range(3):
             writer.writerow([epoch, 10 * epoch, 0.1, 1.0 - epoch / 10, "", "", ""])
-            writer.writerow([epoch, 10 * epoch + 9, "", "", 0.9, 0.5 + epoch / 10, 2.0])
+            writer.writerow([epoch, 10 * epoch + 9, "", "", 0.9, 0.5 + epoch / 10, [2.0, 1.0, 1.5][epoch]])
     figure = training_figure(log)
     assert_inside(figure)
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     assert set(panels) == {"loss", "validation", "learning rate"}
     (curve,) = panels["validation"].lines
     np.testing.assert_allclose(curve.get_xydata(), [[9, 0.5], [19, 0.6], [29, 0.7]])
-    (loss,) = panels["loss"].lines  # by epoch where both are logged
-    np.testing.assert_allclose(loss.get_ydata(), [0.9] * 3)
+    training, validation = panels["loss"].lines
+    np.testing.assert_allclose(training.get_ydata(), [0.9] * 3)  # by epoch where both are logged
+    np.testing.assert_allclose(validation.get_ydata(), [2, 1, 1.5])
+    assert figure.get_suptitle() == "Validation loss lowest at step 19 of 29"
 
 
 def test_training_figure_without_metrics_says_so(tmp_path: Path) -> None:

@@ -237,14 +237,19 @@ def training_figure(metrics_csv: Path) -> Figure:
     }  # fmt: skip
     panels = [p for p in (("loss", losses), ("validation", scores), ("learning rate", rates)) if p[1]]
     figure = Figure(figsize=(3.7 * max(1, len(panels)), 3.5), layout="constrained")
-    for axes, (title, curves) in zip(np.ravel(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
+    row = figure.subplots(1, len(panels), squeeze=False)[0] if panels else []
+    for axes, (title, curves) in zip(row, panels, strict=True):
         for i, (name, (x, y)) in enumerate(sorted(curves.items())):
             marker = "o" if len(x) <= 40 else None
             colour, dash = PALETTE[i % len(PALETTE)], "-" if i < len(PALETTE) else "--"
             axes.plot(x, y, dash, color=colour, marker=marker, markersize=3, linewidth=1.4, label=name)
-        axes.set(title=title, xlabel="training step")
+        axes.set_title(title, fontweight="normal", fontsize=9, color=MUTED)
+        axes.set(xlabel="training step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2 if len(curves) > 1 else 1)
+    if "val/loss" in losses:
+        x, y = losses["val/loss"]
+        _title(figure, f"Validation loss lowest at step {x[y.argmin()]:.0f} of {x[-1]:.0f}")
     if not panels:
         figure.text(0.5, 0.5, "no metrics were logged", ha="center", color=MUTED)
     return figure
