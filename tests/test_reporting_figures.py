@@ -152,8 +152,17 @@ def test_curves_of_many_classes_name_the_worst() -> None:
         assert_inside(figure)
         legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         worst = sorted((area(positive, score), name) for name, positive, score in curves)[:5]
-        assert legend == [*(f"{name}  {value:.3f}" for value, name in worst), "7 better classes"]
+        assert legend == [*(f"{value:.3f}  {name}" for value, name in worst), "7 better classes"]
     assert figure.get_suptitle() == "Mean average precision 0.900  [0.850, 0.950]"
+
+
+def test_odd_class_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    p, y = predictions(3, 40)
+    names = ["_hidden", "$x^", "50% {a}"]
+    figure = roc_figure([(name, y == c, p[:, c]) for c, name in enumerate(names)], AREA)
+    legend = [text.get_text().split("  ")[1] for text in figure.axes[0].get_legend().get_texts()]
+    assert sorted(legend) == sorted(names)
+    assert len(write_figures(tmp_path, p, y, result_of(p, y, names))) == 5
 
 
 def test_score_figure_states_both_rates() -> None:

@@ -277,7 +277,7 @@ def _draw_curves(axes: Axes, drawn: list[tuple[str, Floats, Floats, float]], **s
     labels = short_names([name for name, *_ in named], 22)
     for i, ((_, x, y, area), label) in enumerate(zip(named, labels, strict=True)):
         colour = PALETTE[i] if len(drawn) > 1 else DEFECTIVE
-        axes.plot(x, y, color=colour, label=f"{label}  {area:.3f}", **style)
+        axes.plot(x, y, color=colour, label=f"{area:.3f}  {label}", **style)
     if len(drawn) > len(named):
         axes.plot([], [], color=GREY, label=f"{len(drawn) - len(named)} better classes")
     if len(drawn) > 1:

@@ -42,6 +42,7 @@ STYLE: Any = {
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.8,
     "text.color": INK,
+    "text.parse_math": False,  # a $ in a class name is a $
     "savefig.facecolor": "white",
 }
 DPI = 144
