@@ -13,12 +13,10 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
 import lit_defect.data
@@ -112,7 +110,7 @@ class CLI(LightningCLI):
             _say(f"nothing to do: {run.path} is finished")
             raise SystemExit(0)
         if config.resume and run.last.is_file():
-            config.ckpt_path = str(run.last)
+            config.ckpt_path, config.weights_only = str(run.last), True
             _say(f"resuming {run.path} from its last state")
         return run
 
@@ -123,7 +121,8 @@ class CLI(LightningCLI):
                 f"{self.subcommand} needs --ckpt_path best, last or a file: without one it would score random weights"
             )
         checkpoint = runs.resolve_checkpoint(config.ckpt_path, experiment_dir, config.run_id)
-        config.ckpt_path = str(checkpoint)
+        config.ckpt_path, config.weights_only = str(checkpoint), True
+        config.verbose = False  # the task prints a table of its own
         run_id = runs.launched_run_id() or runs.new_run_id(config.seed_everything)
         return runs.run_of_checkpoint(checkpoint) or runs.RunFolder(experiment_dir / run_id)
 
@@ -165,7 +164,7 @@ class CLI(LightningCLI):
         if self.run is None or not self._get(self.config, "test_after_fit") or self.trainer.interrupted:
             return
         checkpoint = self.run.best if self.run.best.is_file() else self.run.last
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(checkpoint), weights_only=True)
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(checkpoint), verbose=False)
 
 
 def main(args: list[str] | None = None) -> CLI:
@@ -220,10 +219,16 @@ def _say(message: str) -> None:
     print(message, flush=True)
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as a reader wants it: what it says, not which line of whose code said it."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def _quiet() -> None:
     """Silence what is no news to anybody: device banners, advertisements, worker advice for cached data."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    warnings.showwarning = _show_warning
     for message in (
         r".*does not have many workers which may be a bottleneck.*",
         r".*The number of training batches .* is smaller than the logging interval.*",

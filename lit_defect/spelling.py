@@ -23,6 +23,7 @@ def explain(message: str, parser: Any, arguments: list[str]) -> str:
         parser: the parser that failed.
         arguments: the command line, searched for the key as the user wrote it.
     """
+    parser = _of_verb(parser, arguments)
     unknown = re.search(r"(?:[Oo]ption|[Kk]ey) '([^']+)'", message)
     if unknown and re.search(r"not accept|not expected|is not accepted", message):
         key = unknown.group(1)
@@ -77,19 +78,27 @@ def _as_written(key: str, arguments: list[str]) -> str:
 
 def _nearest(key: str, written: str, parser: Any) -> str:
     """`; did you mean ...?` from the parser's options and the arguments of the known classes."""
-    prefix, _, last = key.rpartition(".")
-    options = [action.dest for action in parser._actions if action.dest]
-    options += [option for sub in getattr(parser, "_subcommands_action", None) and [] or [] for option in sub]
-    full = difflib.get_close_matches(key, options, n=1, cutoff=0.7)
-    if full:
-        return f"; did you mean --{full[0]}?"
-    base: Iterable[type] = (LightningModule, LightningDataModule)
-    if "model" in written:
+    options = {action.dest for action in parser._actions if action.dest and action.dest != "help"}
+    options |= {option.partition(".")[0] for option in options}
+    if full := difflib.get_close_matches(key, options, n=1, cutoff=0.7):
+        return f"; did you mean {full[0]}?"
+    base: tuple[type, ...] = (LightningModule, LightningDataModule)
+    if "model." in written:
         base = (LightningModule,)
     elif "data." in written:
         base = (LightningDataModule,)
     names = {name for kind in base for known in _classes(kind).values() for name in _parameters(known)}
+    prefix, _, last = key.rpartition(".")
     return _hint(last, names, prefix)
+
+
+def _of_verb(parser: Any, arguments: list[str]) -> Any:
+    """The parser of the verb on the command line, or the main one."""
+    for action in parser._actions:
+        for verb, found in (getattr(action, "_name_parser_map", None) or {}).items():
+            if verb in arguments:
+                return found
+    return parser
 
 
 def _hint(word: str, candidates: Iterable[str], prefix: str = "") -> str:
@@ -103,7 +112,7 @@ def _classes(base: type) -> dict[str, type]:
     found: dict[str, type] = {}
     for known in base.__subclasses__():
         found |= _classes(known)
-        if known.__module__.startswith("lit_defect.") and not inspect.isabstract(known):
+        if known.__module__.startswith("lit_defect.") and not known.__subclasses__():
             found[known.__name__] = known
     return found
 
@@ -125,6 +134,7 @@ def _help(parser: Any) -> str:
 
 def _shorten(message: str) -> str:
     """The lines that say something to a user, without jsonargparse's inner types."""
-    skipped = ("Subtypes:", "Given value type:", "Errors:", "Does not validate against any of the Union subtypes")
+    skipped = ("Subtypes:", "Errors:", "Does not validate against any of the Union subtypes")
+    message = message.partition("Given value")[0]  # a whole class with all its arguments may follow
     lines = [line.strip(" -") for line in message.splitlines()]
     return "\n  ".join(line for line in lines if line and not line.startswith(skipped))

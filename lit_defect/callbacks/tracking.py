@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import netrc
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -96,20 +97,18 @@ def _start_wandb(offline: bool, run: RunFolder, config: dict[str, Any]) -> Wandb
     import wandb
 
     (run.path / "wandb").mkdir(parents=True, exist_ok=True)
-    settings = wandb.Settings(init_timeout=_LOGIN_TIMEOUT, silent=True, console="off")
-    logger = WandbLogger(
+    started = wandb.init(
         name=f"{run.experiment}/{run.run_id}",
-        id=f"{run.experiment}-{run.run_id}"[-128:],
-        save_dir=run.path,
+        id=re.sub(r"[^\w.-]", "-", f"{run.experiment}-{run.run_id}")[-128:],
+        dir=run.path,
         project=os.environ.get("WANDB_PROJECT", "lit_defect"),
         group=run.experiment,
-        offline=offline,
+        mode="offline" if offline else "online",
         config=config,
-        settings=settings,
+        settings=wandb.Settings(init_timeout=_LOGIN_TIMEOUT, silent=True, console="off"),
         resume=None if offline else "allow",
     )
-    _ = logger.experiment  # starts the run here, where a failure can be caught
-    return logger
+    return WandbLogger(experiment=started)
 
 
 def _logged_in() -> bool:

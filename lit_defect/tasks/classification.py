@@ -153,6 +153,10 @@ class DefectClassifier(DefectTask):
             image_size=self.image_size,
             drop_rate=self.drop_rate,
         )
+        # timm starts EfficientNet's head for 1000 classes; two of them would begin with a loss above 1.
+        classifier = self.backbone.model.get_classifier()
+        torch.nn.init.normal_(classifier.weight, std=0.01)
+        torch.nn.init.zeros_(classifier.bias)
         self.backbone.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.backbone.unfreeze(self.transfer)
         if self.compile_network:

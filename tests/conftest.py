@@ -1,0 +1,38 @@
+"""What all tests share: no network, no tracking, caches in a temporary folder, one thread."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1", COLUMNS="160", TERM="dumb")
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches and runs of one test are not those of another, nor the user's."""
+    monkeypatch.setenv("LIT_DEFECT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def lit_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The command line, in this process: `lit_defect("fit", "--config", ...)` gives the CLI object."""
+
+    def run(*arguments: object) -> object:
+        from lit_defect.cli import main
+
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr("sys.argv", ["lit_defect", *words])
+        for name in ("LIT_DEFECT_RUN_ID", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        return main()
+
+    monkeypatch.chdir(tmp_path)
+    return run

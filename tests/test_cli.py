@@ -1,0 +1,233 @@
+"""The command line as a user types it: runs, resumption, evaluation, and what it says about mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.fakes import make_mvtec
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A classifier small enough to train in a second, on pictures that it can tell apart."""
+    root = make_mvtec(tmp_path / "data", train_good=16, test_good=8, defects={"crack": 14, "hole": 10})
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "experiment": "tiny",
+                "trainer": {"max_epochs": 3, "accelerator": "cpu"},
+                "model": {
+                    "class_path": "DefectClassifier",
+                    "init_args": {
+                        "backbone": "test_resnet",
+                        "weights": None,
+                        "transfer": "all",
+                        "image_size": 32,
+                        "lr": 0.01,
+                    },
+                },
+                "data": {
+                    "class_path": "MVTecAD",
+                    "init_args": {"root": str(root), "setting": "supervised", "image_size": 32, "batch_size": 8},
+                },
+            }
+        )
+    )
+    return path
+
+
+def only_run(tmp_path: Path) -> Path:
+    (run,) = (tmp_path / "runs" / "tiny").iterdir()
+    return run
+
+
+def fails(capsys: pytest.CaptureFixture, lit_defect, *arguments: object) -> str:
+    """What the command line says when it refuses."""
+    with pytest.raises(SystemExit) as stop:
+        lit_defect(*arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_fit_leaves_a_complete_run_folder(lit_defect, config, tmp_path):
+    lit_defect("fit", "--config", config, "--test_after_fit", "true")
+    run = only_run(tmp_path)
+    for name in ("config.yaml", "run.json", "metrics.csv", "splits.csv", "test_metrics.json", "test_predictions.csv"):
+        assert (run / name).is_file(), name
+    for name in ("last", "best"):
+        torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["steps"] == 3 * record["epochs"] or record["steps"] > 0
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["data"]["init_args"]["val_fraction"] == 0.2  # defaults are written down too
+    assert saved["run_id"] == run.name
+    result = json.loads((run / "test_metrics.json").read_text())
+    with (run / "test_predictions.csv").open() as file:
+        predictions = list(csv.DictReader(file))
+    assert len(predictions) == result["n"]
+    right = sum(row["label"] == row["prediction"] for row in predictions)
+    assert right / len(predictions) == pytest.approx(result["accuracy"]["value"])
+    assert {row["split"] for row in predictions} == {"test"}
+    assert (run / "figures" / "test_confusion.png").is_file()
+    assert (run / "figures" / "test_mistakes.png").is_file()
+
+
+def test_a_saved_config_loads_in_test_and_finds_its_own_run(lit_defect, config, tmp_path):
+    lit_defect("fit", "--config", config)
+    run = only_run(tmp_path)
+    for expected in ("test_metrics.json", "test_metrics.1.json"):  # the second evaluation keeps the first
+        lit_defect("test", "--config", run / "config.yaml", "--ckpt_path", "best")
+        assert (run / expected).is_file()
+    assert only_run(tmp_path) == run
+    lit_defect("validate", "--config", config, "--ckpt_path", "last")
+    assert json.loads((run / "val_metrics.json").read_text())["n"] > 0
+    lit_defect("predict", "--config", config, "--ckpt_path", "last")
+    assert (run / "predict_predictions.csv").is_file()
+
+
+def test_predict_takes_a_folder_of_new_pictures(lit_defect, config, tmp_path):
+    lit_defect("fit", "--config", config)
+    new = tmp_path / "data" / "tile" / "test" / "hole"
+    lit_defect("predict", "--config", config, "--ckpt_path", "best", "--data.predict_root", new)
+    with (only_run(tmp_path) / "predict_predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    assert {row["label"] for row in rows} == {""}
+
+
+@pytest.mark.parametrize("verb", ["test", "validate", "predict"])
+def test_evaluation_without_a_checkpoint_is_refused(lit_defect, config, capsys, verb):
+    message = fails(capsys, lit_defect, verb, "--config", config)
+    assert "--ckpt_path" in message
+    assert "random weights" in message
+
+
+def test_missing_checkpoints_are_named(lit_defect, config, capsys, tmp_path):
+    assert "no run in" in fails(capsys, lit_defect, "test", "--config", config, "--ckpt_path", "best")
+    message = fails(capsys, lit_defect, "test", "--config", config, "--ckpt_path", "nowhere.ckpt")
+    assert "nowhere.ckpt" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.lrr", "3"], ["--model.lrr", "did you mean lr?"]),
+        (["--data.batchsize", "3"], ["--data.batchsize", "batch_size"]),
+        (["--trainer.max_epoch", "3"], ["trainer.max_epoch", "trainer.max_epochs"]),
+        (["--resum"], ["resum", "resume"]),
+        (["--model", "DefectClasifier"], ["DefectClasifier", "did you mean DefectClassifier?"]),
+        (["--data", "MVTec"], ["MVTec", "MVTecAD"]),
+        (["--model.lr", "abc"], ["lr", "float", "abc"]),
+        (["--model.transfer", "haed"], ["transfer", "head"]),
+    ],
+)
+def test_a_wrong_key_is_named_with_the_nearest_right_one(lit_defect, config, capsys, arguments, expected):
+    message = fails(capsys, lit_defect, "fit", "--config", config, *arguments)
+    for part in expected:
+        assert part in message
+    assert len(message.splitlines()) <= 8
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "near"),
+    [
+        ((), "trainr", "trainer"),
+        (("trainer",), "max_epoch", "max_epochs"),
+        (("model", "init_args"), "backbon", "backbone"),
+        (("data", "init_args"), "imagesize", "image_size"),
+    ],
+)
+def test_a_wrong_key_in_a_file_is_named_too(lit_defect, config, capsys, place, key, near):
+    content = yaml.safe_load(config.read_text())
+    spot = content
+    for part in place:
+        spot = spot[part]
+    spot[key] = 1
+    config.write_text(yaml.safe_dump(content))
+    message = fails(capsys, lit_defect, "fit", "--config", config)
+    assert key in message
+    assert near in message
+
+
+def test_unknown_verbs_and_missing_parts(lit_defect, config, capsys):
+    assert "did you mean fit?" in fails(capsys, lit_defect, "fitt", "--config", config)
+    message = fails(capsys, lit_defect, "fit", "--data", "MVTecAD")
+    assert "root" in message
+    assert len(message) < 500
+    assert "fit.model" in fails(capsys, lit_defect, "fit", "--data", "ELPV")
+
+
+def test_later_configs_and_options_win(lit_defect, config, tmp_path, capsys):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"trainer": {"max_epochs": 7}, "model": {"init_args": {"lr": 0.5}}}))
+    with pytest.raises(SystemExit) as stop:
+        lit_defect("fit", "--config", config, "--config", overlay, "--model.lr", "0.25", "--print_config")
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["trainer"]["max_epochs"] == 7
+    assert shown["model"]["init_args"]["lr"] == 0.25
+    assert shown["model"]["init_args"]["backbone"] == "test_resnet"
+
+
+def test_environment_variables(lit_defect, config, monkeypatch, capsys):
+    monkeypatch.setenv("LIT_DEFECT_FIT__TRAINER__MIN_EPOCHS", "2")
+    with pytest.raises(SystemExit):
+        lit_defect("fit", "--config", config, "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["min_epochs"] == 2
+    monkeypatch.setenv("LIT_DEFECT_FIT__MODEL__INIT_ARGS__LR", "2")
+    message = fails(capsys, lit_defect, "fit", "--config", config)
+    assert "LIT_DEFECT_FIT__MODEL__INIT_ARGS__LR" in message
+
+
+def test_a_run_is_never_overwritten_and_can_be_resumed(lit_defect, config, tmp_path, capsys):
+    lit_defect("fit", "--config", config, "--run_id", "one")
+    message = fails(capsys, lit_defect, "fit", "--config", config, "--run_id", "one")
+    assert "never overwritten" in message
+    with pytest.raises(SystemExit) as stop:
+        lit_defect("fit", "--config", config, "--run_id", "one", "--resume")
+    assert stop.value.code == 0
+    assert "finished" in capsys.readouterr().out
+    # More epochs: the run goes on where it ended, and keeps its earlier rows.
+    lit_defect("fit", "--config", config, "--run_id", "one", "--resume", "--trainer.max_epochs", "5")
+    with (tmp_path / "runs" / "tiny" / "one" / "metrics.csv").open() as file:
+        epochs = [int(row["epoch"]) for row in csv.DictReader(file) if row.get("val/loss")]
+    assert epochs == [0, 1, 2, 3, 4]
+
+
+def test_resume_starts_anew_where_there_is_nothing_to_resume(lit_defect, config, tmp_path, capsys):
+    lit_defect("fit", "--config", config, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
+    lit_defect("fit", "--config", config, "--model.lr", "0.02", "--resume")  # another experiment, another run
+    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 2
+
+
+def test_a_checkpoint_of_other_classes_is_refused(lit_defect, config, tmp_path, capsys):
+    lit_defect("fit", "--config", config)
+    message = fails(capsys, lit_defect, "test", "--config", config, "--data.target", "type", "--ckpt_path", "best")
+    assert "classes" in message
+    assert "crack" in message
+
+
+def test_help_is_light():
+    """`--help` pays neither for diffusion nor for the segmentation models."""
+    code = (
+        "import sys; sys.argv = ['lit_defect', 'fit', '--help']\n"
+        "from lit_defect.cli import main\n"
+        "try:\n    main()\nexcept SystemExit: pass\n"
+        "heavy = {'diffusers', 'transformers', 'segmentation_models_pytorch', 'timm', 'kornia', 'wandb'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
+    assert "HEAVY []" in done.stdout, done.stdout[-500:] + done.stderr[-500:]
+    assert "--resume" in done.stdout
