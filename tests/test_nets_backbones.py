@@ -153,8 +153,10 @@ def test_image_size():
     vit = Backbone("test_vit", image_size=(64, 96), num_classes=2).eval()
     assert vit.input_size == (64, 96)
     assert vit(torch.rand(1, 3, 64, 96)).shape == (1, 2)
-    with pytest.raises(UserError, match="timm cannot build swin_tiny"):
-        Backbone("swin_tiny_patch4_window7_224", image_size=(0, 0))
+    with pytest.raises(UserError, match="timm cannot build twins_pcpvt_small"):
+        Backbone("twins_pcpvt_small", image_size=60)
+    with pytest.raises(UserError, match="one linear classifier"):
+        Backbone("sequencer2d_s", num_classes=2)
 
 
 def test_unknown_part():

@@ -47,6 +47,7 @@ needs_lite0 = pytest.mark.skipif(
 def hub_cache(monkeypatch, tmp_path):
     """An empty hub cache, and a hub that refuses connections."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     return tmp_path / "hub"
 
@@ -80,15 +81,14 @@ def test_silent_hub_is_given_up_quickly(hub_cache, monkeypatch):
         )
         monkeypatch.setattr(weights_module, "HUB_TIMEOUT", 0.3)
         start = time.perf_counter()
-        with pytest.raises(UserError, match="could not fetch"):
+        with pytest.raises(UserError, match=r"could not fetch .* \(.*timed out"):
             create_model(SMALL, "hub", num_classes=2)
         assert time.perf_counter() - start < 5
 
 
 def test_offline_mode_is_respected(hub_cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(weights_module, "_knock_at_hub", lambda: None)
-    with pytest.raises(UserError, match="could not fetch"):
+    with pytest.raises(UserError, match="offline mode is enabled"):
         create_model(SMALL, "hub", num_classes=2)
 
 
@@ -147,6 +147,7 @@ def test_hub_download(tmp_path):
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     try:

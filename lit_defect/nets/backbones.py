@@ -189,10 +189,11 @@ def _create(
         arguments["img_size"] = size
     try:
         model = create_model(name, weights, num_classes=num_classes, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+        classifier = model.get_classifier()
+    except (TypeError, ValueError, AssertionError, AttributeError) as error:
         raise UserError(f"backbone: timm cannot build {name} with {arguments}: {error}") from error
-    if not isinstance(model.get_classifier(), nn.Linear if num_classes else nn.Identity):
-        raise UserError(f"backbone: {name} does not end in one linear classifier; choose another network.")
+    if not isinstance(classifier, nn.Linear if num_classes else nn.Identity):
+        raise UserError(f"backbone: {name} does not end in one linear classifier; choose another.")
     return model
 
 

@@ -5,7 +5,7 @@ Files of other projects name the same layers differently. A file fits when, in t
 2. they are after timm's own conversion for the architecture (position embeddings of another image
    size, the authors' own names, ...);
 3. its tensors stand in the model's order, and every shape and kind (weight, bias, running mean or
-   variance) agrees.
+   variance) agrees, a linear layer over a whole map standing for a convolution (torchvision's VGG).
 The classifier is left out when its number of classes differs; any other difference is an error.
 """
 
@@ -49,9 +49,8 @@ def read_state(path: Path) -> State:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
-    state = (
-        {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    )
+    named = content.items() if isinstance(content, Mapping) else ()
+    state = {key: value for key, value in named if isinstance(value, Tensor)}
     if not state:
         raise UserError(f"weights: {path} holds no named tensors; expected a state_dict.")
     return state

@@ -5,7 +5,8 @@ With A the last feature map (C channels of h x w) and y the logit of the class,
 2. L = ReLU(sum over k of alpha_k A_k)          (eq. 2: evidence for, not against)
 3. L is enlarged to the image and divided by its maximum.
 
-For a network that ends in average pooling and one linear layer this is CAM (Zhou et al. 2016).
+For a network that ends in average pooling and one linear layer this is CAM (Zhou et al. 2016). For a
+ViT, A is what the last block attends to; the map is a rougher guide there, and may be empty.
 """
 
 from __future__ import annotations
