@@ -99,6 +99,9 @@ class DefectDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        for key, value in self.hparams.items():
+            if isinstance(value, Path):  # a checkpoint that opens with weights_only holds plain types
+                self.hparams[key] = str(value)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size

@@ -1,0 +1,116 @@
+"""The three stores give the same pixels; a cache that would not fit, or was interrupted, does no harm."""
+
+import numpy as np
+import pytest
+
+from lit_defect.data import cache
+from lit_defect.data.cache import PixelStore, disk_store, ram_store
+from lit_defect.errors import DataError
+
+RNG = np.random.default_rng(0)
+EVEN = [RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8) for _ in range(6)]
+MIXED = [RNG.integers(0, 256, (4 + i % 2, 6, 1), dtype=np.uint8) for i in range(6)]
+
+
+class Reader:
+    """Counts how often each row is decoded."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.asked = []
+
+    def __call__(self, row):
+        self.asked.append(row)
+        return self.rows[row]
+
+
+def shapes(rows):
+    return [row.shape for row in rows]
+
+
+@pytest.fixture(params=["off", "ram", "disk"])
+def open_store(request, tmp_path):
+    def build(rows):
+        if request.param == "disk":
+            return disk_store(tmp_path / "deep" / "pixels.u8", shapes(rows), Reader(rows))
+        return (ram_store if request.param == "ram" else PixelStore)(shapes(rows), Reader(rows))
+
+    return build
+
+
+def test_rows_come_stacked_in_the_order_asked_for(open_store):
+    store = open_store(EVEN)
+    np.testing.assert_array_equal(store.take([4, 0, 4]), np.stack([EVEN[4], EVEN[0], EVEN[4]]))
+
+
+def test_batches_belong_to_the_caller(open_store):
+    store = open_store(EVEN)
+    store.take([2])[...] = 0
+    np.testing.assert_array_equal(store.take([2])[0], EVEN[2])
+    store.take(np.array([1]))[...] = 7
+    np.testing.assert_array_equal(store.take([1])[0], EVEN[1])
+
+
+def test_rows_of_different_sizes_cannot_share_a_batch(open_store):
+    store = open_store(MIXED)
+    np.testing.assert_array_equal(store.take([0, 2]), np.stack([MIXED[0], MIXED[2]]))
+    np.testing.assert_array_equal(store.take([1]), MIXED[1][None])
+    with pytest.raises(DataError, match=r"6x4, 6x5.*data\.image_size"):
+        store.take([0, 1])
+
+
+def test_ram_decodes_a_row_once_and_only_when_asked():
+    reader = Reader(EVEN)
+    store = ram_store(shapes(EVEN), reader)
+    store.take([1, 3, 1])
+    store.take([3, 5])
+    assert sorted(reader.asked) == [1, 3, 5]
+
+
+def test_ram_refuses_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr(cache, "available_memory", lambda: 1000)
+    ram_store(shapes(EVEN), Reader(EVEN))  # 630 bytes
+    with pytest.raises(DataError, match=r"data\.cache=disk"):
+        ram_store(shapes(EVEN), Reader(EVEN), copies=2)
+
+
+def test_available_memory_is_less_than_the_machine_has():
+    free = cache.available_memory()
+    assert free is None or 2**20 < free < 2**50
+
+
+def test_disk_is_decoded_once_for_all_runs(tmp_path):
+    path = tmp_path / "pixels.u8"
+    first, second = Reader(EVEN), Reader(EVEN)
+    disk_store(path, shapes(EVEN), first)
+    store = disk_store(path, shapes(EVEN), second)
+    assert sorted(first.asked) == list(range(6))
+    np.testing.assert_array_equal(store.take(range(6)), np.stack(EVEN))
+    assert second.asked == []
+    assert path.stat().st_size == sum(row.size for row in EVEN)
+
+
+def test_interrupted_build_leaves_nothing_and_is_done_again(tmp_path):
+    path = tmp_path / "pixels.u8"
+
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        disk_store(path, shapes(EVEN), stop)
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"of another length")
+    np.testing.assert_array_equal(disk_store(path, shapes(EVEN), Reader(EVEN)).take([3]), EVEN[3][None])
+
+
+def test_disk_says_what_to_do_without_room_or_access(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data\.cache_dir"):
+        disk_store(tmp_path / "file" / "pixels.u8", shapes(EVEN), Reader(EVEN))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: cache.shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(DataError, match="are free"):
+        disk_store(tmp_path / "pixels.u8", shapes(EVEN), Reader(EVEN))
+
+
+def test_in_threads_keeps_the_order():
+    assert cache.in_threads(lambda n: n * n, range(50)) == [n * n for n in range(50)]

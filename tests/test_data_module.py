@@ -1,0 +1,288 @@
+"""The base data module: one order of events, the same on every process, with loaders a Trainer can use."""
+
+import csv
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_defect.data.module import DefectDataModule
+from lit_defect.data.samples import Sample
+from lit_defect.errors import DataError, UserError
+from tests.fakes import damage, save, surface
+
+
+class Folder(DefectDataModule):
+    """`good_*.png` and `bad_*.png` of a folder, the latter with masks."""
+
+    def __init__(self, root, **kwargs):
+        super().__init__(**kwargs)
+        self.root = str(root)
+        self.source = "real"
+
+    @property
+    def class_names(self):
+        return ["good", "bad"]
+
+    @property
+    def normal_class(self):
+        return 0
+
+    def find_samples(self):
+        found = []
+        for path in sorted(Path(self.root).glob("*_*.png")):
+            bad = path.name.startswith("bad")
+            mask = str(path.with_suffix(".mask.png")) if bad else None
+            found.append(
+                Sample(path=str(path), name=path.name, label=int(bad), mask=mask, source=self.source)
+            )
+        return [s for s in found if ".mask." not in s.path]
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        good = surface(rng, (20, 24))
+        bad, mask = damage(rng, surface(rng, (20, 24)), 0)
+        save(good, tmp_path / "data" / f"good_{i:02d}.png")
+        save(bad, tmp_path / "data" / f"bad_{i:02d}.png")
+        save(mask, tmp_path / "data" / f"bad_{i:02d}.mask.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def make(root, tmp_path):
+    def build(stage="fit", **kwargs):
+        module = Folder(root, **{"cache_dir": str(tmp_path / "cache"), "leakage": "off", "batch_size": 4} | kwargs)
+        module.prepare_data()
+        module.setup(stage)
+        return module
+
+    return build
+
+
+def names(loader):
+    return [name for batch in loader for name in batch["name"]]
+
+
+def test_splits_cover_the_data_once_and_counts_say_so(make):
+    module = make()
+    parts = [{s.name for s in module.samples[split]} for split in ("train", "val", "test")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 24
+    counts = module.counts()
+    assert set(counts) == {"train", "val", "test"}
+    assert counts["test"] == {"good": 3, "bad": 3}
+    assert module.samples["predict"] == module.samples["test"]
+
+
+@pytest.mark.parametrize("cache", ["off", "ram", "disk"])
+def test_every_cache_serves_the_pixels_of_the_files(make, root, cache):
+    module = make(cache=cache, with_masks=True)
+    for split in ("train", "val", "test"):
+        for batch in module.loader(split, batch_size=3):
+            assert batch["mask"].dtype == torch.uint8
+            for image, mask, name in zip(batch["image"], batch["mask"], batch["name"], strict=True):
+                stored = np.asarray(Image.open(root / name))
+                np.testing.assert_array_equal(image, np.stack([stored] * 3))
+                marked = root / name.replace(".png", ".mask.png")
+                expected = np.asarray(Image.open(marked)) > 0 if marked.exists() else np.zeros((20, 24))
+                np.testing.assert_array_equal(mask[0], expected)
+
+
+def test_workers_and_sizes(make):
+    alone, helped = make(image_size=(8, 10), cache="off"), make(image_size=(8, 10), cache="off", num_workers=2)
+    for a, b in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
+        assert a["image"].shape == (4, 3, 8, 10)
+        assert torch.equal(a["image"], b["image"])
+        assert a["name"] == b["name"]
+    assert next(iter(make(image_size=16).test_dataloader()))["image"].shape[2:] == (16, 16)
+
+
+def test_pictures_of_different_sizes_need_a_size_or_batches_of_one(make, root):
+    save(np.full((30, 24), 99, np.uint8), root / "good_00.png")
+    module = make()
+    with pytest.raises(DataError, match=r"data\.image_size"):
+        [names(module.loader(split, batch_size=24)) for split in ("train", "val", "test")]
+    one = make(batch_size=1)
+    assert sum(len(names(one.loader(split))) for split in ("train", "val", "test")) == 24
+
+
+def test_identity_without_decoding(make, monkeypatch):
+    module = make()
+    module.serve_images = False
+    monkeypatch.setattr("lit_defect.data.cache.read_pixels", None)
+    batch = next(iter(module.test_dataloader()))
+    assert "image" not in batch
+    assert batch["name"] == [s.name for s in module.samples["test"]][:4]
+
+
+def test_mirrored_test_set_warns_and_shows_mirrored_training_pictures(make, root):
+    with pytest.warns(UserWarning, match="mirrored training pictures"):
+        module = make(test="mirrored_train")
+    assert len(module.samples["train"]) + len(module.samples["val"]) == 24
+    assert names(module.test_dataloader()) == [s.name + "#mirrored" for s in module.samples["train"]]
+    batch = next(iter(module.test_dataloader()))
+    stored = np.asarray(Image.open(batch["path"][0]))
+    np.testing.assert_array_equal(batch["image"][0, 0], stored[:, ::-1])
+    with pytest.raises(UserError, match="leakage=error"):
+        make(test="mirrored_train", leakage="error")
+
+
+def test_guard_finds_the_mirrored_test_set_and_writes_records(make, tmp_path):
+    with pytest.warns(UserWarning, match="near-duplicate"):
+        module = make(test="mirrored_train", leakage="warn")
+    found = {(leak.name_a, leak.name_b) for leak in module.leaks if leak.orientation == "mirrored"}
+    assert found >= {(s.name, s.name + "#mirrored") for s in module.samples["train"]}
+    module.write_records(tmp_path / "run")
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"splits.csv", "leakage.csv", "leakage.png"}
+    with (tmp_path / "run" / "leakage.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == len(module.leaks)
+
+
+def test_leaks_are_an_error_or_a_group_file_that_mends_them(make, root, tmp_path):
+    for path in sorted(root.glob("good_0[0-5].png")):  # each part a second time, a little darker
+        pixels = np.asarray(Image.open(path))
+        save((pixels * 0.97).astype(np.uint8), root / path.name.replace("good_0", "good_5"))
+    with pytest.raises(DataError, match=r"data\.group_file"):
+        make(leakage="error")
+    with pytest.warns(UserWarning, match="near-duplicate"):
+        module = make(leakage="warn")
+    module.write_records(tmp_path / "run")
+    mended = make(leakage="error", group_file=str(tmp_path / "run" / "groups.csv"))
+    assert mended.leaks == []
+    for i in range(6):
+        pair = {f"good_0{i}.png", f"good_5{i}.png"}
+        assert any(pair <= {s.name for s in samples} for samples in mended.samples.values())
+
+
+def test_split_file_repeats_a_split(make, tmp_path):
+    first = make(seed=5)
+    first.write_records(tmp_path / "run")
+    again = make(seed=6, split_file=str(tmp_path / "run" / "splits.csv"))
+    assert {k: {s.name for s in v} for k, v in again.samples.items()} == {
+        k: {s.name for s in v} for k, v in first.samples.items()
+    }
+
+
+def test_bad_files_stop_the_run_or_are_skipped_and_listed(make, root, tmp_path):
+    (root / "good_03.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"good_03\.png"):
+        make()
+    with pytest.warns(UserWarning, match="1 files are left out"):
+        module = make(on_bad_file="skip")
+    assert "good_03.png" not in {s.name for samples in module.samples.values() for s in samples}
+    module.write_records(tmp_path / "run")
+    assert "good_03.png,unreadable," in (tmp_path / "run" / "skipped.csv").read_text()
+
+
+def test_generated_pictures_may_not_validate_or_test(root, tmp_path):
+    module = Folder(root, cache_dir=str(tmp_path / "cache"), leakage="off")
+    module.source = "stable-diffusion"
+    with pytest.raises(DataError, match="generated pictures are in the val split"):
+        module.setup("fit")
+
+
+def test_predict_root_needs_no_training_data(root, tmp_path):
+    save(np.full((9, 9), 7, np.uint8), tmp_path / "new" / "a" / "one.png")
+    save(np.full((8, 8), 7, np.uint8), tmp_path / "new" / "two.png")
+    module = Folder("/nowhere", cache_dir=str(tmp_path / "cache"), predict_root=str(tmp_path / "new"), image_size=4)
+    module.setup("predict")
+    (batch,) = module.predict_dataloader()
+    assert batch["name"] == ["a/one.png", "two.png"]
+    assert batch["label"].tolist() == [-1, -1]
+    assert batch["image"].shape == (2, 3, 4, 4)
+    assert len({module.sample_key(sample) for sample in module.samples["predict"]}) == 2
+
+
+def test_sample_key_changes_with_whatever_changes_the_pixels(make, root):
+    plain = make()
+    sample = plain.samples["train"][0]
+    key = plain.sample_key(sample)
+    assert make().sample_key(sample) == key
+    assert make(image_size=8).sample_key(sample) != key
+    with pytest.warns(UserWarning, match="mirrored"):
+        mirrored = make(test="mirrored_train").samples["test"][0]
+    assert plain.sample_key(mirrored) != plain.sample_key(next(
+        s for samples in plain.samples.values() for s in samples if s.path == mirrored.path
+    ))
+    Image.open(sample.path).rotate(90).save(sample.path)
+    assert make().sample_key(sample) != key
+
+
+@pytest.mark.parametrize(
+    "setting", [{"batch_size": 0}, {"eval_batch_size": 0}, {"image_size": 0}, {"num_workers": -1}]
+)
+def test_settings_out_of_range_are_named(root, setting):
+    with pytest.raises(UserError, match=rf"data\.{next(iter(setting))}"):
+        Folder(root, **setting)
+
+
+def test_missing_split_says_what_to_set(make):
+    module = make(test_fraction=0.0)
+    with pytest.raises(DataError, match=r"data\.test_fraction"):
+        module.test_dataloader()
+    assert make(val_fraction=0.0).val_dataloader() == []
+
+
+class Recorder(pl.LightningModule):
+    """Notes which samples each process gets; `folder` collects them."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.seen, self.layer = str(folder), [], torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        self.seen += batch["index"].tolist()
+        return self.layer(batch["label"].float()[:, None]).mean()
+
+    def test_step(self, batch, batch_idx):
+        self.seen += batch["index"].tolist()
+
+    def on_test_epoch_end(self):
+        Path(self.folder, f"{self.global_rank}.txt").write_text(" ".join(map(str, self.seen)))
+
+    def on_train_epoch_end(self):
+        Path(self.folder, f"{self.global_rank}.txt").write_text(" ".join(map(str, self.seen)))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(**kwargs):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return pl.Trainer(accelerator="cpu", logger=False, barebones=False, **quiet, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_share_test_and_training_without_repeats(root, tmp_path):
+    data = Folder(
+        root, cache_dir=str(tmp_path / "cache"), leakage="off", batch_size=4, test_fraction=0.3, val_fraction=0.0
+    )
+    data.setup("fit")
+    tested, trained = len(data.samples["test"]), len(data.samples["train"])
+    assert tested % 2 == 1  # an odd number, which a padding sampler would repeat
+    runs = {"test": (tmp_path / "test", tested, tested), "fit": (tmp_path / "fit", trained, trained // 8 * 8)}
+    for verb, (folder, count, expected) in runs.items():
+        folder.mkdir()
+        run = trainer(devices=2, strategy="ddp_fork", max_epochs=1)
+        getattr(run, verb)(Recorder(folder), data)
+        shares = [[int(i) for i in (folder / f"{rank}.txt").read_text().split()] for rank in (0, 1)]
+        assert len(shares[0] + shares[1]) == len(set(shares[0] + shares[1])) == expected
+        assert max(shares[0] + shares[1]) < count
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_open_with_weights_only_and_overfitting_repeats_its_batches(make, tmp_path):
+    module = make(image_size=(8, 8))
+    task = Recorder(tmp_path)
+    run = trainer(max_epochs=2, overfit_batches=2)
+    run.fit(task, module)
+    assert task.seen[:8] == task.seen[8:]
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert stored["datamodule_hyper_parameters"]["image_size"] == (8, 8)
