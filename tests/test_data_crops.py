@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import make_crops_csv, make_crops_folder, save, write_rows
 from PIL import Image
 
 from lit_defect.data.crops import CustomCrops
 from lit_defect.errors import DataError, UserError
+from tests.fakes import make_crops_csv, make_crops_folder, save, write_rows
 
 
 def ready(root: Path, memory: Path, **settings: object) -> CustomCrops:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import make_mvtec
 from PIL import Image
 
 from lit_defect.data import download
 from lit_defect.data.mvtec import MVTecAD, first_third
 from lit_defect.data.samples import Sample
 from lit_defect.errors import DataError
+from tests.fakes import make_mvtec
 
 TILES = Path(__file__).parents[2] / "shared" / "data" / "magnetic_tile"
 
@@ -92,7 +92,9 @@ def test_a_part_moves_with_its_pictures_in_other_folders() -> None:
             path=f"/{name}", name=name, label=int(kind != "good"), defect_type=kind, split=split, group=group
         )
 
-    samples = [sample(f"crack/{i:02d}", "test", f"p{i // 2}") for i in range(12)]  # 6 parts, a third is 2 of them
+    samples = [
+        sample(f"crack/{i:02d}", "test", f"p{i // 2}") for i in range(12)
+    ]  # 6 parts, a third is 2 of them
     samples += [
         sample("good/0", "test", "p0"),
         sample("good/1", "test", "p5"),

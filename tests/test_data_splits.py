@@ -158,6 +158,19 @@ def test_the_last_group_of_a_kind_is_never_taken_from_training() -> None:
         assert {("train", "rare"), ("train", "single")} <= table(assign_splits(samples, seed=seed)).keys()
 
 
+def test_a_large_share_leaves_one_of_every_kind() -> None:
+    done = assign_splits(
+        make({"good": 30, "rare": 2, "single": 1}), seed=0, test_fraction=0.95, val_fraction=0
+    )
+    assert table(done) == {
+        ("test", "good"): 29,
+        ("train", "good"): 1,
+        ("test", "rare"): 1,
+        ("train", "rare"): 1,
+        ("train", "single"): 1,
+    }
+
+
 def test_groups_larger_than_the_share() -> None:
     done = assign_splits(make({"good": 24}, per_group=8), seed=0, test_fraction=0.1, val_fraction=0.1)
     assert Counter(s.split for s in done) == {"train": 8, "val": 8, "test": 8}

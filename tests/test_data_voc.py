@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import make_voc, save
 from PIL import Image
 from scipy.io import savemat
 
 from lit_defect.data import download
 from lit_defect.data.voc import NAMES, PascalVOC
 from lit_defect.errors import DataError, UserError
+from tests.fakes import make_voc, save
 
 ROCK = Path(__file__).parents[2] / "shared" / "data" / "digital_rock"
 
