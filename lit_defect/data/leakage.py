@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import combinations
 
 import numpy as np
@@ -35,7 +35,7 @@ GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601 luma
 FLAT = 0.5  # grey levels; a picture whose low frequencies vary less matches none
 MAX_DISTANCE = 0.4
 MAX_PAIRS = 100_000  # so many of the closest pairs are kept
-BLOCK = 1024  # 1024 x 1024 cosines are computed at once
+BLOCK = 256  # 256 x 256 cosines are computed at once: they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ def _near_pairs(
             for turned in (block, block[:, transposed]):
                 ee, eo, oe, oo = (turned[:, parity == k] @ others[:, parity == k].T for k in range(4))
                 halves += [(ee + oo, eo + oe), (ee - oo, eo - oe)]
-            best = np.max([half + np.abs(other) for half, other in halves], axis=0)
+            best = reduce(np.maximum, (half + np.abs(other) for half, other in halves))
             a, b = np.nonzero(best >= 1 - max_distance)
             if len(a):
                 (p, r), (q, s), (pt, rt), (qt, st) = ((half[a, b], other[a, b]) for half, other in halves)
