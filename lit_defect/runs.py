@@ -31,7 +31,16 @@ from lit_defect.errors import UserError
 
 RUN_ID_VARIABLE = "LIT_DEFECT_RUN_ID"
 # Options that say where and how a run is carried out, not what it computes.
-_NOT_THE_EXPERIMENT = ("config", "run_id", "resume", "runs_dir", "wandb", "ckpt_path", "weights_only", "test_after_fit")
+_NOT_THE_EXPERIMENT = (
+    "config",
+    "run_id",
+    "resume",
+    "runs_dir",
+    "wandb",
+    "ckpt_path",
+    "weights_only",
+    "test_after_fit",
+)
 _RECORDED_PACKAGES = ("lit_defect", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
 
 
@@ -185,7 +194,9 @@ def resolve_checkpoint(name: str, experiment_dir: Path, run_id: str | None) -> P
 def run_of_checkpoint(path: Path) -> RunFolder | None:
     """The run folder that a checkpoint lies in, if it lies in one."""
     folder = path.resolve().parent.parent
-    return RunFolder(folder) if path.parent.name == "checkpoints" and (folder / "run.json").is_file() else None
+    return (
+        RunFolder(folder) if path.parent.name == "checkpoints" and (folder / "run.json").is_file() else None
+    )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -231,7 +242,12 @@ def _git_commit() -> str | None:
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         ).stdout.strip()
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"],

@@ -58,7 +58,9 @@ def unknown_environment(prefix: str, environ: Mapping[str, str]) -> None:
             continue
         verb, _, key = rest.partition("__")
         if verb not in ("FIT", "VALIDATE", "TEST", "PREDICT") or not key:
-            raise UserError(f"environment variable {name}: no such option; {prefix}_FIT__TRAINER__MAX_EPOCHS is one")
+            raise UserError(
+                f"environment variable {name}: no such option; {prefix}_FIT__TRAINER__MAX_EPOCHS is one"
+            )
         if key.startswith(("MODEL__", "DATA__")):
             part = key.split("__")[0]
             raise UserError(

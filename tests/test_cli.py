@@ -38,7 +38,12 @@ def config(tmp_path: Path) -> Path:
                 },
                 "data": {
                     "class_path": "MVTecAD",
-                    "init_args": {"root": str(root), "setting": "supervised", "image_size": 32, "batch_size": 8},
+                    "init_args": {
+                        "root": str(root),
+                        "setting": "supervised",
+                        "image_size": 32,
+                        "batch_size": 8,
+                    },
                 },
             }
         )
@@ -62,7 +67,14 @@ def fails(capsys: pytest.CaptureFixture, lit_defect, *arguments: object) -> str:
 def test_fit_leaves_a_complete_run_folder(lit_defect, config, tmp_path):
     lit_defect("fit", "--config", config, "--test_after_fit", "true")
     run = only_run(tmp_path)
-    for name in ("config.yaml", "run.json", "metrics.csv", "splits.csv", "test_metrics.json", "test_predictions.csv"):
+    for name in (
+        "config.yaml",
+        "run.json",
+        "metrics.csv",
+        "splits.csv",
+        "test_metrics.json",
+        "test_predictions.csv",
+    ):
         assert (run / name).is_file(), name
     for name in ("last", "best"):
         torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
@@ -214,7 +226,9 @@ def test_resume_starts_anew_where_there_is_nothing_to_resume(lit_defect, config,
 
 def test_a_checkpoint_of_other_classes_is_refused(lit_defect, config, tmp_path, capsys):
     lit_defect("fit", "--config", config)
-    message = fails(capsys, lit_defect, "test", "--config", config, "--data.target", "type", "--ckpt_path", "best")
+    message = fails(
+        capsys, lit_defect, "test", "--config", config, "--data.target", "type", "--ckpt_path", "best"
+    )
     assert "classes" in message
     assert "crack" in message
 
@@ -228,6 +242,8 @@ def test_help_is_light():
         "heavy = {'diffusers', 'transformers', 'segmentation_models_pytorch', 'timm', 'kornia', 'wandb'} & set(sys.modules)\n"
         "print('HEAVY', sorted(heavy))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ
+    )
     assert "HEAVY []" in done.stdout, done.stdout[-500:] + done.stderr[-500:]
     assert "--resume" in done.stdout

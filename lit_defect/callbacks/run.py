@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lit_defect.callbacks.tracking import MetricsCSV
 from lit_defect.runs import RunFolder, describe_process
 
 
@@ -37,10 +37,15 @@ class RunRecorder(Callback):
         if not self._begun and trainer.is_global_zero and (self.stage == "fit" or not self.run.record()):
             self.run.path.mkdir(parents=True, exist_ok=True)
             config = self.run.path / "config.yaml"
-            config.write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            config.write_text(
+                yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
             process = describe_process(sys.argv)
             begun = self.run.record().get("started", process["started"])
-            resumed = [*self.run.record().get("resumed", []), *([process["started"]] if self.run.record() else [])]
+            resumed = [
+                *self.run.record().get("resumed", []),
+                *([process["started"]] if self.run.record() else []),
+            ]
             self.run.update(
                 **{**process, "started": begun},
                 resumed=resumed,
@@ -57,6 +62,12 @@ class RunRecorder(Callback):
         if trainer.is_global_zero and records is not None:
             records(self.run.path)
         self._start = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run logs again what came after its checkpoint: drop those rows."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.rewind(trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say in `run.json` that the run is complete, and how long it took."""
@@ -107,7 +118,10 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, path: Path | None = None, every_n_steps: int | None = None, every_n_seconds: float | None = 300.0
+        self,
+        path: Path | None = None,
+        every_n_steps: int | None = None,
+        every_n_seconds: float | None = 300.0,
     ) -> None:
         self.path = path
         self.every_n_steps = every_n_steps
@@ -138,12 +152,8 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         path = self.path or Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        for logger in trainer.loggers:
+            logger.save()  # what was logged before this state is on disk with it
         trainer.save_checkpoint(path, weights_only=False)
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
-
-
-@rank_zero_only
-def announce(lines: list[str]) -> None:
-    """Print lines once, not once per process."""
-    print("\n".join(lines), flush=True)

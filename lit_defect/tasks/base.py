@@ -45,13 +45,18 @@ class DefectTask(LightningModule):
         if not lr > 0:
             raise UserError(f"model.init_args.lr = {lr}: expected a number > 0")
         if not 0 <= warmup < 1:
-            raise UserError(f"model.init_args.warmup = {warmup}: expected a share of the steps, 0 <= warmup < 1")
+            raise UserError(
+                f"model.init_args.warmup = {warmup}: expected a share of the steps, 0 <= warmup < 1"
+            )
         self.optimizer_name = optimizer
         self.lr = lr
         self.weight_decay = weight_decay
         self.schedule = schedule
         self.warmup = warmup
-        self.monitor = (monitor, "min" if any(word in monitor for word in ("loss", "error", "ece", "nll")) else "max")
+        self.monitor = (
+            monitor,
+            "min" if any(word in monitor for word in ("loss", "error", "ece", "nll")) else "max",
+        )
         self._evaluated: list[dict[str, Tensor]] = []
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -73,12 +78,16 @@ class DefectTask(LightningModule):
 
         if self.optimizer_name not in list_optimizers():
             near = difflib.get_close_matches(self.optimizer_name, list_optimizers(), n=3, cutoff=0.3)
-            raise UserError(f"model.init_args.optimizer = {self.optimizer_name}: unknown to timm; near: {', '.join(near)}")
+            raise UserError(
+                f"model.init_args.optimizer = {self.optimizer_name}: unknown to timm; near: {', '.join(near)}"
+            )
         groups = [group for group in self.parameter_groups() if group["params"]]
         optimizer = create_optimizer_v2(groups, opt=self.optimizer_name, lr=self.lr)
         total = self.trainer.estimated_stepping_batches
         if self.schedule == "cosine" and (math.isinf(total) or total <= 0):
-            raise UserError("model.init_args.schedule = cosine needs an end: set trainer.max_epochs or trainer.max_steps")
+            raise UserError(
+                "model.init_args.schedule = cosine needs an end: set trainer.max_epochs or trainer.max_steps"
+            )
         factor = partial(warmup_and_decay, total=total, warmup=self.warmup, schedule=self.schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -99,7 +108,9 @@ class DefectTask(LightningModule):
             from torchmetrics.utilities.distributed import gather_all_tensors
 
             device = self.device
-            local = {key: torch.cat(gather_all_tensors(value.to(device))).cpu() for key, value in local.items()}
+            local = {
+                key: torch.cat(gather_all_tensors(value.to(device))).cpu() for key, value in local.items()
+            }
         order = local["index"].argsort(stable=True)
         merged = {key: value[order] for key, value in local.items()}
         if merged["index"].unique().numel() != merged["index"].numel():

@@ -23,7 +23,16 @@ from lit_defect.nets.features import FeatureStore
 from lit_defect.tasks.base import Batch, DefectTask
 from lit_defect.tasks.views import VIEWS, Augment, random_views, resize, unit_range, view
 
-_LOGGED = ("accuracy", "balanced_accuracy", "auroc", "average_precision", "f1", "ece", "escape_rate", "overkill_rate")
+_LOGGED = (
+    "accuracy",
+    "balanced_accuracy",
+    "auroc",
+    "average_precision",
+    "f1",
+    "ece",
+    "escape_rate",
+    "overkill_rate",
+)
 
 
 class DefectClassifier(DefectTask):
@@ -79,7 +88,9 @@ class DefectClassifier(DefectTask):
         super().__init__(monitor=monitor, **kwargs)
         self.save_hyperparameters(logger=False)
         if not 0 < required_recall <= 1:
-            raise UserError(f"model.init_args.required_recall = {required_recall}: expected a share, 0 < r <= 1")
+            raise UserError(
+                f"model.init_args.required_recall = {required_recall}: expected a share, 0 < r <= 1"
+            )
         self.cached = cache_features and transfer == "head"
         if self.cached and augment == "strong":
             raise UserError(
@@ -272,7 +283,9 @@ class DefectClassifier(DefectTask):
         self.trainer.strategy.barrier("features computed")
         found = [store.get(keys, view=number) for number in range(views)]
         if any(len(missing) for _, missing in found):
-            raise UserError(f"features of {split} could not be kept in {store.folder}; set cache_features to false")
+            raise UserError(
+                f"features of {split} could not be kept in {store.folder}; set cache_features to false"
+            )
         self._features[split] = torch.stack([features for features, _ in found], dim=1).to(self.device)
         data.serve_images = False  # batches need identity and labels only
 
@@ -379,7 +392,9 @@ class DefectClassifier(DefectTask):
             clustered = len(set(groups)) < len(groups)
             self._result = self._evaluate(probs, labels, groups=groups if clustered else None)
             self._result["required_recall"] = self.required_recall
-            self._result["images_per_second"] = round(len(labels) / max(1e-9, time.monotonic() - self._started), 1)
+            self._result["images_per_second"] = round(
+                len(labels) / max(1e-9, time.monotonic() - self._started), 1
+            )
 
     def write_results(self, folder: Path, stage: str) -> None:
         """Figures, predictions and pictures of the last evaluation, in the run folder; rank 0 only."""

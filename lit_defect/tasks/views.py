@@ -43,7 +43,9 @@ def random_views(images: Tensor, augment: Augment, numbers: Tensor) -> Tensor:
     """
     if VIEWS[augment] > 4 and images.shape[-1] != images.shape[-2]:
         size = "x".join(str(side) for side in images.shape[-2:])
-        raise UserError(f"model.init_args.augment = {augment} turns pictures, which must be square; they are {size}: use flips")
+        raise UserError(
+            f"model.init_args.augment = {augment} turns pictures, which must be square; they are {size}: use flips"
+        )
     out = torch.empty_like(images)
     for number in numbers.unique().tolist():
         chosen = numbers == number
@@ -57,7 +59,9 @@ def _strong() -> Callable[[Tensor], Tensor]:
     import kornia.augmentation as K
 
     return K.AugmentationSequential(
-        K.RandomAffine(degrees=10, translate=(0.05, 0.05), scale=(0.9, 1.1), padding_mode="reflection", p=0.8),
+        K.RandomAffine(
+            degrees=10, translate=(0.05, 0.05), scale=(0.9, 1.1), padding_mode="reflection", p=0.8
+        ),
         K.ColorJiggle(brightness=0.2, contrast=0.2, p=0.8),
     )
 
