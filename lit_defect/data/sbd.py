@@ -26,6 +26,7 @@ def read_sbd(root: Path, folder: Path, *, skip: Collection[str] = ()) -> dict[st
     Args:
         root: the release's folder, or its `dataset`.
         folder: where the masks are written as PNG; those that are there already are kept.
+        skip: names to leave out.
 
     Raises:
         DataError: the folders are missing, or a map cannot be read.

@@ -45,10 +45,12 @@ def assign_splits(
     """Copies of the samples, in their order, with `split` set to train, val, test or `UNUSED`.
 
     Args:
+        samples: with different names; a `split` that is set is kept.
         seed: decides every draw; not negative.
         val_fraction: share of the samples left after the test split; 0 draws no validation split.
         test_fraction: share of the samples without a prescribed split; 0 draws no test split.
-        folds: cut the samples without a prescribed split into this many parts; part `fold` is the test.
+        folds: cut the samples without a prescribed split into this many parts.
+        fold: the part that is the test, from 0 on.
         shots: at most so many samples of each stratum stay in train, from as many groups as possible; the
             others are `UNUSED`. Test and validation do not depend on it, and 5 shots contain the 1 shot.
         strata: what to balance; by default category, label and defect type together.
