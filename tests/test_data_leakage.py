@@ -195,7 +195,7 @@ def test_the_same_tile_under_other_exposures_is_found():
     leaking = {rows[i]["path"] for i in range(len(rows)) if (same[i] & (splits != splits[i])).any()}
     named = {name for leak in leaks for name in (leak.name_a, leak.name_b)}
     assert len(named & leaking) / len(leaking) > 0.8  # the rest shows other sides of a part
-    # 057, 058 and 059 are one cracked tile, 114 and 115 one broken tile: the file is wrong, the guard is not
-    alike = {"057": "a", "058": "a", "059": "a", "114": "b", "115": "b"}
-    right = [alike.get(leak.group_a, leak.group_a) == alike.get(leak.group_b, leak.group_b) for leak in leaks]
-    assert np.mean(right) > 0.98
+    # the file parts one tile into several groups here, as the eye sees: its fault, not the guard's
+    one_tile = ({"057", "058", "059"}, {"114", "115"}, {"118", "119"}, {"204", "205"})
+    wrong = [{a.group_a, a.group_b} for a in leaks if a.group_a != a.group_b]
+    assert all(any(pair <= tile for tile in one_tile) for pair in wrong)
