@@ -56,7 +56,7 @@ def test_one_error_lists_every_file_with_its_remedy(samples, tmp_path):
     with pytest.raises(DataError) as caught:
         check([*samples, odd], with_masks=True, **CLASSES)
     text = str(caught.value)
-    assert text.startswith("3 files")
+    assert text.startswith("Files that cannot be used: 3 ")
     for part in ("missing: 1.", "truncated: 1.", "wrong mode: 1.", "data.on_wrong_mode=convert", "0.png", "1.png"):
         assert part in text
     assert "data.on_bad_file=skip" in text

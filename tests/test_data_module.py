@@ -173,7 +173,7 @@ def test_bad_files_stop_the_run_or_are_skipped_and_listed(make, root, tmp_path):
     (root / "good_03.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"good_03\.png"):
         make()
-    with pytest.warns(UserWarning, match="1 files are left out"):
+    with pytest.warns(UserWarning, match="Left out of the data set: unreadable 1"):
         module = make(on_bad_file="skip")
     assert "good_03.png" not in {s.name for samples in module.samples.values() for s in samples}
     module.write_records(tmp_path / "run")

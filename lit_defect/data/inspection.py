@@ -187,7 +187,7 @@ def report(problems: Sequence[Problem]) -> str:
     kinds: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         kinds[problem.kind].append(problem)
-    lines = [f"{len(problems)} files of the data set cannot be used (data.on_bad_file=skip leaves them out):"]
+    lines = [f"Files that cannot be used: {len(problems)} (data.on_bad_file=skip leaves them out)."]
     for kind, some in kinds.items():
         lines.append(f"{kind}: {len(some)}. Remedy: {REMEDIES.get(kind, 'see each file')}.")
         lines += [f"  {problem.name}: {problem.text}" for problem in some[:SHOWN]]

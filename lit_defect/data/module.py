@@ -315,7 +315,7 @@ class DefectDataModule(LightningDataModule, ABC):
             **kwargs,
         )
         if checked.problems:
-            text = f"{len(checked.problems)} files are left out ({summary(checked.problems)})"
+            text = f"Left out of the data set: {summary(checked.problems)}"
             rank_zero_warn(f"{text}; see skipped.csv in the run's folder.")
         return checked
 
