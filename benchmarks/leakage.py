@@ -5,12 +5,12 @@
 Tables, as markdown:
 1. Magnetic tiles (Huang et al.): pairs against `groups.csv`, which names the part behind each photograph.
    That file parts some tiles into several groups: "looked at" joins those that the eye finds to be one tile
-   (`SAME_TILE`; every two groups that the guard joins at its default were looked at). "same view": of the true
-   pairs, only those whose sizes differ by at most 12 %, since a group also holds other sides of its part, which
-   look different. "warned": of the pictures with a mate across a random 75/25 split, those that the guard
-   names. B3 is the B-cubed precision and recall of the proposed groups (Amigo et al. 2009), looked at. Limits
-   below 1 are the guard's; the others are the plain hash (143 bits: larger than the median coefficient) and
-   its Hamming distance in the best of the eight orientations.
+   (`SAME_TILE`; every two groups that the guard joins at its default were looked at). "same view": of the
+   true pairs, only those whose sizes differ by at most 12 %, since a group also holds other sides of its
+   part, which look different. "warned": of the pictures with a mate across a random 75/25 split, those that
+   the guard names. B3 is the B-cubed precision and recall of the proposed groups (Amigo et al. 2009), looked
+   at. Limits below 1 are the guard's; the others are the plain hash (143 bits: larger than the median
+   coefficient) and its Hamming distance in the best of the eight orientations.
 2. ELPV: the number of pairs; no truth is known. A pair of a mono- and a polycrystalline cell is surely false.
 3. A mirrored copy of every picture, as JPEG of quality 75 and half the size: how many are found.
 4. Time and memory for synthetic codes with planted duplicates, three quarters of them in train.
@@ -90,7 +90,7 @@ def tiles(root: Path) -> None:
         return f"| {limit} | {pairs} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |"
 
     print(f"\n{len(rows)} magnetic tiles, {len(set(group))} groups, {np.triu(true, 1).sum()} true pairs")
-    print("| limit | pairs | precision | looked at | recall | same view | warned | B3 precision | B3 recall |")
+    print("| limit | pairs | precision | looked at | recall | same view | warned | B3 prec. | B3 recall |")
     print("|---" * 9 + "|")
     distance = distances(codes)[0]
     for limit in DISTANCES:
