@@ -182,11 +182,12 @@ def propose_groups(
     first = {group: i for i, group in reversed(list(enumerate(groups))) if group}
     part = np.array([first.get(group, i) for i, group in enumerate(groups)], dtype=np.intp)
     for start in range(0, count, BLOCK):
-        for a, b, _, _ in _near_pairs(white, everyone[start : start + BLOCK], everyone[start:], max_distance):
-            links = np.append(everyone, a), np.append(part, b)
-            graph = coo_matrix((np.ones(len(links[0]), dtype=bool), links), (count, count))
-            label = connected_components(graph, directed=False)[1]
-            part = np.unique(label, return_index=True)[1][label]  # a part is known by its first picture
+        near = list(_near_pairs(white, everyone[start : start + BLOCK], everyone[start:], max_distance))
+        a = np.concatenate([everyone, *(pairs[0] for pairs in near)])
+        b = np.concatenate([part, *(pairs[1] for pairs in near)])
+        graph = coo_matrix((np.ones(len(a), dtype=bool), (a, b)), (count, count))
+        label = connected_components(graph, directed=False)[1]
+        part = np.unique(label, return_index=True)[1][label]  # a part is known by its first picture
     name_of = {part[i]: names[i] for i in sorted(range(count), key=lambda i: names[i], reverse=True)}
     return [name_of[p] for p in part]
 
