@@ -112,7 +112,7 @@ def _hint(word: str, candidates: Iterable[str], prefix: str = "") -> str:
 def _classes(base: type) -> dict[str, type]:
     """This project's subclasses of `base` by name."""
     found: dict[str, type] = {}
-    for known in base.__subclasses__():
+    for known in list(base.__subclasses__()):
         found |= _classes(known)
         if known.__module__.startswith("lit_defect.") and not known.__subclasses__():
             found[known.__name__] = known

@@ -58,7 +58,7 @@ class RunRecorder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write which sample went into which split, and what the checks found."""
-        records = getattr(trainer.datamodule, "write_records", None)
+        records = getattr(getattr(pl_module, "data", None), "write_records", None)
         if trainer.is_global_zero and records is not None:
             records(self.run.path)
         self._start = time.monotonic()
@@ -136,8 +136,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save within an epoch when it is due."""
         step = trainer.global_step
-        if step == self._saved_step or trainer.fast_dev_run:
-            return
+        if step == self._saved_step or trainer.fast_dev_run or trainer.is_last_batch:
+            return  # after the last batch the epoch's own save follows, with its validation done
         due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
         if self.every_n_seconds is not None:
             late = time.monotonic() - self._saved_at > self.every_n_seconds

@@ -39,7 +39,7 @@ class StartupSummary(Callback):
         self._shown = True
         console = Console(highlight=False)
         console.print()
-        console.print(data_table(trainer.datamodule))
+        console.print(data_table(getattr(pl_module, "data", None)))
         console.print(f"[bold]model[/]   {describe_model(pl_module)}")
         console.print(f"[bold]machine[/] {describe_machine(trainer)}")
         console.print(

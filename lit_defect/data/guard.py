@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,20 @@ def leaks_between(samples: Sequence[Sample], checked: CheckResult) -> list[Leak]
     return find_leaks(codes, names, splits, [s.group for s in samples])
 
 
-def warning(leaks: Sequence[Leak]) -> str:
-    """What was found, with the closest pair as example, and what it means."""
+def warning(leaks: Sequence[Leak], samples: Sequence[Sample]) -> str:
+    """How many pictures of each split show what an earlier split shows, with the closest pair as example."""
+    total = Counter(sample.split for sample in samples)
+    known = {(leak.name_b, leak.split_b, leak.split_a) for leak in leaks}
+    counts = Counter((later, earlier) for _, later, earlier in known)
+    shares = [
+        f"{counts[later, earlier]} of {total[later]} {later} pictures have a near-duplicate in {earlier}"
+        for earlier, later in combinations(("train", "val", "test"), 2)
+        if counts[later, earlier]
+    ]
     first = leaks[0]
     return (
-        f"{len(leaks)} pairs of near-duplicate pictures stand in different splits, such as {first.name_a} "
-        f"({first.split_a}) and {first.name_b} ({first.split_b}), {first.orientation}, distance "
-        f"{first.distance:.2f}. A test result is too good when the model has trained on the tested parts."
+        f"{'; '.join(shares)}, such as {first.name_a} ({first.split_a}) and {first.name_b} ({first.split_b}), "
+        f"{first.orientation}. A figure is too good when the model has seen what it is tested on."
     )
 
 

@@ -22,6 +22,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from threadpoolctl import threadpool_limits
 
 from lit_defect.data.samples import SPLITS
 from lit_defect.errors import DataError
@@ -36,6 +37,8 @@ FLAT = 0.5  # grey levels; a picture whose low frequencies vary less matches non
 MAX_DISTANCE = 0.4
 MAX_PAIRS = 100_000  # so many of the closest pairs are kept
 BLOCK = 256  # 256 x 256 cosines are computed at once: they stay in the cache
+# Products so small are not worth sharing: on a busy machine BLAS threads would mostly wait for each other.
+one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ def _basis(length: int) -> FloatArray:
     return (dct @ average).astype(np.float32)
 
 
+@one_thread
 def find_leaks(
     codes: FloatArray,
     names: Sequence[str],
@@ -157,6 +161,7 @@ def find_leaks(
     ]
 
 
+@one_thread
 def propose_groups(
     codes: FloatArray, names: Sequence[str], groups: Sequence[str], *, max_distance: float = MAX_DISTANCE
 ) -> list[str]:

@@ -345,12 +345,12 @@ class DefectDataModule(LightningDataModule, ABC):
         self.leaks = guard.leaks_between(used, self._inspect())
         if self.leaks and self.leakage == "error":
             raise DataError(
-                f"{guard.warning(self.leaks)} Run once with data.leakage=warn and give the groups.csv of "
+                f"{guard.warning(self.leaks, used)} Run once with data.leakage=warn and give the groups.csv of "
                 "that run as data.group_file; pictures of one group stay in one split."
             )
         if self.leaks:
             rank_zero_warn(
-                f"{guard.warning(self.leaks)} See leakage.csv and leakage.png of this run; its groups.csv as "
+                f"{guard.warning(self.leaks, used)} See leakage.csv and leakage.png of this run; its groups.csv as "
                 "data.group_file keeps them together."
             )
 

@@ -1,4 +1,4 @@
-"""What every task shares: optimizer and schedule, randomness that survives a restart, evaluation over all ranks."""
+"""What every task shares: optimizer, schedule, randomness that survives a restart, evaluation on all ranks."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ class DefectTask(LightningModule):
         if not lr > 0:
             raise UserError(f"model.init_args.lr = {lr}: expected a number > 0")
         if not 0 <= warmup < 1:
-            raise UserError(
-                f"model.init_args.warmup = {warmup}: expected a share of the steps, 0 <= warmup < 1"
-            )
+            raise UserError(f"model.init_args.warmup = {warmup}: expected a share of the steps, 0 <= warmup < 1")
         self.optimizer_name = optimizer
         self.lr = lr
         self.weight_decay = weight_decay
@@ -59,8 +57,18 @@ class DefectTask(LightningModule):
         )
         self._evaluated: list[dict[str, Tensor]] = []
 
+    def setup(self, stage: str) -> None:
+        """Forget what an evaluation that broke off has left."""
+        self._evaluated.clear()
+
+    @property
+    def data(self) -> Any:
+        """The trainer's data module."""
+        trainer: Any = self.trainer
+        return trainer.datamodule
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed augmentation and dropout by (seed, epoch, batch, rank), so that a resumed run draws the same numbers."""
+        """Seed augmentation and dropout by (seed, epoch, batch, rank): a resumed run draws the same."""
         words = [int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
@@ -77,7 +85,7 @@ class DefectTask(LightningModule):
         from timm.optim import create_optimizer_v2, list_optimizers
 
         if self.optimizer_name not in list_optimizers():
-            near = difflib.get_close_matches(self.optimizer_name, list_optimizers(), n=3, cutoff=0.3)
+            near: list[str] = difflib.get_close_matches(self.optimizer_name, list_optimizers(), n=3, cutoff=0.3)
             raise UserError(
                 f"model.init_args.optimizer = {self.optimizer_name}: unknown to timm; near: {', '.join(near)}"
             )
@@ -108,9 +116,7 @@ class DefectTask(LightningModule):
             from torchmetrics.utilities.distributed import gather_all_tensors
 
             device = self.device
-            local = {
-                key: torch.cat(gather_all_tensors(value.to(device))).cpu() for key, value in local.items()
-            }
+            local = {key: torch.cat(gather_all_tensors(value.to(device))).cpu() for key, value in local.items()}
         order = local["index"].argsort(stable=True)
         merged = {key: value[order] for key, value in local.items()}
         if merged["index"].unique().numel() != merged["index"].numel():
