@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout
 
 from lit_defect.errors import UserError
 from lit_defect.losses.imbalance import make_loss
@@ -88,14 +89,12 @@ class DefectClassifier(DefectTask):
         super().__init__(monitor=monitor, **kwargs)
         self.save_hyperparameters(logger=False)
         if not 0 < required_recall <= 1:
-            raise UserError(
-                f"model.init_args.required_recall = {required_recall}: expected a share, 0 < r <= 1"
-            )
+            raise UserError(f"model.init_args.required_recall = {required_recall}: expected a share, 0 < r <= 1")
         self.cached = cache_features and transfer == "head"
         if self.cached and augment == "strong":
             raise UserError(
-                "model.init_args.augment = strong draws a new picture each time, so features cannot be cached: "
-                "set cache_features to false, or augment to dihedral"
+                "model.init_args.augment = strong draws a new picture each time, so features cannot be "
+                "cached: set cache_features to false, or augment to dihedral"
             )
         self.backbone_name = backbone
         self.weights = weights
@@ -125,27 +124,60 @@ class DefectClassifier(DefectTask):
     @property
     def title(self) -> str:
         """What the start-up screen calls it."""
-        return f"DefectClassifier on {self.backbone_name} ({self.weights or 'random'} weights), trains {self.transfer}"
+        source = self.weights or "random"
+        return f"DefectClassifier on {self.backbone_name} ({source} weights), trains {self.transfer}"
 
     def setup(self, stage: str) -> None:
         """Take the classes from the data module, or check that they are the checkpoint's.
 
         Raises:
-            UserError: the model was made for other classes.
+            UserError: the model was made for other classes, or the splits do not allow what is asked for.
         """
-        data: Any = self.trainer.datamodule
+        super().setup(stage)
+        data = self.data
+        if data is None:
+            raise UserError("DefectClassifier takes its classes and samples from a data module: pass datamodule=")
         names = list(data.class_names)
         if self.class_names is not None and list(self.class_names) != names:
             raise UserError(f"the model's classes are {self.class_names}, the data's are {names}")
         self.class_names = names
         self.normal_class = data.normal_class if self.normal_class is None else self.normal_class
         self.hparams.update(class_names=names, normal_class=self.normal_class)
+        counts = data.counts()
         if stage == "fit":
-            counts = data.counts()["train"]
-            if self.loss_name == "plain":
-                counts = dict.fromkeys(names, 1)
-            self.loss = make_loss(
-                self.loss_name, [counts[name] for name in names], label_smoothing=self.label_smoothing
+            self._check_training(counts["train"])
+            if "val" in counts and self.trainer.limit_val_batches:
+                self._check_monitor(np.array([sample.label for sample in data.samples["val"]]))
+        elif stage == "validate" and "val" not in counts:
+            raise UserError("there is no validation split: set data.val_fraction, or use `test`")
+        elif stage == "predict":
+            data.serve_images = True  # also after a training on cached features
+
+    def _check_training(self, counts: dict[str, int]) -> None:
+        """The loss for classes of these sizes; two of them at least."""
+        present = [name for name, count in counts.items() if count]
+        if len(present) < 2:
+            raise UserError(
+                f"the training split has only {', '.join(present)}: a classifier needs two classes; "
+                "for MVTecAD set data.setting to few_shot or supervised"
+            )
+        sizes = [1 if self.loss_name == "plain" else count for count in counts.values()]
+        self.loss = make_loss(self.loss_name, sizes, label_smoothing=self.label_smoothing)
+
+    def _check_monitor(self, labels: np.ndarray) -> None:
+        """Refuse to watch a figure that validation cannot give, before the first epoch and not after it."""
+        key = self.monitor[0]
+        if not key.startswith("val/"):
+            return
+        names = list(self.class_names or ())
+        guess = np.full((len(labels), len(names)), 1 / len(names))
+        result = evaluate(guess, labels, names, normal_class=self.normal_class, threshold=0.5, resamples=0)
+        defined = _to_log("val", result)
+        if key not in defined:
+            found = ", ".join(names[label] for label in np.unique(labels))
+            raise UserError(
+                f"model.init_args.monitor = {key}: not to be had from a validation split with the classes "
+                f"{found}; choose one of {', '.join(defined)}, or change data.val_fraction"
             )
 
     def configure_model(self) -> None:
@@ -182,9 +214,7 @@ class DefectClassifier(DefectTask):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Layer-wise learning rates, no decay for norms and biases."""
-        return self.network.parameter_groups(
-            lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay
-        )
+        return self.network.parameter_groups(lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay)
 
     # --- checkpoints ---
 
@@ -209,8 +239,8 @@ class DefectClassifier(DefectTask):
         if frozen := checkpoint.get("frozen"):
             if frozen["fingerprint"] != self.fingerprint():
                 raise UserError(
-                    f"the checkpoint's head belongs to other weights: it was trained on {frozen['weights']}, and "
-                    f"model.init_args.weights = {self.weights} gives different ones"
+                    f"the checkpoint's head belongs to other weights: it was trained on {frozen['weights']}, "
+                    f"and model.init_args.weights = {self.weights} gives different ones"
                 )
             own = self.state_dict()
             checkpoint["state_dict"].update({key: own[key] for key in self._frozen_keys()})
@@ -266,12 +296,13 @@ class DefectClassifier(DefectTask):
 
     def _cache_features(self, split: str, views: int) -> None:
         """Fill `self._features[split]` (n, V, D); each process computes its share of what is missing."""
-        data: Any = self.trainer.datamodule
+        data = self.data
         if not self.cached or not hasattr(data, "sample_key"):
             return
         samples = data.samples[split]
         keys = [data.sample_key(sample) for sample in samples]
-        setting = f"{self.fingerprint()} {self.image_size} {self.trainer.precision}"
+        scale = [self.network.mean.flatten().tolist(), self.network.std.flatten().tolist()]
+        setting = f"{self.fingerprint()} {scale} {self.image_size} {self.trainer.precision}"
         store = FeatureStore(data.cache_dir, setting, num_features=self.network.num_features)
         for number in range(views):
             _, missing = store.get(keys, view=number)
@@ -283,9 +314,7 @@ class DefectClassifier(DefectTask):
         self.trainer.strategy.barrier("features computed")
         found = [store.get(keys, view=number) for number in range(views)]
         if any(len(missing) for _, missing in found):
-            raise UserError(
-                f"features of {split} could not be kept in {store.folder}; set cache_features to false"
-            )
+            raise UserError(f"features of {split} could not be kept in {store.folder}; set cache_features to false")
         self._features[split] = torch.stack([features for features, _ in found], dim=1).to(self.device)
         data.serve_images = False  # batches need identity and labels only
 
@@ -311,19 +340,24 @@ class DefectClassifier(DefectTask):
         size = len(batch["label"])
         numbers = torch.randint(VIEWS[self.augment], (size,), device=self.device)
         if "train" in self._features:
-            logits = self.network.head(self._features["train"][batch["index"], numbers])
+            features = self._features["train"][batch["index"], numbers]
+        elif self.transfer == "head":
+            features = self.network.features(self._random_pixels(batch, numbers))
+        if self.transfer == "head":  # a frozen network is in eval mode, where its own dropout rests
+            logits = self.network.head(dropout(features, self.drop_rate))
         else:
-            images = resize(unit_range(batch["image"]), self.image_size)
-            logits = self.network(self._prepare(random_views(images, self.augment, numbers)))
+            logits = self.network(self._random_pixels(batch, numbers))
         loss = self.loss(logits, batch["label"])
         self.log("train/loss", loss, batch_size=size, prog_bar=True)
         return loss
 
+    def _random_pixels(self, batch: Batch, numbers: Tensor) -> Tensor:
+        images = resize(unit_range(batch["image"]), self.image_size)
+        return self._prepare(random_views(images, self.augment, numbers))
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the probabilities."""
-        self.collect(
-            index=batch["index"], label=batch["label"], probability=self._probabilities(batch, "val")
-        )
+        self.collect(index=batch["index"], label=batch["label"], probability=self._probabilities(batch, "val"))
 
     def on_validation_epoch_end(self) -> None:
         """Choose the threshold and log the figures of the whole split."""
@@ -338,9 +372,7 @@ class DefectClassifier(DefectTask):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the probabilities."""
-        self.collect(
-            index=batch["index"], label=batch["label"], probability=self._probabilities(batch, "test")
-        )
+        self.collect(index=batch["index"], label=batch["label"], probability=self._probabilities(batch, "test"))
 
     def on_test_epoch_end(self) -> None:
         """All figures with their intervals, at the threshold that validation chose."""
@@ -352,6 +384,10 @@ class DefectClassifier(DefectTask):
         probability = self._probabilities(batch, "predict")
         self.collect(index=batch["index"], label=batch["label"], probability=probability)
         return probability
+
+    def on_predict_start(self) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
 
     def on_predict_epoch_end(self) -> None:
         """Keep the predictions of all processes."""
@@ -374,15 +410,12 @@ class DefectClassifier(DefectTask):
         )
 
     def _log_result(self, stage: str, result: dict[str, Any]) -> None:
-        values = {name: result[name]["value"] for name in _LOGGED if name in result}
-        values["loss"] = result["nll"]["value"]
-        defined = {f"{stage}/{name}": value for name, value in values.items() if value is not None}
         # Every process holds the same figures of the whole split; the sync only tells Lightning so.
-        self.log_dict(defined, sync_dist=True)
+        self.log_dict(_to_log(stage, result), sync_dist=True)
 
     def _keep_result(self, stage: str, data: dict[str, Tensor]) -> None:
         """Predictions of a whole split by sample, and their figures where the labels are known."""
-        samples = self.trainer.datamodule.samples[stage]  # type: ignore[attr-defined]
+        samples = self.data.samples[stage]
         evaluated = [samples[position] for position in data["index"].tolist()]
         probs, labels = data["probability"].numpy(), data["label"].numpy()
         self._predictions = {"samples": evaluated, "probabilities": probs, "labels": labels}
@@ -392,12 +425,19 @@ class DefectClassifier(DefectTask):
             clustered = len(set(groups)) < len(groups)
             self._result = self._evaluate(probs, labels, groups=groups if clustered else None)
             self._result["required_recall"] = self.required_recall
-            self._result["images_per_second"] = round(
-                len(labels) / max(1e-9, time.monotonic() - self._started), 1
-            )
+            if stage not in self._features:  # features from the disk say nothing about the network's speed
+                seconds = max(1e-9, time.monotonic() - self._started)
+                self._result["images_per_second"] = round(len(labels) / seconds, 1)
 
     def write_results(self, folder: Path, stage: str) -> None:
         """Figures, predictions and pictures of the last evaluation, in the run folder; rank 0 only."""
         from lit_defect.tasks.classification_report import write_report
 
         write_report(self, folder, stage, self._result, **self._predictions)
+
+
+def _to_log(stage: str, result: dict[str, Any]) -> dict[str, float]:
+    """The figures of `evaluate` that are watched during training, where they are defined."""
+    values = {name: result[name]["value"] for name in _LOGGED if name in result}
+    values["loss"] = result["nll"]["value"]
+    return {f"{stage}/{name}": value for name, value in values.items() if value is not None}

@@ -62,16 +62,12 @@ def write_report(
     write_json(metrics, result)
     written = write_figures(folder / "figures", probabilities, labels, result, prefix=f"{stage}_")
     if (folder / "metrics.csv").is_file():
-        written.append(
-            save_figure(training_figure(folder / "metrics.csv"), folder / "figures" / "training.png")
-        )
+        written.append(save_figure(training_figure(folder / "metrics.csv"), folder / "figures" / "training.png"))
     worst = worst_mistakes(probabilities, labels, _SHOWN_MISTAKES)
     picture = folder / "figures" / f"{stage}_mistakes.png"
     tiles = mistake_tiles(task, stage, worst, samples, probabilities, labels, names)
     wrong = int((probabilities.argmax(1) != labels).sum())
-    title = (
-        f"{wrong} mistakes on {len(labels)} pictures ({stage}), the surest first" if wrong else "No mistakes"
-    )
+    title = f"{wrong} mistakes on {len(labels)} pictures ({stage}), the surest first" if wrong else "No mistakes"
     gallery(tiles, title=title).save(picture)
     console.print()
     console.print(metrics_table(result, f"{stage}: {len(labels)} pictures"))
@@ -90,13 +86,11 @@ def write_predictions(
     normal_class: int | None,
     stage: str,
 ) -> None:
-    """CSV: path, label, prediction, score (of being defective, or of the prediction), split, P of each class."""
+    """CSV: path, name, label, prediction, score (defective, or of the prediction), split, P of each class."""
     score = probabilities.max(1) if normal_class is None else defect_score(probabilities, normal_class)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["path", "name", "label", "prediction", "score", "split", *(f"p({name})" for name in names)]
-        )
+        writer.writerow(["path", "name", "label", "prediction", "score", "split", *(f"p({name})" for name in names)])
         for sample, label, row, value in zip(samples, labels, probabilities, score, strict=True):
             truth = names[label] if label >= 0 else ""
             shares = [f"{share:.8g}" for share in row]
@@ -116,7 +110,7 @@ def mistake_tiles(
     """Pictures of samples with the class-activation map of the wrong class."""
     if not len(positions):
         return []
-    data: Any = task.trainer.datamodule
+    data = task.data
     data.serve_images = True
     dataset = data.loader(stage).dataset
     index = {sample.name: position for position, sample in enumerate(data.samples[stage])}

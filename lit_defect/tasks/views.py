@@ -23,8 +23,11 @@ VIEWS: dict[str, int] = {"none": 1, "flip": 2, "flips": 4, "dihedral": 8, "stron
 def view(images: Tensor, number: int) -> Tensor:
     """(B, C, H, W) -> view 0 to 7: bit 0 flips left-right, bit 1 upside down, bit 2 swaps the axes.
 
-    Views 0 to 3 keep the shape; 4 to 7 give (B, C, W, H).
+    Raises:
+        UserError: a quarter turn of pictures that are not square.
     """
+    if number & 4:
+        _check_square(images)
     dims = [dim for bit, dim in ((1, -1), (2, -2)) if number & bit]
     images = images.flip(dims) if dims else images
     return images.transpose(-1, -2) if number & 4 else images
@@ -41,16 +44,22 @@ def random_views(images: Tensor, augment: Augment, numbers: Tensor) -> Tensor:
     Raises:
         UserError: quarter turns of pictures that are not square.
     """
-    if VIEWS[augment] > 4 and images.shape[-1] != images.shape[-2]:
-        size = "x".join(str(side) for side in images.shape[-2:])
-        raise UserError(
-            f"model.init_args.augment = {augment} turns pictures, which must be square; they are {size}: use flips"
-        )
+    if VIEWS[augment] > 4:  # at the first batch, whatever its views are
+        _check_square(images)
     out = torch.empty_like(images)
     for number in numbers.unique().tolist():
         chosen = numbers == number
         out[chosen] = view(images[chosen], number)
     return _strong()(out).clamp(0, 1) if augment == "strong" else out
+
+
+def _check_square(images: Tensor) -> None:
+    height, width = images.shape[-2:]
+    if height != width:
+        raise UserError(
+            "model.init_args.augment = dihedral and strong turn pictures, which must be square; they are "
+            f"{height}x{width}: use flips, or set image_size"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -59,9 +68,7 @@ def _strong() -> Callable[[Tensor], Tensor]:
     import kornia.augmentation as K
 
     return K.AugmentationSequential(
-        K.RandomAffine(
-            degrees=10, translate=(0.05, 0.05), scale=(0.9, 1.1), padding_mode="reflection", p=0.8
-        ),
+        K.RandomAffine(degrees=10, translate=(0.05, 0.05), scale=(0.9, 1.1), padding_mode="reflection", p=0.8),
         K.ColorJiggle(brightness=0.2, contrast=0.2, p=0.8),
     )
 
