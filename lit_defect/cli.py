@@ -53,25 +53,17 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of a run beside those of trainer, model and data."""
         group = parser.add_argument_group("The run's folder and tracking")
-        group.add_argument(
-            "--experiment", type=str | None, default=None, help="Name of the experiment [Model-Data]."
-        )
-        group.add_argument(
-            "--run_id", type=str | None, default=None, help="Name of the run [time, seed, random]."
-        )
+        group.add_argument("--experiment", type=str | None, default=None, help="Name of the experiment [Model-Data].")
+        group.add_argument("--run_id", type=str | None, default=None, help="Name of the run [time, seed, random].")
         group.add_argument("--runs_dir", type=str, default="runs", help="Folder of all experiments.")
-        group.add_argument(
-            "--resume", action="store_true", help="Go on with the newest run of this configuration."
-        )
+        group.add_argument("--resume", action="store_true", help="Go on with the newest run of this configuration.")
         group.add_argument(
             "--wandb",
             type=TrackingMode,
             default="auto",
             help="Weights & Biases: auto is on line when logged in.",
         )
-        group.add_argument(
-            "--test_after_fit", type=bool, default=False, help="Test the best checkpoint after fit."
-        )
+        group.add_argument("--test_after_fit", type=bool, default=False, help="Test the best checkpoint after fit.")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it (Lightning would let the checkpoint overrule it)."""
@@ -83,9 +75,7 @@ class CLI(LightningCLI):
             return
         experiment = config.experiment or _default_experiment(config)
         if Path(experiment).name != experiment:
-            raise UserError(
-                f"--experiment {experiment}: a name without slashes is needed; folders go into --runs_dir"
-            )
+            raise UserError(f"--experiment {experiment}: a name without slashes is needed; folders go into --runs_dir")
         experiment_dir = Path(config.runs_dir) / experiment
         self._dump_config()
         if self.subcommand == "fit":
@@ -109,9 +99,7 @@ class CLI(LightningCLI):
         launched_by_rank_zero = "LOCAL_RANK" in os.environ and record.get("pid") == os.getppid()
         if not record or launched_by_rank_zero:
             if run.path.exists() and not record and any(run.path.iterdir()):
-                raise UserError(
-                    f"{run.path} exists and is no run folder; choose another --run_id or --experiment"
-                )
+                raise UserError(f"{run.path} exists and is no run folder; choose another --run_id or --experiment")
             if config.resume:
                 _say(f"nothing to resume: a new run starts in {run.path}")
         elif not config.resume:
@@ -120,9 +108,7 @@ class CLI(LightningCLI):
                 "or start another one with --run_id NEW_NAME"
             )
         elif run.is_alive():
-            raise UserError(
-                f"{run.path} is being written by process {record.get('pid')}; wait for it or stop it"
-            )
+            raise UserError(f"{run.path} is being written by process {record.get('pid')}; wait for it or stop it")
         elif record.get("status") == "finished" and record.get("config_hash") == config_hash:
             _say(f"nothing to do: {run.path} is finished")
             raise SystemExit(0)
@@ -150,9 +136,7 @@ class CLI(LightningCLI):
         if self.run is None:
             return super().instantiate_trainer(callbacks=[*own, *_missing(own, [StartupSummary()])], **kwargs)
         fitting = self.subcommand == "fit"
-        recorder = RunRecorder(
-            self.run, self.subcommand, self.config_dump, runs.hash_config(self.config_dump)
-        )
+        recorder = RunRecorder(self.run, str(self.subcommand), self.config_dump, runs.hash_config(self.config_dump))
         callbacks: list[Callback] = [recorder, StartupSummary(self.run.path)]
         if fitting:
             callbacks += [self._best_checkpoint(self.run), LastCheckpoint(self.run.last)]

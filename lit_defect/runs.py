@@ -194,9 +194,7 @@ def resolve_checkpoint(name: str, experiment_dir: Path, run_id: str | None) -> P
 def run_of_checkpoint(path: Path) -> RunFolder | None:
     """The run folder that a checkpoint lies in, if it lies in one."""
     folder = path.resolve().parent.parent
-    return (
-        RunFolder(folder) if path.parent.name == "checkpoints" and (folder / "run.json").is_file() else None
-    )
+    return RunFolder(folder) if path.parent.name == "checkpoints" and (folder / "run.json").is_file() else None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -58,9 +58,7 @@ def unknown_environment(prefix: str, environ: Mapping[str, str]) -> None:
             continue
         verb, _, key = rest.partition("__")
         if verb not in ("FIT", "VALIDATE", "TEST", "PREDICT") or not key:
-            raise UserError(
-                f"environment variable {name}: no such option; {prefix}_FIT__TRAINER__MAX_EPOCHS is one"
-            )
+            raise UserError(f"environment variable {name}: no such option; {prefix}_FIT__TRAINER__MAX_EPOCHS is one")
         if key.startswith(("MODEL__", "DATA__")):
             part = key.split("__")[0]
             raise UserError(
@@ -112,7 +110,8 @@ def _hint(word: str, candidates: Iterable[str], prefix: str = "") -> str:
 def _classes(base: type) -> dict[str, type]:
     """This project's subclasses of `base` by name."""
     found: dict[str, type] = {}
-    for known in list(base.__subclasses__()):
+    known: type
+    for known in base.__subclasses__():
         found |= _classes(known)
         if known.__module__.startswith("lit_defect.") and not known.__subclasses__():
             found[known.__name__] = known

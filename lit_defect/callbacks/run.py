@@ -37,9 +37,7 @@ class RunRecorder(Callback):
         if not self._begun and trainer.is_global_zero and (self.stage == "fit" or not self.run.record()):
             self.run.path.mkdir(parents=True, exist_ok=True)
             config = self.run.path / "config.yaml"
-            config.write_text(
-                yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True), encoding="utf-8"
-            )
+            config.write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
             process = describe_process(sys.argv)
             begun = self.run.record().get("started", process["started"])
             resumed = [
@@ -136,7 +134,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save within an epoch when it is due."""
         step = trainer.global_step
-        if step == self._saved_step or trainer.fast_dev_run or trainer.is_last_batch:
+        if step == self._saved_step or getattr(trainer, "fast_dev_run", False) or trainer.is_last_batch:
             return  # after the last batch the epoch's own save follows, with its validation done
         due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
         if self.every_n_seconds is not None:
@@ -147,7 +145,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the epoch and its validation."""
-        if not trainer.fast_dev_run:
+        if not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

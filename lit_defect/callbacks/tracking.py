@@ -57,7 +57,7 @@ class MetricsCSV(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:  # type: ignore[override]  # Lightning's own hint is the parent
+    def experiment(self) -> Any:
         """The writer, made at its first use."""
         if self._experiment is None:
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)
@@ -84,16 +84,12 @@ def wandb_logger(mode: TrackingMode, run: RunFolder, config: dict[str, Any]) -> 
     """
     if mode == "off" or os.environ.get("WANDB_MODE") == "disabled":
         return None
-    online = mode == "online" or (
-        mode == "auto" and _logged_in() and os.environ.get("WANDB_MODE") != "offline"
-    )
+    online = mode == "online" or (mode == "auto" and _logged_in() and os.environ.get("WANDB_MODE") != "offline")
     for offline in [False, True] if online else [True]:
         try:
             return _start_wandb(offline, run, config)
         except Exception as error:  # W&B raises many kinds; none of them may cost a training run
-            warnings.warn(
-                f"W&B could not be started {'off' if offline else 'on'} line: {error}", stacklevel=2
-            )
+            warnings.warn(f"W&B could not be started {'off' if offline else 'on'} line: {error}", stacklevel=2)
     return None
 
 

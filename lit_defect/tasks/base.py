@@ -85,7 +85,8 @@ class DefectTask(LightningModule):
         from timm.optim import create_optimizer_v2, list_optimizers
 
         if self.optimizer_name not in list_optimizers():
-            near: list[str] = difflib.get_close_matches(self.optimizer_name, list_optimizers(), n=3, cutoff=0.3)
+            known = [str(name) for name in list_optimizers()]
+            near = difflib.get_close_matches(self.optimizer_name, known, n=3, cutoff=0.3)
             raise UserError(
                 f"model.init_args.optimizer = {self.optimizer_name}: unknown to timm; near: {', '.join(near)}"
             )
