@@ -6,7 +6,6 @@ import difflib
 import math
 import os
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from lit_defect.errors import UserError
 
 Batch = dict[str, Any]
+_LESS_IS_BETTER = ("loss", "error", "ece", "nll", "brier", "escape", "overkill")
 
 
 class DefectTask(LightningModule):
@@ -53,7 +53,7 @@ class DefectTask(LightningModule):
         self.warmup = warmup
         self.monitor = (
             monitor,
-            "min" if any(word in monitor for word in ("loss", "error", "ece", "nll")) else "max",
+            "min" if any(word in monitor for word in _LESS_IS_BETTER) else "max",
         )
         self._evaluated: list[dict[str, Tensor]] = []
 
@@ -70,7 +70,11 @@ class DefectTask(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed augmentation and dropout by (seed, epoch, batch, rank): a resumed run draws the same."""
         words = [int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank]
-        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace if CUDA sleeps
+        else:
+            torch.manual_seed(seed)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trained, with learning rate and decay; norms and biases (one dimension) have no decay."""
@@ -136,13 +140,3 @@ def warmup_and_decay(step: int, total: float, warmup: float, schedule: str) -> f
     if schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
-
-
-def results_path(folder: Path, stage: str, what: str) -> Path:
-    """`<folder>/<stage>_<what>`; an older file of that name is kept beside it under a number."""
-    from lit_defect.runs import keep_previous
-
-    path = folder / f"{stage}_{what}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keep_previous(path)
-    return path

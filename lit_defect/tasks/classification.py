@@ -145,7 +145,7 @@ class DefectClassifier(DefectTask):
         self.hparams.update(class_names=names, normal_class=self.normal_class)
         counts = data.counts()
         if stage == "fit":
-            self._check_training(counts["train"])
+            self._check_training(counts.get("train", {}))
             if "val" in counts and self.trainer.limit_val_batches:
                 self._check_monitor(np.array([sample.label for sample in data.samples["val"]]))
         elif stage == "validate" and "val" not in counts:
@@ -158,7 +158,7 @@ class DefectClassifier(DefectTask):
         present = [name for name, count in counts.items() if count]
         if len(present) < 2:
             raise UserError(
-                f"the training split has only {', '.join(present)}: a classifier needs two classes; "
+                f"the training split has only {', '.join(present) or 'no class'}: a classifier needs two classes; "
                 "for MVTecAD set data.setting to few_shot or supervised"
             )
         sizes = [1 if self.loss_name == "plain" else count for count in counts.values()]
@@ -321,12 +321,12 @@ class DefectClassifier(DefectTask):
     @torch.no_grad()
     def _compute_features(self, data: Any, split: str, positions: list[int], number: int) -> Tensor:
         data.serve_images = True
-        dataset = data.loader(split).dataset
+        loader = data.loader(split)
         size = data.eval_batch_size or data.batch_size
         self.network.eval()
         parts = []
         for start in range(0, len(positions), size):
-            batch = dataset.__getitems__(positions[start : start + size])
+            batch = loader.batch(positions[start : start + size])
             images = resize(unit_range(batch["image"].to(self.device)), self.image_size)
             with self.trainer.precision_plugin.forward_context():
                 parts.append(self.network.features(self._prepare(view(images, number))).float().cpu())
