@@ -152,7 +152,7 @@ def indices(loader):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_state_leads_back_to_the_same_batch(workers):
     def build():
-        return BatchLoader(DefectDataset(items()), TrainBatchSampler(LABELS, batch_size=4, seed=3), num_workers=workers)
+        return BatchLoader(lambda: DefectDataset(items()), TrainBatchSampler(LABELS, batch_size=4, seed=3), num_workers=workers)
 
     loader = build()
     loader.batch_sampler.set_epoch(2)
@@ -174,7 +174,7 @@ def test_state_leads_back_to_the_same_batch(workers):
 def test_iterating_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    indices(BatchLoader(DefectDataset(items()), EvalBatchSampler(22, batch_size=4)))
+    indices(BatchLoader(lambda: DefectDataset(items()), EvalBatchSampler(22, batch_size=4)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -193,10 +193,10 @@ class ToyData(pl.LightningDataModule):
 
     def train_dataloader(self):
         sampler = TrainBatchSampler(LABELS, batch_size=4, seed=3)
-        return BatchLoader(DefectDataset(items()), sampler, num_workers=self.workers, progress=self.done)
+        return BatchLoader(lambda: DefectDataset(items()), sampler, num_workers=self.workers, progress=self.done)
 
     def val_dataloader(self):
-        return BatchLoader(DefectDataset(items()), EvalBatchSampler(22, batch_size=8))
+        return BatchLoader(lambda: DefectDataset(items()), EvalBatchSampler(22, batch_size=8))
 
 
 class ToyTask(pl.LightningModule):

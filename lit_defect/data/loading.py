@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -217,32 +218,51 @@ class BatchLoader:
     `load_state_dict` is never called when a scheduler asked for `estimated_stepping_batches`, because the
     loader then exists before the checkpoint is read. Without a Trainer the loaded state answers.
 
+    The dataset, too, is made for the first batch: Lightning asks for the training loader before a task
+    can have found that it needs no images.
+
     Args:
+        make_dataset: () -> the dataset; one without images is read without workers and without pinning.
         progress: () -> number of batches of the current epoch that are done.
         pin_memory: page-locked batches, for a faster copy to the GPU.
     """
 
     def __init__(
         self,
-        dataset: DefectDataset,
+        make_dataset: Callable[[], DefectDataset],
         batch_sampler: TrainBatchSampler | EvalBatchSampler,
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
         progress: Callable[[], int] | None = None,
     ) -> None:
-        self.dataset = dataset
+        self.make_dataset = make_dataset
         self.batch_sampler = batch_sampler
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
         self.progress = progress
         self._state = {"epoch": 0, "batches": 0}  # what was handed out last
         self._resume: dict[str, int] | None = None
-        self._loader: DataLoader[Batch] = DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            num_workers=num_workers,
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The batch of these samples, by their positions in the split."""
+        return self._dataset.__getitems__(positions)
+
+    @cached_property
+    def _dataset(self) -> DefectDataset:  # not `dataset`, which Lightning would look at too early
+        return self.make_dataset()
+
+    @cached_property
+    def _loader(self) -> DataLoader[Batch]:
+        decodes = self._dataset.images is not None
+        workers = self.num_workers if decodes else 0
+        return DataLoader(
+            self._dataset,
+            batch_sampler=self.batch_sampler,
+            num_workers=workers,
             collate_fn=_as_is,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
+            pin_memory=self.pin_memory and decodes,
+            persistent_workers=workers > 0,
             generator=torch.Generator().manual_seed(0),  # otherwise every epoch draws from the global one
         )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +24,13 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lit_defect.data import guard
 from lit_defect.data.images import Array
 from lit_defect.data.inspection import CheckResult, Problem, check, list_pictures, summary
 from lit_defect.data.leakage import Leak
-from lit_defect.data.loading import BatchLoader, DefectDataset, EvalBatchSampler, TrainBatchSampler
+from lit_defect.data.loading import Batch, BatchLoader, DefectDataset, EvalBatchSampler, TrainBatchSampler
 from lit_defect.data.samples import SPLITS, Sample
 from lit_defect.data.splits import assign_splits, read_groups, read_split, write_split
 from lit_defect.data.stores import Stores, open_stores
@@ -66,8 +68,8 @@ class DefectDataModule(LightningDataModule, ABC):
 
     Attributes:
         samples: after `setup`, the samples of each split ("train", "val", "test", "predict").
-        serve_images: set to False (before the loaders are made) by a task that needs identity and labels
-            only; nothing is decoded then.
+        serve_images: set to False (before the first batch) by a task that needs identity and labels only;
+            nothing is decoded then.
         leaks: near-duplicates across splits, the closest first.
     """
 
@@ -219,6 +221,14 @@ class DefectDataModule(LightningDataModule, ABC):
     def predict_dataloader(self) -> BatchLoader:
         """Every new picture of `predict_root` once, or every test sample."""
         return self.loader("predict")
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Moves the tensors; Lightning's own way looks at every string too, which costs more than a step."""
+        asynchronous = device.type == "cuda"
+        return {
+            key: value.to(device, non_blocking=asynchronous) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
 
     # ---- for tasks, callbacks and the command line --------------------------------------------------------
 
@@ -372,21 +382,27 @@ class DefectDataModule(LightningDataModule, ABC):
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def _loader(self, split: str, order: TrainBatchSampler | EvalBatchSampler, **kwargs: Any) -> BatchLoader:
+        workers = self.num_workers if self.cache == "off" or self._new(split) else 0
+        pin = torch.cuda.is_available()
+        return BatchLoader(partial(self._dataset, split), order, num_workers=workers, pin_memory=pin, **kwargs)
+
+    def _dataset(self, split: str) -> DefectDataset:
         samples = self.samples[split]
         if not self.serve_images:
-            return BatchLoader(DefectDataset(samples), order, **kwargs)
-        new = self._to_predict if split == "predict" else None
+            return DefectDataset(samples)
+        new = self._new(split)
         stores = self._open(new, "off") if new else self._open_stores()
-        dataset = DefectDataset(
+        return DefectDataset(
             samples,
             rows=stores.rows_of(samples),
             images=stores.images,
             masks=stores.masks,
             prepare_mask=self.prepare_mask,
         )
-        workers = self.num_workers if new or self.cache == "off" else 0
-        pin = torch.cuda.is_available()
-        return BatchLoader(dataset, order, num_workers=workers, pin_memory=pin, **kwargs)
+
+    def _new(self, split: str) -> CheckResult | None:
+        """The pictures of `predict_root`, if this split holds them; they are not of the data set."""
+        return self._to_predict if split == "predict" else None
 
     def _open_stores(self) -> Stores:
         if self._stores is None:

@@ -112,12 +112,12 @@ def mistake_tiles(
         return []
     data = task.data
     data.serve_images = True
-    dataset = data.loader(stage).dataset
+    loader = data.loader(stage)
     index = {sample.name: position for position, sample in enumerate(data.samples[stage])}
     tiles = []
     for position in positions:
         sample, row = samples[position], probabilities[position]
-        image = dataset.__getitems__([index[sample.name]])["image"].to(task.device)
+        image = loader.batch([index[sample.name]])["image"].to(task.device)
         predicted = int(row.argmax())
         tiles.append(
             Tile(
