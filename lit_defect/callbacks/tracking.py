@@ -78,13 +78,16 @@ def wandb_logger(mode: TrackingMode, run: RunFolder, config: dict[str, Any]) -> 
     """A started W&B logger, or None when it is off or cannot be started.
 
     Args:
-        mode: `auto` is on line when an API key is found, off line otherwise.
+        mode: `auto` is on line when an API key is found, off line otherwise; `online` warns if there is none.
         run: the run folder; W&B's own files go into its folder `wandb`.
         config: the whole configuration.
     """
     if mode == "off" or os.environ.get("WANDB_MODE") == "disabled":
         return None
-    online = mode == "online" or (mode == "auto" and _logged_in() and os.environ.get("WANDB_MODE") != "offline")
+    wanted = mode == "online" or (mode == "auto" and os.environ.get("WANDB_MODE") != "offline")
+    online = wanted and _logged_in()  # without a key W&B would stop and ask for one
+    if mode == "online" and not online:
+        warnings.warn("W&B: no API key (wandb login, or WANDB_API_KEY); this run is kept off line", stacklevel=2)
     for offline in [False, True] if online else [True]:
         try:
             return _start_wandb(offline, run, config)
@@ -113,7 +116,7 @@ def _start_wandb(offline: bool, run: RunFolder, config: dict[str, Any]) -> Wandb
 
 def _logged_in() -> bool:
     """Whether an API key is at hand, without asking anybody."""
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
