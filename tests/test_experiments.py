@@ -1,0 +1,99 @@
+"""Every configuration below `experiments/`: its keys are known, and it runs on a tiny data set of its layout.
+
+A new YAML is covered by being there; a new kind of data module needs a line in `DATA`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.fakes import make_crops_folder, make_elpv, make_mvtec, make_voc, write_rows
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+FILES = sorted(EXPERIMENTS.rglob("*.yaml"))
+SIDE = 32  # pixels, instead of 224
+
+
+def elpv(folder: Path, _: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    make_elpv(folder, cells=64, size=(SIDE, SIDE))
+    monkeypatch.syspath_prepend(folder)
+    return []
+
+
+def mvtec(folder: Path, _: dict[str, Any], __: pytest.MonkeyPatch) -> list[str]:
+    make_mvtec(folder, train_good=16, test_good=8, defects={"crack": 12, "hole": 12}, itself=True)
+    return ["--data.root", str(folder)]
+
+
+def crops(folder: Path, settings: dict[str, Any], _: pytest.MonkeyPatch) -> list[str]:
+    make_crops_folder(folder, classes={"good": 20, "defective": 20}, size=(SIDE, SIDE))
+    if settings.get("annotations"):  # every fourth crop is a generated one
+        files = sorted(folder.rglob("*.png"))
+        sources = ["stable-diffusion" if number % 4 == 3 else "real" for number in range(len(files))]
+        rows = [(f.relative_to(folder), f.parent.name, s) for f, s in zip(files, sources, strict=True)]
+        write_rows(folder / settings["annotations"], ("path", "label", "source"), rows)
+    alike = ["--data.leakage", "warn"] if settings.get("leakage") == "error" else []  # as drawn pictures may be
+    return ["--data.root", str(folder), *alike]
+
+
+def voc(folder: Path, settings: dict[str, Any], _: pytest.MonkeyPatch) -> list[str]:
+    make_voc(folder, year=str(settings.get("year", "2012")))
+    return ["--data.root", str(folder)]
+
+
+DATA: dict[str, Callable[[Path, dict[str, Any], pytest.MonkeyPatch], list[str]]] = {
+    "ELPV": elpv,
+    "MVTecAD": mvtec,
+    "CustomCrops": crops,
+    "PascalVOC": voc,
+}
+
+
+def named(path: Path) -> str:
+    return path.relative_to(EXPERIMENTS).as_posix()
+
+
+def test_there_are_experiments():
+    assert len(FILES) >= 3
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_every_key_is_known(lit_defect, capsys, path):
+    with pytest.raises(SystemExit) as stop:
+        lit_defect("fit", "--config", path, "--print_config")
+    assert stop.value.code == 0, capsys.readouterr().err
+    shown, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text())
+    for part in ("model", "data"):
+        given = written[part]["init_args"]
+        assert {key: shown[part]["init_args"][key] for key in given} == given
+        assert shown[part]["class_path"].endswith(written[part]["class_path"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_every_experiment_runs(lit_defect, tmp_path, monkeypatch, path):
+    """As it stands, but for the pictures, their size and the pretrained weights."""
+    content = yaml.safe_load(path.read_text())
+    model, data = content["model"]["init_args"], content["data"]["init_args"]
+    make = DATA[content["data"]["class_path"].rsplit(".", 1)[-1]]
+    overrides = make(tmp_path / "pictures", data, monkeypatch)
+    overrides += ["--model.weights", "null"] if "weights" in model else []
+    overrides += ["--model.image_size", str(SIDE)] if "image_size" in model else []
+    overrides += ["--data.image_size", str(SIDE)] if "image_size" in data else []
+    overrides += ["--data.batch_size", "8", "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
+    cli = lit_defect("fit", "--config", path, *overrides)
+    assert cli.trainer.global_step == 1
+    assert "train/loss" in cli.trainer.callback_metrics
+    assert not (tmp_path / "runs").exists()  # a trial leaves no run folder
+
+
+def test_every_experiment_says_what_it_is_and_how_to_run_it():
+    for path in FILES:
+        head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        command = f"python -m lit_defect fit --config {path.relative_to(EXPERIMENTS.parent).as_posix()}"
+        assert any(command in line for line in head), named(path)
+        assert yaml.safe_load(path.read_text())["experiment"] == path.stem
