@@ -7,10 +7,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test slow lint environment benchmarks
+.PHONY: quickstart test slow lint environment
 
 quickstart: environment
 	$(BIN)/python -m lit_defect fit --config experiments/quickstart.yaml
+	@echo
+	@echo "Look at test_mistakes.png and test_confusion.png in the figures above. Then try:"
+	@echo "  train the whole network   $(BIN)/python -m lit_defect fit --config experiments/classification/elpv_lite0_finetune.yaml"
+	@echo "  your own pictures         $(BIN)/python -m lit_defect fit --config experiments/quickstart.yaml --experiment mine \\"
+	@echo "                                --data CustomCrops --data.root FOLDER   (FOLDER/good/*.png, FOLDER/scratched/*.png, ...)"
+	@echo "  every option              $(BIN)/python -m lit_defect fit --config experiments/quickstart.yaml --print_config"
 
 test: environment
 	$(BIN)/python -m pytest
@@ -27,5 +33,6 @@ environment: $(READY)
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it by make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[elpv,test,lint]'
+	@echo "making the environment in $(VENV); PyTorch is large, so this takes some minutes the first time"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[elpv,test,lint]'
 	touch $@
