@@ -15,14 +15,14 @@ from typing import Any, NoReturn
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 import lit_defect.data
 import lit_defect.tasks  # noqa: F401  (imported so that the classes are found by their bare names)
 from lit_defect import runs
-from lit_defect.callbacks.run import LastCheckpoint, RunRecorder
+from lit_defect.callbacks.run import BestCheckpoint, LastCheckpoint, RunRecorder
 from lit_defect.callbacks.startup import StartupSummary
 from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, wandb_logger
 from lit_defect.errors import UserError
@@ -139,7 +139,8 @@ class CLI(LightningCLI):
         recorder = RunRecorder(self.run, str(self.subcommand), self.config_dump, runs.hash_config(self.config_dump))
         callbacks: list[Callback] = [recorder, StartupSummary(self.run.path)]
         if fitting:
-            callbacks += [self._best_checkpoint(self.run), LastCheckpoint(self.run.last)]
+            monitor, mode = getattr(self.model, "monitor", ("val/loss", "min"))
+            callbacks += [BestCheckpoint(self.run.checkpoints, monitor, mode), LastCheckpoint(self.run.last)]
             callbacks += [LearningRateMonitor("step")]
         if sys.stdout.isatty() and config.get("enable_progress_bar") is not False:
             callbacks += [RichProgressBar()]
@@ -157,12 +158,6 @@ class CLI(LightningCLI):
             logger=loggers,
             default_root_dir=str(self.run.path),
             **kwargs,
-        )
-
-    def _best_checkpoint(self, run: runs.RunFolder) -> ModelCheckpoint:
-        monitor, mode = getattr(self.model, "monitor", ("val/loss", "min"))
-        return ModelCheckpoint(
-            dirpath=run.checkpoints, filename="best", monitor=monitor, mode=mode, enable_version_counter=False
         )
 
     def after_fit(self) -> None:
@@ -207,8 +202,8 @@ def main(args: list[str] | None = None) -> CLI:
 
 
 def _missing(own: list[Callback], extra: list[Callback]) -> list[Callback]:
-    """Those of `extra` whose kind the user has not configured; a second best-checkpoint is welcome."""
-    kinds = {type(callback) for callback in own} - {ModelCheckpoint}
+    """Those of `extra` whose kind the user has not configured."""
+    kinds = {type(callback) for callback in own}
     return [callback for callback in extra if type(callback) not in kinds]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from lit_defect.callbacks.tracking import MetricsCSV
 from lit_defect.runs import RunFolder, describe_process
@@ -101,6 +101,27 @@ class RunRecorder(Callback):
         write = getattr(pl_module, "write_results", None)
         if write is not None and trainer.is_global_zero:
             write(self.run.path, stage)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `best.ckpt`, the best state by what the task monitors; without validation, the latest.
+
+    Args:
+        folder: where it lies.
+        monitor: logged value, such as `val/auroc`.
+        mode: `min` or `max`.
+    """
+
+    def __init__(self, folder: Path, monitor: str, mode: str) -> None:
+        super().__init__(dirpath=folder, filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Expect nothing of a validation that will not be; before a resumed run restores this callback."""
+        super().setup(trainer, pl_module, stage)
+        counts = getattr(getattr(trainer, "datamodule", None), "counts", None)
+        validates = trainer.limit_val_batches and (counts is None or "val" in counts())
+        if not validates and str(self.monitor).startswith("val/"):
+            self.monitor = None
 
 
 class LastCheckpoint(Checkpoint):
