@@ -120,6 +120,23 @@ def test_identity_without_decoding(make, monkeypatch):
     assert batch["name"] == [s.name for s in module.samples["test"]][:4]
 
 
+def test_a_loader_made_before_images_are_declined_decodes_nothing(make, monkeypatch):
+    module = make(cache="off", num_workers=2)
+    loader = module.train_dataloader()  # Lightning makes it before a task computes its features
+    module.serve_images = False
+    monkeypatch.setattr("lit_defect.data.cache.read_pixels", None)
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", None)
+    assert "image" not in next(iter(loader))
+
+
+def test_tensors_move_to_the_device_and_strings_stay(make):
+    batch = next(iter(make().test_dataloader()))
+    moved = make().transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert list(moved) == list(batch)
+    assert {key for key in moved if getattr(moved[key], "is_meta", False)} == {"image", "label", "index"}
+    assert all(moved[key] is batch[key] for key in moved if key not in ("image", "label", "index"))
+
+
 def test_mirrored_test_set_warns_and_shows_mirrored_training_pictures(make, root):
     with pytest.warns(UserWarning, match="mirrored training pictures"):
         module = make(test="mirrored_train")

@@ -82,4 +82,4 @@ def resize(images: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 def unit_range(images: Tensor) -> Tensor:
     """Bytes -> float32 in [0, 1]; floats stay as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
