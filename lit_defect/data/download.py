@@ -85,15 +85,11 @@ def _download(archive: Archive, file: Path) -> None:
             problems.append(f"  {url}: {problem}")
             continue
         if digest != archive.digest:
-            problems.append(
-                f"  {url}: the {archive.algorithm} of the file is {digest}, not the one published"
-            )
+            problems.append(f"  {url}: the {archive.algorithm} of the file is {digest}, not the one published")
             continue
         return
     folder = file.parents[1]
-    raise DataError(
-        f"{archive.title} cannot be downloaded:\n" + "\n".join(problems) + f"\n{by_hand(archive, folder)}"
-    )
+    raise DataError(f"{archive.title} cannot be downloaded:\n" + "\n".join(problems) + f"\n{by_hand(archive, folder)}")
 
 
 def _save(archive: Archive, url: str, file: Path) -> str:

@@ -256,9 +256,7 @@ def _near_pairs(
                 yield rows[i + a], columns[j + b], np.clip(1 - cosines.max(axis=0), 0, None), turn
 
 
-def leak_picture(
-    leaks: Sequence[Leak], read: Callable[[str], npt.NDArray[np.uint8]], *, most: int = 12
-) -> Image.Image:
+def leak_picture(leaks: Sequence[Leak], read: Callable[[str], npt.NDArray[np.uint8]], *, most: int = 12) -> Image.Image:
     """The closest leaks side by side, no picture twice.
 
     Args:

@@ -43,9 +43,7 @@ def read_sbd(root: Path, folder: Path, *, skip: Collection[str] = ()) -> dict[st
     masks = [folder / f"{path.stem}.png" for path in wanted]
     missing = [(path, mask) for path, mask in zip(wanted, masks, strict=True) if not mask.is_file()]
     in_threads(lambda pair: _convert(*pair), missing)
-    return {
-        path.stem: (home / "img" / f"{path.stem}.jpg", mask) for path, mask in zip(wanted, masks, strict=True)
-    }
+    return {path.stem: (home / "img" / f"{path.stem}.jpg", mask) for path, mask in zip(wanted, masks, strict=True)}
 
 
 def write_whole(file: Path, write: Callable[[IO[bytes]], Any]) -> None:
