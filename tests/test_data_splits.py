@@ -159,9 +159,7 @@ def test_the_last_group_of_a_kind_is_never_taken_from_training() -> None:
 
 
 def test_a_large_share_leaves_one_of_every_kind() -> None:
-    done = assign_splits(
-        make({"good": 30, "rare": 2, "single": 1}), seed=0, test_fraction=0.95, val_fraction=0
-    )
+    done = assign_splits(make({"good": 30, "rare": 2, "single": 1}), seed=0, test_fraction=0.95, val_fraction=0)
     assert table(done) == {
         ("test", "good"): 29,
         ("train", "good"): 1,
@@ -226,6 +224,28 @@ def test_a_written_split_is_read_back(tmp_path: Path) -> None:
         assert next(csv.reader(file)) == ["name", "split", "label", "group"]
 
 
+@pytest.mark.parametrize("split", ["", "train"])
+def test_generated_samples_only_train(split: str) -> None:
+    samples = make({"good": 40, "a": 20}, split=split) + [
+        replace(s, name=f"made/{s.name}", source="sd", split=split) for s in make({"a": 40})
+    ]
+    done = assign_splits(samples, seed=0, test_fraction=0.25, val_fraction=0.25)
+    assert {s.split for s in done if s.source == "sd"} == {"train"}
+    real = Counter(s.split for s in done if s.source == "real")
+    assert real == ({"train": 45, "val": 15} if split else {"test": 15, "val": 11, "train": 34})
+
+
+def test_what_was_generated_of_an_evaluated_part_is_not_used() -> None:
+    originals = make({"good": 20, "a": 20}, per_group=1)
+    made = [replace(s, name=f"made/{s.name}", source="sd", split="train") for s in originals if s.label]
+    done = assign_splits(originals + made, seed=0)
+    assert torn_groups(done) == []
+    split = split_of(done)
+    for s in done[len(originals) :]:
+        assert s.split == ("train" if split[s.name.removeprefix("made/")] == "train" else "")
+    assert Counter(s.split for s in done)[""] > 0
+
+
 def test_a_split_of_other_data_is_refused(tmp_path: Path) -> None:
     path, samples = tmp_path / "splits.csv", make({"good": 8})
     write_split(path, assign_splits(samples, seed=0))
@@ -240,7 +260,7 @@ def test_a_split_of_other_data_is_refused(tmp_path: Path) -> None:
         ("a,b\n", "expected name,split"),
         ("name,split\nx,training\n", ":2: split 'training'"),
         ("name,split\nx,val\nx,val\n", ":3: 'x' stands in the file twice"),
-        ("name,split\nx\n", ":2: the row is too short"),
+        ("name,split\nx\n", ":2: the row has not as many cells"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=message):

@@ -4,7 +4,8 @@
 2. What the data set's layout prescribes is kept. Where it prescribes no test split, `test_fraction` of the
    units without a prescription is drawn (or fold `fold` of `folds`); where it prescribes no validation
    split, `val_fraction` of the training units is drawn. The rest trains.
-3. Every draw is stratified. Single samples: each stratum gives its share, rounded up or down, and the total
+3. Generated pictures only train: none is drawn, and one whose part was drawn for validation or test is not used.
+4. Every draw is stratified. Single samples: each stratum gives its share, rounded up or down, and the total
    is exact (largest remainder). Groups: greedy over many random orders, the best balance is kept. No draw
    takes the last unit of a stratum away from training.
 
@@ -23,7 +24,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.data.drawing import draw, draw_fold
-from lit_defect.data.samples import Sample
+from lit_defect.data.samples import REAL, Sample
 from lit_defect.errors import DataError, UserError
 
 UNUSED = ""  # split of a sample that no split takes; written as "unused"
@@ -79,7 +80,8 @@ def assign_splits(
 
     prescribed = [_prescribed({ordered[i].split for i in unit}) for unit in members]
     split = np.array([name or "train" for name in prescribed], dtype=object)
-    free = np.array([not name for name in prescribed], bool)
+    real = np.array([any(ordered[i].source == REAL for i in unit) for unit in members], bool)
+    free = np.array([not name for name in prescribed], bool) & real
     if folds is not None:
         if "test" in prescribed or not free.any():
             raise UserError(
@@ -94,7 +96,7 @@ def assign_splits(
     elif "test" not in prescribed and free.any() and test_fraction > 0:
         rng = np.random.default_rng([seed, TEST_DRAW])
         split[_among(free, counts, test_fraction, rng, "data.test_fraction")] = "test"
-    training = split == "train"
+    training = (split == "train") & real
     if "val" not in prescribed and training.any() and val_fraction > 0:
         rng = np.random.default_rng([seed, VAL_DRAW])
         split[_among(training, counts, val_fraction, rng, "data.val_fraction")] = "val"
@@ -103,6 +105,8 @@ def assign_splits(
     spread = set()
     for unit, own, name in zip(members, prescribed, split, strict=True):
         for i in unit:
+            if ordered[i].source != REAL and ordered[i].split in ("", "train") and name != "train":
+                continue  # made after a part that is evaluated
             if ordered[i].split in ("", own):
                 result[i] = name
             else:
@@ -212,9 +216,7 @@ def _prescribed(splits: set[str]) -> str:
     return next((name for name in PRIORITY if name in splits), "")
 
 
-def _among(
-    pool: np.ndarray, counts: np.ndarray, fraction: float, rng: np.random.Generator, key: str
-) -> np.ndarray:
+def _among(pool: np.ndarray, counts: np.ndarray, fraction: float, rng: np.random.Generator, key: str) -> np.ndarray:
     """Positions of the units drawn out of `pool` (a mask); `key` names the setting if that fails."""
     positions = np.flatnonzero(pool)
     chosen = positions[draw(counts[positions], fraction, rng)]
@@ -293,14 +295,20 @@ def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 def _read(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
     """Line numbers and rows of a CSV file that must have these columns."""
+    expected = ",".join(columns)
+    path = path.expanduser()
     if not path.is_file():
-        raise DataError(f"{path} is not there; expected a CSV file with the columns {','.join(columns)}.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not set(columns) <= set(reader.fieldnames or ()):
-            raise DataError(f"{path}: the header is {reader.fieldnames}; expected {','.join(columns)}.")
-        rows = [(reader.line_num, row) for row in reader]
+        raise DataError(f"{path} is not there; expected a CSV file with the columns {expected}.")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if not set(columns) <= set(reader.fieldnames or ()):
+                header = ",".join(reader.fieldnames or ())
+                raise DataError(f"{path}: the header is '{header}'; expected {expected}, separated by commas.")
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        raise DataError(f"{path} cannot be read ({problem}); expected a CSV file in UTF-8.") from problem
     for line, row in rows:
-        if any(row[column] is None for column in columns):
-            raise DataError(f"{path}:{line}: the row is too short; expected {','.join(columns)}.")
+        if None in row or None in row.values():
+            raise DataError(f"{path}:{line}: the row has not as many cells as the header; quote names with commas.")
     return rows
