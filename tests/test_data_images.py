@@ -8,6 +8,7 @@ from lit_defect.data.images import (
     BoxError,
     ImageError,
     MissingFileError,
+    TooLargeError,
     TruncatedError,
     WrongModeError,
     read_image,
@@ -141,6 +142,27 @@ def test_mask_refuses_colours_and_large_values(tmp_path):
         read_mask(saved(tmp_path / "c.png", Image.fromarray(COLOUR)))
     with pytest.raises(WrongModeError, match="from 0 to 255"):
         read_mask(saved(tmp_path / "d.png", Image.fromarray(np.full((2, 2), 300, np.uint16))))
+
+
+def test_mask_refuses_what_is_turned_or_blurred(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with pytest.raises(WrongModeError, match="EXIF orientation 6"):
+        read_mask(saved(tmp_path / "t.png", Image.fromarray(GREY), exif=exif))
+    with pytest.raises(WrongModeError, match="JPEG blurs"):
+        read_mask(saved(tmp_path / "m.jpg", Image.fromarray(GREY)))
+
+
+def test_an_empty_and_a_too_large_file_say_so(tmp_path, monkeypatch):
+    (tmp_path / "e.png").touch()
+    with pytest.raises(TruncatedError, match=r"e.png: the file is empty"):
+        read_image(tmp_path / "e.png")
+    path = saved(tmp_path / "l.png", Image.fromarray(GREY))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", GREY.size - 1)
+    read_image(path)  # over Pillow's warning, below its limit: no warning
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", GREY.size // 2 - 1)
+    with pytest.raises(TooLargeError, match="54 pixels"):
+        read_image(path)
 
 
 def test_resize_averages_when_it_shrinks_and_masks_get_no_new_values():

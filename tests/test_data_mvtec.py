@@ -27,9 +27,7 @@ def ready(root: Path, memory: Path, **settings: object) -> MVTecAD:
 
 
 def table(data: MVTecAD) -> dict[str, dict[str, int]]:
-    return {
-        split: dict(Counter(s.defect_type for s in data.samples[split])) for split in ("train", "val", "test")
-    }
+    return {split: dict(Counter(s.defect_type for s in data.samples[split])) for split in ("train", "val", "test")}
 
 
 def torn_groups(data: MVTecAD) -> set[str]:
@@ -74,9 +72,7 @@ def test_supervised_pools_everything(tmp_path: Path) -> None:
 
 
 def test_parts_stay_together(tmp_path: Path) -> None:
-    root = make_mvtec(
-        tmp_path / "d", shots_per_part=3, train_good=30, test_good=12, defects={"crack": 18, "hole": 18}
-    )
+    root = make_mvtec(tmp_path / "d", shots_per_part=3, train_good=30, test_good=12, defects={"crack": 18, "hole": 18})
     for setting in ("one_class", "few_shot", "supervised"):
         data = ready(root, tmp_path / "c", setting=setting)
         assert not torn_groups(data)
@@ -88,13 +84,9 @@ def test_parts_stay_together(tmp_path: Path) -> None:
 def test_a_part_moves_with_its_pictures_in_other_folders() -> None:
     def sample(name: str, split: str, group: str) -> Sample:
         kind = name.split("/")[0]
-        return Sample(
-            path=f"/{name}", name=name, label=int(kind != "good"), defect_type=kind, split=split, group=group
-        )
+        return Sample(path=f"/{name}", name=name, label=int(kind != "good"), defect_type=kind, split=split, group=group)
 
-    samples = [
-        sample(f"crack/{i:02d}", "test", f"p{i // 2}") for i in range(12)
-    ]  # 6 parts, a third is 2 of them
+    samples = [sample(f"crack/{i:02d}", "test", f"p{i // 2}") for i in range(12)]  # 6 parts, a third is 2 of them
     samples += [
         sample("good/0", "test", "p0"),
         sample("good/1", "test", "p5"),
@@ -136,6 +128,15 @@ def test_faulty_masks_are_listed_together(tmp_path: Path) -> None:
     data = ready(root, tmp_path / "c", with_masks=True, on_bad_file="skip")
     assert table(data)["test"]["crack"] == 3
     assert table(ready(root, tmp_path / "c"))["test"]["crack"] == 6  # without masks nothing is wrong
+
+
+def test_an_empty_folder_is_reported(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "d")
+    (root / "tile" / "test" / "bent").mkdir()
+    with pytest.raises(DataError, match=r"empty class: 1(.|\n)*tile/test/bent: .* has no pictures"):
+        ready(root, tmp_path / "c")
+    with pytest.warns(UserWarning, match="empty class 1"):
+        ready(root, tmp_path / "c", on_bad_file="skip")
 
 
 def test_several_categories(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ mode would need a decision, so it is refused unless `convert=True`, which decide
 
 from __future__ import annotations
 
+import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -32,6 +34,8 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 ORIENTATION = 0x0112  # the EXIF tag
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# Pillow warns of every picture from half of its limit on; photographs of a line camera are that large.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(DataError):
@@ -52,6 +56,12 @@ class TruncatedError(ImageError):
     kind = "truncated"
 
 
+class TooLargeError(ImageError):
+    """The picture has more pixels than Pillow opens."""
+
+    kind = "too large"
+
+
 class WrongModeError(ImageError):
     """The file is sound, but its depth, transparency, colour space or orientation asks for a decision."""
 
@@ -64,9 +74,7 @@ class BoxError(ImageError):
     kind = "box outside the picture"
 
 
-def read_image(
-    path: str | Path, *, box: Box | None = None, mirror: bool = False, convert: bool = False
-) -> Array:
+def read_image(path: str | Path, *, box: Box | None = None, mirror: bool = False, convert: bool = False) -> Array:
     """(H, W, 3) uint8, RGB. Grey pictures have three equal channels.
 
     Args:
@@ -100,11 +108,15 @@ def read_mask(path: str | Path, *, box: Box | None = None, mirror: bool = False)
     """(H, W) uint8 with the values as stored: palette indices, grey levels, or 0 and 1 of a bilevel file.
 
     Raises:
-        ImageError: as `read_image`; also when the channels of a colour file differ, or a value exceeds 255.
+        ImageError: as `read_image`; also when the channels of a colour file differ, a value exceeds 255, the file
+            is stored turned, or as JPEG, which blurs the values.
     """
     with _open(path) as picture:
         _load(picture, path)
         values = np.asarray(picture)
+        turned = _turned(picture)
+        if turned or picture.format == "JPEG":
+            raise WrongModeError(f"{path}: {turned or 'JPEG blurs the values of a mask'}")
     if values.ndim == 3:
         if (values[..., :1] != values[..., :3]).any():
             raise WrongModeError(f"{path}: a mask has one channel; those of this {picture.mode} file differ")
@@ -148,6 +160,12 @@ def _open(path: str | Path) -> Image.Image:
         return Image.open(path)
     except FileNotFoundError:
         raise MissingFileError(f"{path}: there is no such file") from None
+    except Image.DecompressionBombError as problem:
+        raise TooLargeError(f"{path}: {_first_line(problem)}") from problem
+    except Image.UnidentifiedImageError as problem:
+        if not os.stat(path).st_size:
+            raise TruncatedError(f"{path}: the file is empty") from problem
+        raise ImageError(f"{path}: not a readable picture") from problem
     except BROKEN as problem:
         raise ImageError(f"{path}: not a readable picture ({_first_line(problem)})") from problem
 
@@ -167,9 +185,8 @@ def _first_line(problem: BaseException) -> str:
 
 def _refusal(picture: Image.Image, stored: str) -> str:
     """Why the picture needs `convert`; empty when it does not."""
-    orientation = picture.getexif().get(ORIENTATION, 1)
-    if orientation not in (0, 1):  # 0 is written by some cameras for "unknown"
-        return f"EXIF orientation {orientation}: the picture is stored turned or mirrored"
+    if turned := _turned(picture):
+        return turned
     if picture.mode in SIXTEEN_BIT or ";16" in stored:
         return f"16 bits per channel (mode {picture.mode})"
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
@@ -177,6 +194,14 @@ def _refusal(picture: Image.Image, stored: str) -> str:
     if picture.mode not in ("L", "RGB", "1", "P"):
         return f"mode {picture.mode}"
     return ""
+
+
+def _turned(picture: Image.Image) -> str:
+    """Why the picture is not upright; empty when it is."""
+    orientation = picture.getexif().get(ORIENTATION, 1)
+    if orientation in (0, 1):  # 0 is written by some cameras for "unknown"
+        return ""
+    return f"EXIF orientation {orientation}: the picture is stored turned or mirrored"
 
 
 def _to_uint8(picture: Image.Image, path: str | Path) -> Array:

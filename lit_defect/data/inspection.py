@@ -45,10 +45,12 @@ REMEDIES = {
     "unreadable": "replace the files; they are not pictures in a format that Pillow reads",
     "truncated": "copy or download the files again; they end too early",
     "wrong mode": "save as 8-bit grey or RGB, upright and opaque, or set data.on_wrong_mode=convert",
+    "too large": "cut the pictures into parts",
+    "empty class": "fill the folders or remove them",
     "box outside the picture": "correct the boxes; they are x, y, width, height in pixels of the picture",
     "duplicated": "list each picture (and box) once",
     "mask missing": "restore the masks, or set data.with_masks=false if no mask is needed",
-    "mask unreadable": "replace the masks with 8-bit, one-channel files",
+    "mask unreadable": "replace the masks with upright 8-bit, one-channel PNG, BMP or TIFF files",
     "mask of another size": "give each mask the size of its picture",
     "mask without image": "restore the pictures or delete the masks",
     "empty mask": "mark the defect, or move the picture to the good ones",
@@ -114,7 +116,7 @@ def check(
 
     Args:
         class_names: each of these needs a sample; empty asks for none.
-        normal_class: label of the good class; the mask of any other class must mark something.
+        normal_class: label of the good class; with `with_masks`, any other class needs a mask that marks something.
         problems: what the layout's own reader has found, such as a mask without image.
         on_bad_file: `skip` leaves out the samples that have a problem.
         cache_dir: where to remember what was seen; None remembers nothing.
@@ -136,8 +138,8 @@ def check(
     for sample in samples:
         picture = pictures[sample.path, sample.box]
         mask = masks[sample.mask, sample.box] if sample.mask and with_masks else None
-        defective = normal_class is not None and sample.label not in (normal_class, -1)
-        fault = _fault(sample, picture, mask, defective, taken)
+        marked = with_masks and normal_class is not None and sample.label not in (normal_class, -1)
+        fault = _fault(sample, picture, mask, marked, taken)
         taken.add((sample.path, sample.box, sample.mirror))
         if fault is not None:
             found.append(fault)
@@ -168,13 +170,23 @@ def list_pictures(folder: Path) -> list[Sample]:
         DataError: there is none.
     """
     folder = folder.absolute()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = pictures_below(folder)
     if not paths:
         raise DataError(f"no pictures ({' '.join(sorted(SUFFIXES))}) in {folder}.")
     return [
-        Sample(path=str(path), name=path.relative_to(folder).as_posix(), label=-1, split="predict")
-        for path in paths
+        Sample(path=str(path), name=path.relative_to(folder).as_posix(), label=-1, split="predict") for path in paths
     ]
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """Every picture below `folder`, by path, but hidden ones; links to nowhere too, for inspection to report."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+    )
 
 
 def summary(problems: Iterable[Problem]) -> str:
@@ -200,10 +212,10 @@ def _fault(
     sample: Sample,
     picture: Seen | ImageError,
     mask: Seen | ImageError | None,
-    defective: bool,
+    marked: bool,
     taken: set[tuple[str, Box | None, bool]],
 ) -> Problem | None:
-    """The first problem of a sample, or None."""
+    """The first problem of a sample, or None; `marked`: its mask must mark something."""
     if (sample.path, sample.box, sample.mirror) in taken:
         return Problem(sample.name, "duplicated", f"{sample.path} is listed more than once")
     if isinstance(picture, ImageError):
@@ -212,11 +224,11 @@ def _fault(
         kind = "mask missing" if isinstance(mask, MissingFileError) else "mask unreadable"
         return Problem(sample.name, kind, str(mask))
     if mask is None:
-        return None
+        return Problem(sample.name, "mask missing", "a defect, but no mask is given") if marked else None
     if (mask.height, mask.width) != (picture.height, picture.width):
         sizes = f"{mask.width}x{mask.height}, the picture {picture.width}x{picture.height}"
         return Problem(sample.name, "mask of another size", f"{sample.mask} is {sizes}")
-    if defective and not mask.flag:
+    if marked and not mask.flag:
         return Problem(sample.name, "empty mask", f"{sample.mask} marks nothing, but the class is a defect")
     return None
 
@@ -252,7 +264,7 @@ class Memory:
         folder = os.path.commonpath([os.path.dirname(sample.path) for sample in samples])
         memory = cls(cache_dir / f"inspection-{digest(folder).hex()}.npz")
         try:
-            with np.load(str(memory.file), allow_pickle=False) as stored:
+            with open(str(memory.file), "rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 keys, sizes, flags, codes = (stored[name] for name in ("keys", "sizes", "flags", "codes"))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return memory

@@ -119,9 +119,7 @@ class MVTecAD(DefectDataModule):
         if (self.root / "train" / GOOD).is_dir():
             homes = {self.root.name: self.root}
         else:
-            homes = {
-                folder.parents[1].name: folder.parents[1] for folder in self.root.glob(f"*/train/{GOOD}")
-            }
+            homes = {folder.parents[1].name: folder.parents[1] for folder in self.root.glob(f"*/train/{GOOD}")}
         if not homes:
             raise DataError(
                 f"data.root: {self.root} is not in MVTec AD's layout. For MVTec AD itself set "
@@ -162,18 +160,18 @@ class MVTecAD(DefectDataModule):
         labels = {name: label for label, name in enumerate(self.class_names)}
         has_masks = self.with_masks and (home / "ground_truth").is_dir()
         if self.with_masks and not has_masks:
-            raise DataError(
-                f"data.with_masks: {home} has no folder ground_truth. Set it to false or add masks."
-            )
+            raise DataError(f"data.with_masks: {home} has no folder ground_truth. Set it to false or add masks.")
         samples = []
         for folder in _folders(home):
             kind, split = folder.name, FOLDERS[folder.parent.name]
             if self.setting == "one_class" and kind != GOOD and split != "test":
-                raise DataError(
-                    f"{folder} holds defects, but data.setting=one_class trains on good ones only."
-                )
+                raise DataError(f"{folder} holds defects, but data.setting=one_class trains on good ones only.")
             masks = _masks(home / "ground_truth" / kind) if has_masks and kind != GOOD else {}
-            for path in _pictures(folder):
+            pictures = _pictures(folder)
+            if not pictures:
+                inside = folder.relative_to(self.root).as_posix()
+                self.layout_problems.append(Problem(inside, "empty class", f"{folder} has no pictures"))
+            for path in pictures:
                 mask = None
                 if has_masks and kind != GOOD:  # a mask that is not there is reported with all other faults
                     missing = home / "ground_truth" / kind / f"{path.stem}_mask.png"
@@ -241,9 +239,7 @@ def _folders(home: Path) -> list[Path]:
 
 def _pictures(folder: Path) -> list[Path]:
     return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     ]
 
 
