@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -82,6 +83,30 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 # ---- lists
+
+
+def test_folders_that_are_half_splits_are_refused(tmp_path: Path) -> None:
+    root = make_crops_folder(tmp_path / "d", splits=("train", "test"))
+    (root / "test").rename(root / "Test")
+    with pytest.raises(DataError, match=r"holds Test, train, of which Test, train sound like splits"):
+        ready(root, tmp_path / "c")
+    (root / "Test").rename(root / "docs")
+    with pytest.raises(DataError, match=r"holds docs, train, of which train"):
+        ready(root, tmp_path / "c")
+
+
+def test_loose_hidden_and_lost_pictures(tmp_path: Path) -> None:
+    root = make_crops_folder(tmp_path / "d", classes={"good": 4, "bad": 4})
+    hidden = root / "good" / ".ipynb_checkpoints" / "000-checkpoint.png"
+    hidden.parent.mkdir()
+    for copy in (hidden, root / "good" / "._000.png", root / "overview.png"):
+        copy.write_bytes((root / "good" / "000.png").read_bytes())
+    with pytest.warns(UserWarning, match=r"1 pictures stand in no class's folder .*overview.png"):
+        data = ready(root, tmp_path / "c")
+    assert len(everything(data)) == 8
+    (root / "good" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"missing: 1(.|\n)*good/lost.png"):
+        ready(root, tmp_path / "c")
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -190,8 +215,10 @@ def test_every_wrong_row_is_named(tmp_path: Path) -> None:
 def test_lists_that_cannot_be_read(tmp_path: Path) -> None:
     root = tmp_path
     for text, name, message in (
-        ("path,class\n", "a.csv", "the columns are path, class; expected some of path, x"),
+        ("path,class\n", "a.csv", "the header is 'path,class'; expected path, label and some of path, x"),
+        ("path;label\n1.png;x\n", "a.csv", "separated by commas"),
         ("path,label\n", "a.csv", "has no rows"),
+        ("path,label\n1.png,dent, deep\n", "a.csv", "line 2: more cells than the header"),
         ("{}", "a.json", "expected a list of objects"),
         ("[1]", "a.json", "expected a list of objects"),
         ("[", "a.json", "cannot be read"),
@@ -200,8 +227,11 @@ def test_lists_that_cannot_be_read(tmp_path: Path) -> None:
         (root / name).write_text(text)
         with pytest.raises(DataError, match=message):
             ready(root, tmp_path / "c", annotations=name)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"none.csv is not there"):
         ready(root, tmp_path / "c", annotations="none.csv")
+    (root / "a.csv").write_bytes("path,label\n1.png,Kratzer häßlich\n".encode("latin-1"))
+    with pytest.raises(DataError, match="expected a CSV file in UTF-8"):
+        ready(root, tmp_path / "c", annotations="a.csv")
     # A picture that is missing and a box over the edge are found by the inspection of the files.
     photograph(root, "1.png")
     with pytest.raises(DataError, match=r"box outside the picture: 1(.|\n)*missing: 1"):
@@ -264,11 +294,44 @@ def test_windows_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.window is 64x64, but 1 photographs are smaller \(1.png\)"):
         ready(root, tmp_path / "c", annotations=listed(root, box), window=(64, 64))
     with pytest.raises(DataError, match=r"needs a box in every row; 1.png has none"):
-        ready(
-            root, tmp_path / "c", annotations=listed(root, ("1.png", "", "", "", "", "good")), window=(8, 8)
-        )
-    with pytest.raises(DataError, match=r"1 boxes reach over the edge .*1.png#98,0,5,5"):
-        ready(root, tmp_path / "c", annotations=listed(root, ("1.png", 98, 0, 5, 5, "good")), window=(8, 8))
+        ready(root, tmp_path / "c", annotations=listed(root, ("1.png", "", "", "", "", "good")), window=(8, 8))
+
+
+@pytest.mark.parametrize("cut", ["window", "tile"])
+def test_boxes_over_the_edge_are_reported_with_all_else(tmp_path: Path, cut: str) -> None:
+    root = tmp_path / "d"
+    for i in range(6):
+        photograph(root, f"{i}.png", (60, 100))
+    good = [(f"{i}.png", 5, 5, 5, 5, "good") for i in range(1, 6)]
+    bad = [(f"{i}.png", 50, 40, 5, 5, "dent") for i in range(1, 6)]
+    wrong = [("0.png", 98, 0, 5, 5, "dent"), ("missing.png", 0, 0, 5, 5, "good")]
+    file = listed(root, *good, *bad, *wrong)
+    with pytest.raises(DataError, match=r"box outside the picture: 1(.|\n)*0.png#98(.|\n)*missing: 1"):
+        ready(root, tmp_path / "c", annotations=file, **{cut: (8, 8)})
+    data = ready(root, tmp_path / "c", annotations=file, on_bad_file="skip", **{cut: (8, 8)})
+    assert not any(name.startswith(("0.png", "missing")) for name in everything(data))
+
+
+def test_a_defect_without_a_mask_is_reported(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    make_crops_csv(root, photographs=4, masks=True)
+    text = (root / "crops.csv").read_text()
+    (root / "crops.csv").write_text(text.replace("masks/002.png", ""))
+    ready(root, tmp_path / "c", annotations="crops.csv")
+    with pytest.raises(DataError, match=r"mask missing: 1(.|\n)*photos/002.png#"):
+        ready(root, tmp_path / "c", annotations="crops.csv", with_masks=True)
+
+
+def test_lists_as_spreadsheets_and_windows_write_them(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    file = make_crops_csv(root, photographs=4)
+    plain = everything(ready(root, tmp_path / "c", annotations="crops.csv"))
+    text = file.read_text().replace("path,x,y", "path, x, y").replace("\n", "\r\n")
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert everything(ready(root, tmp_path / "c", annotations="crops.csv")) == plain
+    rows = list(csv.DictReader(text.replace(", ", ",").splitlines()))
+    (root / "crops.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
+    assert everything(ready(root, tmp_path / "c", annotations="crops.json")) == plain
 
 
 # ---- tiles
@@ -285,9 +348,7 @@ def test_tiles_cover_the_photograph_and_know_their_defects(tmp_path: Path) -> No
         ("1.png", 85, 45, 5, 5, "scratch"),
         ("2.png", "", "", "", "", "good"),
     )
-    data = ready(
-        root, tmp_path / "c", annotations=file, tile=(40, 40), overlap=0.5, val_fraction=0, test_fraction=0
-    )
+    data = ready(root, tmp_path / "c", annotations=file, tile=(40, 40), overlap=0.5, val_fraction=0, test_fraction=0)
     tiles = everything(data)
     boxes = {tuple(map(int, name.split("#")[1].split(","))) for name in tiles}
     assert boxes == {(x, y, 40, 40) for x in (0, 20, 40, 50) for y in (0, 10)}

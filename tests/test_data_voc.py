@@ -104,9 +104,7 @@ def test_overlapping_sets_are_reported_and_separated(tmp_path: Path) -> None:
     lists = root / "VOCdevkit/VOC2012/ImageSets/Segmentation"
     both = (lists / "test.txt").read_text().split()[:2]
     (lists / "trainval.txt").write_text((lists / "train.txt").read_text() + "\n".join(both) + "\n")
-    with pytest.warns(
-        UserWarning, match=r"2 names stand both in test \(test\) and trainval \(train\): 2012_0000"
-    ):
+    with pytest.warns(UserWarning, match=r"2 names stand both in test \(test\) and trainval \(train\): 2012_0000"):
         data = ready(root, tmp_path / "c", image_sets={"train": "trainval", "test": "test"}, val_fraction=0)
     assert sizes(data) == (8, 0, 4)
     with (
@@ -157,6 +155,17 @@ def test_wrong_choices(tmp_path: Path) -> None:
     (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/evil.txt").write_text("../../secret\n")
     with pytest.raises(DataError, match="is not the name of a picture"):
         ready(root, tmp_path / "c", image_sets={"train": "evil"})
+
+
+def test_masks_are_always_served(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.with_masks: PascalVOC always serves masks"):
+        PascalVOC(str(tmp_path), with_masks=False)
+
+
+def test_a_cache_folder_without_access_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    data = ready(make_voc(tmp_path / "d"), tmp_path / "file")
+    assert sum(map(len, data.samples.values())) > 0
 
 
 def test_a_missing_data_set_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,10 @@ def read_annotations(root: Path, file: Path) -> list[Annotation]:
     return done
 
 
-def _parse(row: Mapping[str, Any], root: Path, base: Path) -> Annotation:
+def _parse(row: Mapping[Any, Any], root: Path, base: Path) -> Annotation:
     """One row; `base` is the root without symbolic links. Raises ValueError with what is wrong."""
+    if None in row:
+        raise ValueError("more cells than the header has; quote texts that hold commas")
     text = {key: str(row[key]).strip() for key in COLUMNS if row.get(key) is not None}
     for key in ("path", "label"):
         if not text.get(key):
@@ -127,28 +129,32 @@ def _read_csv(file: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
+            header = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             rows = [(f"line {reader.line_num}", row) for row in reader]
-            header = list(reader.fieldnames or ())
+    except FileNotFoundError:
+        raise DataError(f"data.annotations: {file} is not there.") from None
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        raise DataError(f"data.annotations: {file} cannot be read ({problem}).") from problem
+        text = f"data.annotations: {file} cannot be read ({problem}); expected a CSV file in UTF-8."
+        raise DataError(text) from problem
     unknown = [name for name in header if name not in COLUMNS]
     if unknown or not {"path", "label"} <= set(header):
         raise DataError(
-            f"{file}: the columns are {', '.join(header)}; expected some of {', '.join(COLUMNS)}."
+            f"{file}: the header is '{','.join(header)}'; expected path, label and some of "
+            f"{', '.join(COLUMNS)}, separated by commas."
         )
     return rows
 
 
 def _read_json(file: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise DataError(f"data.annotations: {file} is not there.") from None
     except (OSError, ValueError) as problem:
         raise DataError(f"data.annotations: {file} cannot be read ({problem}).") from problem
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f'{file}: expected a list of objects such as {{"path": "1.png", "label": "good"}}.')
     unknown = {key for entry in entries for key in entry} - set(COLUMNS)
     if unknown:
-        raise DataError(
-            f"{file}: unknown keys {', '.join(sorted(unknown))}; expected some of {', '.join(COLUMNS)}."
-        )
+        raise DataError(f"{file}: unknown keys {', '.join(sorted(unknown))}; expected some of {', '.join(COLUMNS)}.")
     return [(f"entry {number}", entry) for number, entry in enumerate(entries, start=1)]

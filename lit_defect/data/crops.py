@@ -28,9 +28,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from lit_defect.data.annotations import Annotation, read_annotations
 from lit_defect.data.cutting import Size, picture_sizes, tiles, windows
 from lit_defect.data.images import SUFFIXES
+from lit_defect.data.inspection import pictures_below
 from lit_defect.data.module import DefectDataModule
 from lit_defect.data.samples import Sample
 from lit_defect.data.splits import PRIORITY, some
@@ -193,15 +196,23 @@ def read_folders(root: Path) -> list[Annotation]:
             f"data.root: {root} has no folders. Expected a folder per class (root/good/000.png, "
             "root/scratched/000.png, ...), or a list of crops: data.annotations."
         )
+    splits = [folder.name for folder in inside if folder.name.lower() in (*PRIORITY, "valid", "validation")]
     split_first = all(folder.name in PRIORITY for folder in inside)
+    if splits and not split_first:
+        raise DataError(
+            f"data.root: {root} holds {some(folder.name for folder in inside)}, of which {some(splits)} "
+            "sound like splits. Expected either a folder per class, or folders train, val and test alone, in small "
+            "letters, with a folder per class in each. Rename or remove."
+        )
     homes = (
-        [(folder, f.name) for f in inside for folder in _subfolders(f)]
-        if split_first
-        else [(f, "") for f in inside]
+        [(folder, f.name) for f in inside for folder in _subfolders(f)] if split_first else [(f, "") for f in inside]
     )
+    loose = [p.name for home in (root, *inside[: len(inside) * split_first]) for p in home.iterdir() if _is_picture(p)]
+    if loose:
+        rank_zero_warn(f"data.root: {len(loose)} pictures stand in no class's folder and are not used ({some(loose)}).")
     rows = []
     for folder, split in homes:
-        pictures = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+        pictures = pictures_below(folder)
         if not pictures:
             raise DataError(f"{folder} has no pictures ({' '.join(sorted(SUFFIXES))}). Fill or remove it.")
         rows += [
@@ -209,6 +220,10 @@ def read_folders(root: Path) -> list[Annotation]:
             for path in pictures
         ]
     return rows
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 def _nearest(size: Size, multiple: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,12 +34,11 @@ def picture_sizes(paths: Iterable[Path]) -> dict[Path, Size]:
     return {path: size for path, size in zip(ordered, in_threads(look, ordered), strict=True) if size}
 
 
-def windows(
-    rows: Sequence[Annotation], sizes: Mapping[Path, Size], window: Size, good: str | None
-) -> list[Annotation]:
+def windows(rows: Sequence[Annotation], sizes: Mapping[Path, Size], window: Size, good: str | None) -> list[Annotation]:
     """A window (height, width) around the centre of each box, shifted to lie inside its photograph.
 
-    Windows of good boxes that meet a defect's box are left out, with a warning, and so are repeated windows.
+    Windows of good boxes that meet a defect's box are left out, with a warning, and so are repeated windows. Rows of
+    unreadable photographs and boxes that are not inside stay as they are, for inspection to report.
 
     Raises:
         DataError: a photograph is smaller than the window, or has no box, or one window has two labels.
@@ -55,7 +54,7 @@ def windows(
     result: dict[str, Annotation] = {}
     spoiled = []
     for row in rows:
-        if row.box is None or row.path not in sizes:  # an unreadable picture: inspection will tell
+        if row.box is None or row.path not in sizes or _outside(row, sizes[row.path]):
             result[row.name] = row
             continue
         x, y, w, h = row.box
@@ -73,8 +72,7 @@ def windows(
             )
     if spoiled:
         rank_zero_warn(
-            f"data.window: {len(spoiled)} windows of {good} boxes show a defect and are left out "
-            f"({some(spoiled)})."
+            f"data.window: {len(spoiled)} windows of {good} boxes show a defect and are left out ({some(spoiled)})."
         )
     return list(result.values())
 
@@ -85,43 +83,54 @@ def tiles(
     """Tiles (height, width) that cover every photograph; the last of a row or column is shifted to fit.
 
     A tile's label is that of the defect (box, or mask where the row has one) that covers most of it, and the
-    flawless class where none does.
+    flawless class where none does. Of unreadable photographs, and of those with a box that is not inside, only the
+    rows concerned are given, for inspection to report.
 
     Raises:
-        DataError: a photograph is smaller than a tile, or nothing tells where in it a defect is.
+        DataError: a photograph is smaller than a tile, a mask is unreadable or of another size than its photograph,
+            or nothing tells where in it a defect is.
     """
     _check_fit(rows, sizes, tile, "data.tile")
     photographs: defaultdict[Path, list[Annotation]] = defaultdict(list)
     for row in rows:
         photographs[row.path].append(row)
-    height, width = tile
-    result = []
-    for path, listed in photographs.items():
+
+    def cut(listed: list[Annotation]) -> list[Annotation]:
         first = listed[0]
-        if any(
-            (row.split, row.group, row.source) != (first.split, first.group, first.source) for row in listed
-        ):
-            raise DataError(f"data.tile: the rows of {path} differ in split, group or source.")
-        if path not in sizes:  # an unreadable picture: inspection will tell
-            result.append(first)
-            continue
-        defects = [row for row in listed if row.label != good]
-        areas = [_area(row) for row in defects]
-        for top in _starts(sizes[path][0], height, overlap):
-            for left in _starts(sizes[path][1], width, overlap):
-                box = (left, top, width, height)
-                covered = [area(box) for area in areas]
-                worst = max(range(len(covered)), key=covered.__getitem__, default=None)
-                label = defects[worst].label if worst is not None and covered[worst] else good
-                mask = defects[worst].mask if worst is not None and covered[worst] else None
-                result.append(replace(first.with_box(box), label=label, mask=mask))
-    return result
+        if any((row.split, row.group, row.source) != (first.split, first.group, first.source) for row in listed):
+            raise DataError(f"data.tile: the rows of {first.path} differ in split, group or source.")
+        if first.path not in sizes:
+            return [first]
+        size = sizes[first.path]
+        if outside := [row for row in listed if _outside(row, size)]:
+            return outside
+        return list(_tiles_of(listed, size, tile, overlap, good))
+
+    return [made for part in in_threads(cut, photographs.values()) for made in part]
 
 
-def _area(row: Annotation) -> Callable[[Box], int]:
+def _tiles_of(listed: Sequence[Annotation], size: Size, tile: Size, overlap: float, good: str) -> Iterator[Annotation]:
+    """The tiles of one photograph of (height, width) `size`."""
+    height, width = tile
+    defects = [row for row in listed if row.label != good]
+    areas = [_area(row, size) for row in defects]
+    for top in _starts(size[0], height, overlap):
+        for left in _starts(size[1], width, overlap):
+            box = (left, top, width, height)
+            covered = [area(box) for area in areas]
+            worst = max(range(len(covered)), key=covered.__getitem__, default=None)
+            label = defects[worst].label if worst is not None and covered[worst] else good
+            mask = defects[worst].mask if worst is not None and covered[worst] else None
+            yield replace(listed[0].with_box(box), label=label, mask=mask)
+
+
+def _area(row: Annotation, size: Size) -> Callable[[Box], int]:
     """Box -> how many pixels of the row's defect lie in it."""
     if row.mask is not None:
         marked = read_mask(row.mask) > 0
+        if marked.shape != size:
+            sizes = f"{marked.shape[1]}x{marked.shape[0]}, the picture {size[1]}x{size[0]}"
+            raise DataError(f"data.tile: {row.mask} is {sizes}. Give each mask the size of its picture.")
 
         def count(box: Box) -> int:
             x, y, width, height = box
@@ -129,9 +138,7 @@ def _area(row: Annotation) -> Callable[[Box], int]:
 
         return count
     if row.box is None:
-        raise DataError(
-            f"data.tile: nothing tells where in {row.path} the {row.label} is; give a box or a mask."
-        )
+        raise DataError(f"data.tile: nothing tells where in {row.path} the {row.label} is; give a box or a mask.")
     return partial(_shared, row.box)
 
 
@@ -149,25 +156,22 @@ def _starts(full: int, side: int, overlap: float) -> list[int]:
 
 
 def _check_fit(rows: Sequence[Annotation], sizes: Mapping[Path, Size], crop: Size, key: str) -> None:
-    """Every photograph holds the crop, and every box lies in its photograph."""
-    small, outside = set(), []
+    """Every photograph holds the crop."""
+    small = set()
     for row in rows:
         height, width = sizes.get(row.path, crop)
         if height < crop[0] or width < crop[1]:
             small.add(row.path.name)
-        if (
-            row.path in sizes
-            and row.box
-            and (row.box[0] + row.box[2] > width or row.box[1] + row.box[3] > height)
-        ):
-            outside.append(row.name)
     if small:
         raise DataError(
             f"{key} is {crop[0]}x{crop[1]}, but {len(small)} photographs are smaller ({some(small)}). "
             "Make it smaller, or take these photographs out of the list."
         )
-    if outside:
-        raise DataError(
-            f"data.annotations: {len(outside)} boxes reach over the edge of their photograph "
-            f"({some(outside)}); they are x, y, width, height in pixels."
-        )
+
+
+def _outside(row: Annotation, size: Size) -> bool:
+    """Whether the row's box reaches over the edge of its photograph of (height, width) `size`."""
+    if row.box is None:
+        return False
+    x, y, width, height = row.box
+    return x + width > size[1] or y + height > size[0]

@@ -16,6 +16,7 @@ with VOC 2012 that is the 10,582 pictures known as `trainaug`.
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +113,8 @@ class PascalVOC(DefectDataModule):
         download: bool = False,
         **kwargs: Any,
     ) -> None:
+        if "with_masks" in kwargs:
+            raise UserError("data.with_masks: PascalVOC always serves masks; leave it out.")
         super().__init__(with_masks=True, **kwargs)
         self.root = Path(root).expanduser().absolute()
         self.year = year
@@ -168,9 +171,7 @@ class PascalVOC(DefectDataModule):
                 found[name] = ("train", picture, mask)
 
         boxes = in_threads(self._box, [picture for _, picture, _ in found.values()])
-        counts = self._count_pixels(
-            [(mask, box) for (_, _, mask), box in zip(found.values(), boxes, strict=True)]
-        )
+        counts = self._count_pixels([(mask, box) for (_, _, mask), box in zip(found.values(), boxes, strict=True)])
         samples = []
         for (split, picture, mask), box, pixels in zip(found.values(), boxes, counts, strict=True):
             chosen = pixels[[self.names.index(name) for name in self.class_names[1:]]]  # (classes,)
@@ -201,15 +202,15 @@ class PascalVOC(DefectDataModule):
             if name not in self.names[1:]:
                 near = get_close_matches(name, self.names[1:], 1)
                 hint = f" Did you mean {near[0]}?" if near else ""
-                raise UserError(
-                    f"data.classes: there is no class {name}.{hint} There are {', '.join(self.names[1:])}."
-                )
+                raise UserError(f"data.classes: there is no class {name}.{hint} There are {', '.join(self.names[1:])}.")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise UserError(f"data.classes names a class twice: {self.classes}.")
         if self.classes == []:
             raise UserError("data.classes is an empty list; give names, or leave it out for all classes.")
         if self.merge and self.classes is None:
             raise UserError("data.merge=true needs data.classes: the classes to make one of.")
+        if not self.image_sets:
+            raise UserError("data.image_sets is empty; give train, val or test and the name of a set.")
         if unknown := set(self.image_sets) - set(PRIORITY):
             raise UserError(f"data.image_sets has {some(unknown)}; expected train, val and test as keys.")
         if self.download and self.year not in ARCHIVES:
@@ -237,9 +238,7 @@ class PascalVOC(DefectDataModule):
 
     def _read_sets(self, home: Path) -> dict[str, list[str]]:
         """Names by split; a name of several sets is left to the first of test, val and train."""
-        listed = {
-            split: _read_list(home, self.image_sets[split]) for split in PRIORITY if split in self.image_sets
-        }
+        listed = {split: _read_list(home, self.image_sets[split]) for split in PRIORITY if split in self.image_sets}
         owner: dict[str, str] = {}
         shared: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         for split, names in listed.items():
@@ -291,7 +290,8 @@ class PascalVOC(DefectDataModule):
                 return np.zeros(256, np.int64)
 
         counts = np.array(in_threads(count, masks), np.int64).reshape(-1, 256)
-        write_whole(file, lambda stream: np.save(stream, counts))
+        with suppress(DataError):  # without write access to the folder it is counted anew each time
+            write_whole(file, lambda stream: np.save(stream, counts))
         return counts
 
     def _name(self, picture: Path) -> str:
