@@ -302,6 +302,20 @@ def test_random_frozen_weights_stay_in_the_checkpoint(root, tmp_path):
     assert all(torch.equal(again.network.state_dict()[key], value) for key, value in states(model).items())
 
 
+def test_features_follow_the_weights_that_a_checkpoint_brings(root, tmp_path):
+    first, second = make_model(), make_model()
+    data = make_data(root)
+    fit(first, data).test(first, datamodule=data, verbose=False)
+    torch.manual_seed(9)
+    second.class_names = data.class_names
+    second.configure_model()
+    trainer = fit(second, data)
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    trainer.test(second, datamodule=data, verbose=False)
+    make_trainer().test(first, datamodule=data, ckpt_path=tmp_path / "second.ckpt", verbose=False)
+    np.testing.assert_array_equal(first._predictions["probabilities"], second._predictions["probabilities"])
+
+
 @pytest.mark.parametrize("transfer", ["head", "all"])
 def test_a_checkpoint_serves_without_a_data_module(root, weights, tmp_path, transfer):
     model = make_model(weights, transfer=transfer, image_size=32)

@@ -244,6 +244,8 @@ class DefectClassifier(DefectTask):
                 )
             own = self.state_dict()
             checkpoint["state_dict"].update({key: own[key] for key in self._frozen_keys()})
+        else:
+            self._fingerprint = None  # the checkpoint brings weights of its own
 
     def fingerprint(self) -> str:
         """Identity of the frozen features."""
