@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lit_defect.data import guard
 from lit_defect.data.module import DefectDataModule
 from lit_defect.data.samples import Sample
 from lit_defect.errors import DataError, UserError
@@ -36,9 +37,7 @@ class Folder(DefectDataModule):
         for path in sorted(Path(self.root).glob("*_*.png")):
             bad = path.name.startswith("bad")
             mask = str(path.with_suffix(".mask.png")) if bad else None
-            found.append(
-                Sample(path=str(path), name=path.name, label=int(bad), mask=mask, source=self.source)
-            )
+            found.append(Sample(path=str(path), name=path.name, label=int(bad), mask=mask, source=self.source))
         return [s for s in found if ".mask." not in s.path]
 
 
@@ -197,8 +196,10 @@ def test_bad_files_stop_the_run_or_are_skipped_and_listed(make, root, tmp_path):
     assert "good_03.png,unreadable," in (tmp_path / "run" / "skipped.csv").read_text()
 
 
-def test_generated_pictures_may_not_validate_or_test(root, tmp_path):
-    module = Folder(root, cache_dir=str(tmp_path / "cache"), leakage="off")
+def test_generated_pictures_may_not_validate_or_test(make, root, tmp_path):
+    given = "".join(f"{s.name},{'val' if s.label else 'train'}\n" for s in make()._divided)
+    (tmp_path / "s.csv").write_text(f"name,split\n{given}")
+    module = Folder(root, cache_dir=str(tmp_path / "cache"), leakage="off", split_file=str(tmp_path / "s.csv"))
     module.source = "stable-diffusion"
     with pytest.raises(DataError, match="generated pictures are in the val split"):
         module.setup("fit")
@@ -224,16 +225,14 @@ def test_sample_key_changes_with_whatever_changes_the_pixels(make, root):
     assert make(image_size=8).sample_key(sample) != key
     with pytest.warns(UserWarning, match="mirrored"):
         mirrored = make(test="mirrored_train").samples["test"][0]
-    assert plain.sample_key(mirrored) != plain.sample_key(next(
-        s for samples in plain.samples.values() for s in samples if s.path == mirrored.path
-    ))
+    assert plain.sample_key(mirrored) != plain.sample_key(
+        next(s for samples in plain.samples.values() for s in samples if s.path == mirrored.path)
+    )
     Image.open(sample.path).rotate(90).save(sample.path)
     assert make().sample_key(sample) != key
 
 
-@pytest.mark.parametrize(
-    "setting", [{"batch_size": 0}, {"eval_batch_size": 0}, {"image_size": 0}, {"num_workers": -1}]
-)
+@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"eval_batch_size": 0}, {"image_size": 0}, {"num_workers": -1}])
 def test_settings_out_of_range_are_named(root, setting):
     with pytest.raises(UserError, match=rf"data\.{next(iter(setting))}"):
         Folder(root, **setting)
@@ -303,3 +302,70 @@ def test_checkpoints_open_with_weights_only_and_overfitting_repeats_its_batches(
     run.save_checkpoint(tmp_path / "x.ckpt")
     stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert stored["datamodule_hyper_parameters"]["image_size"] == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache": "disc"}, r"data.cache is 'disc'; expected 'off' or 'ram' or 'disk'"),
+        ({"test": "train"}, r"data.test is 'train'"),
+        ({"image_size": (8, 8, 3)}, r"expected a side or \[height, width\]"),
+        ({"split_file": "s.csv", "folds": 3}, r"leave data.folds and data.shots out"),
+    ],
+)
+def test_settings_from_python_are_checked_as_those_of_the_command_line(root, settings, message):
+    with pytest.raises(UserError, match=message):
+        Folder(root, **settings)
+
+
+def test_the_guard_compares_once_and_again_only_when_something_changed(make, root, tmp_path, monkeypatch):
+    copied = root / "good_99.png"
+    copied.write_bytes((root / "good_00.png").read_bytes())
+    asked = []
+    for name in ("find_leaks", "propose_groups"):
+        plain = getattr(guard, name)
+        monkeypatch.setattr(guard, name, lambda *a, name=name, plain=plain: asked.append(name) or plain(*a))
+
+    def start(folder, **settings):
+        asked.clear()
+        with pytest.warns(UserWarning, match="near-duplicate"):
+            module = make(leakage="warn", **settings)
+        module.write_records(tmp_path / folder)
+        return [(tmp_path / folder / file).read_text() for file in ("leakage.csv", "groups.csv")], list(asked)
+
+    seed = next(
+        seed
+        for seed in range(20)
+        if len({s.split for s in make(seed=seed)._divided if s.name in ("good_00.png", "good_99.png")}) == 2
+    )
+    first, computed = start("a", seed=seed)
+    assert computed == ["find_leaks", "propose_groups"]
+    again, computed = start("b", seed=seed)
+    assert (again, computed) == (first, [])
+    for file in (tmp_path / "cache").glob("guard-*.json"):
+        file.write_text("[")
+    assert start("c", seed=seed) == (first, ["find_leaks", "propose_groups"])
+    copied.write_bytes((root / "good_01.png").read_bytes())
+    other = next(
+        seed
+        for seed in range(20)
+        if len({s.split for s in make(seed=seed)._divided if s.name in ("good_01.png", "good_99.png")}) == 2
+    )
+    changed, computed = start("d", seed=other)
+    assert computed == ["find_leaks", "propose_groups"]
+    assert "good_01.png" in changed[0]
+
+
+def test_a_mirrored_test_offers_no_groups(make, tmp_path):
+    with pytest.warns(UserWarning, match=r"near-duplicate in train.* leakage.png of this run\.$"):
+        module = make(leakage="warn", test="mirrored_train")
+    module.write_records(tmp_path / "run")
+    assert not (tmp_path / "run" / "groups.csv").exists()
+
+
+def test_an_empty_training_split_says_where_to_look(make, root, tmp_path):
+    module = make()
+    text = "name,split\n" + "".join(f"{s.name},test\n" for s in module._divided)
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(DataError, match=r"no samples in the train split: check .*data.split_file"):
+        make(split_file=str(tmp_path / "s.csv")).train_dataloader()

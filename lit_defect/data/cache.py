@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -210,6 +210,25 @@ def _build(path: Path, shapes: Sequence[Shape], read: Read, needed: int) -> None
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_whole(file: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file under a temporary name and renames it, so that it is complete or not there.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=".part", dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                write(stream)
+            os.replace(name, file)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as problem:
+        raise DataError(f"data.cache_dir: {file} cannot be written ({problem}).") from problem
 
 
 def available_memory() -> int | None:

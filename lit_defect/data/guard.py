@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -12,9 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from lit_defect.data.cache import write_whole
 from lit_defect.data.images import read_image
-from lit_defect.data.inspection import CheckResult
-from lit_defect.data.leakage import ORIENTATIONS, Leak, find_leaks, leak_picture, propose_groups
+from lit_defect.data.inspection import CheckResult, digest
+from lit_defect.data.leakage import (
+    MAX_DISTANCE,
+    ORIENTATIONS,
+    FloatArray,
+    Leak,
+    find_leaks,
+    leak_picture,
+    propose_groups,
+)
 from lit_defect.data.samples import REAL, Sample
 from lit_defect.data.splits import write_groups
 from lit_defect.errors import DataError
@@ -37,15 +49,20 @@ def mirrored(samples: Sequence[Sample]) -> list[Sample]:
     return [replace(s, mirror=not s.mirror, name=f"{s.name}#mirrored", split="test") for s in originals]
 
 
-def leaks_between(samples: Sequence[Sample], checked: CheckResult) -> list[Leak]:
-    """Near-duplicates among `samples` whose splits differ, the closest first."""
+def leaks_between(samples: Sequence[Sample], checked: CheckResult, cache_dir: Path | None = None) -> list[Leak]:
+    """Near-duplicates among `samples` whose splits differ, the closest first; remembered in `cache_dir`."""
     row = {(sample.path, sample.box): i for i, sample in enumerate(checked.samples)}
     codes = checked.codes[[row[sample.path, sample.box] for sample in samples]]
     index, sign = ORIENTATIONS["mirrored"]
     mirror = np.array([sample.mirror for sample in samples], dtype=bool)
     codes[mirror] = codes[mirror][:, index] * sign
-    names, splits = [s.name for s in samples], [s.split for s in samples]
-    return find_leaks(codes, names, splits, [s.group for s in samples])
+    names, splits, groups = [s.name for s in samples], [s.split for s in samples], [s.group for s in samples]
+    rows = remembered(
+        cache_dir,
+        ("leaks", MAX_DISTANCE, _hash(codes), names, splits, groups),
+        lambda: [astuple(leak) for leak in find_leaks(codes, names, splits, groups)],
+    )
+    return [Leak(*row) for row in rows]
 
 
 def warning(leaks: Sequence[Leak], samples: Sequence[Sample]) -> str:
@@ -77,10 +94,42 @@ def write_leaks(folder: Path, leaks: Sequence[Leak], samples: Iterable[Sample], 
     leak_picture(leaks, read).save(folder / "leakage.png")
 
 
-def write_proposed_groups(path: Path, checked: CheckResult, groups: Sequence[str]) -> None:
+def write_proposed_groups(
+    path: Path, checked: CheckResult, groups: Sequence[str], cache_dir: Path | None = None
+) -> None:
     """Writes a group file that joins all near-duplicates, within a split too, and keeps the known groups."""
     names = [sample.name for sample in checked.samples]
-    write_groups(path, names, propose_groups(checked.codes, names, groups))
+    proposed = remembered(
+        cache_dir,
+        ("groups", MAX_DISTANCE, _hash(checked.codes), names, groups),
+        lambda: propose_groups(checked.codes, names, groups),
+    )
+    write_groups(path, names, proposed)
+
+
+def remembered(cache_dir: Path | None, question: tuple[Any, ...], answer: Callable[[], list[Any]]) -> list[Any]:
+    """What `answer` gives, from a file in `cache_dir` if the same question was answered before.
+
+    Comparing 100,000 pictures with each other takes a minute or two, which not every start should pay. The question
+    holds everything that the answer depends on; the file is JSON under its hash.
+    """
+    if cache_dir is None:
+        return answer()
+    file = cache_dir / f"guard-{digest(*question).hex()}.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(known, list):
+            return known
+    except (OSError, ValueError):
+        pass
+    result = answer()
+    with suppress(DataError):  # without write access to the folder it is answered anew each time
+        write_whole(file, lambda stream: stream.write(json.dumps(result).encode()))
+    return result
+
+
+def _hash(codes: FloatArray) -> str:
+    return hashlib.blake2b(codes.tobytes(), digest_size=16).hexdigest()
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lit_defect.data.cache import in_threads
+from lit_defect.data.cache import in_threads, write_whole
 from lit_defect.data.images import (
     SUFFIXES,
     Array,
@@ -299,7 +299,7 @@ class Memory:
         return result
 
     def save(self) -> None:
-        """Writes the file under another name and renames it; a folder without write access is no error."""
+        """Writes the file whole or not at all; a folder without write access is no error."""
         if self.file is None or not self.changed:
             return
         nothing = np.zeros(LOW * LOW, np.float32)
@@ -310,17 +310,8 @@ class Memory:
             "flags": np.array([seen.flag for seen in entries], bool),
             "codes": np.array([nothing if seen.code is None else seen.code for seen in entries], np.float32),
         }
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(suffix=".part", dir=self.file.parent)
-        except OSError:
-            return
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                np.savez(stream, **arrays)
-            os.replace(name, self.file)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
+        with suppress(DataError):
+            write_whole(self.file, lambda stream: np.savez(stream, **arrays))
 
 
 def _look_at(what: str, path: str, boxes: Sequence[Box | None]) -> dict[Box | None, Seen | ImageError]:

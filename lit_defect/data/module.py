@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -118,15 +118,15 @@ class DefectDataModule(LightningDataModule, ABC):
         self.folds = folds
         self.fold = fold
         self.shots = shots
-        self.split_file = split_file
-        self.group_file = group_file
+        self.split_file = Path(split_file).expanduser() if split_file else None
+        self.group_file = Path(group_file).expanduser() if group_file else None
         self.test = test
         self.sampler = sampler
         self.drop_last = drop_last
         self.leakage = leakage
         self.on_bad_file = on_bad_file
         self.on_wrong_mode = on_wrong_mode
-        self.predict_root = predict_root
+        self.predict_root = Path(predict_root).expanduser() if predict_root else None
         self._check_settings()
 
         self.serve_images = True
@@ -188,7 +188,7 @@ class DefectDataModule(LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         """Splits, the same on every process; `stage` matters only for `predict` with a folder of its own."""
         if self.predict_root and stage == "predict":
-            self._to_predict = self._check(list_pictures(Path(self.predict_root)))
+            self._to_predict = self._check(list_pictures(self.predict_root))
             self.samples["predict"] = self._to_predict.samples
         elif not self._divided:
             self._divide()
@@ -282,16 +282,27 @@ class DefectDataModule(LightningDataModule, ABC):
             guard.write_leaks(folder, self.leaks, samples, self._convert)
             if self.test == "holdout":
                 groups = [sample.group for sample in self._divided]
-                guard.write_proposed_groups(folder / "groups.csv", self._checked, groups)
+                guard.write_proposed_groups(folder / "groups.csv", self._checked, groups, self.cache_dir)
 
     # ---- inside -------------------------------------------------------------------------------------------
 
     def _check_settings(self) -> None:
+        hints = {
+            k: v
+            for c in reversed(type(self).__mro__)
+            if issubclass(c, DefectDataModule)
+            for k, v in get_type_hints(c.__init__).items()
+        }
+        for key, value in self.hparams.items():  # the command line has checked this already, Python has not
+            if get_origin(hints.get(key)) is Literal and value not in get_args(hints[key]):
+                raise UserError(f"data.{key} is {value!r}; expected {' or '.join(map(repr, get_args(hints[key])))}.")
         for key, value in (("batch_size", self.batch_size), ("eval_batch_size", self.eval_batch_size)):
             if value < 1:
                 raise UserError(f"data.{key} is {value}; expected at least 1.")
-        if self.image_size is not None and min(self.image_size) < 1:
-            raise UserError(f"data.image_size is {self.image_size}; expected at least 1 pixel.")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise UserError(f"data.image_size is {self.image_size}; expected a side or [height, width] in pixels.")
+        if self.split_file and (self.folds is not None or self.shots is not None):
+            raise UserError("data.split_file says who trains and tests: leave data.folds and data.shots out.")
         if self.num_workers < 0:
             raise UserError(f"data.num_workers is {self.num_workers}; expected 0 or more.")
         if self.test == "mirrored_train" and self.leakage == "error":
@@ -332,9 +343,9 @@ class DefectDataModule(LightningDataModule, ABC):
     def _divide(self) -> None:
         samples = self._inspect().samples
         if self.group_file:
-            samples = read_groups(Path(self.group_file), samples)
+            samples = read_groups(self.group_file, samples)
         if self.split_file:
-            self._divided = read_split(Path(self.split_file), samples)
+            self._divided = read_split(self.split_file, samples)
         else:
             self._divided = self.assign(samples)
         self.samples = {split: [s for s in self._divided if s.split == split] for split in SPLITS}
@@ -352,23 +363,25 @@ class DefectDataModule(LightningDataModule, ABC):
         if self.leakage == "off" or (self.leakage == "warn" and self._rank()[0] > 0):
             return
         used = [sample for split in ("train", "val", "test") for sample in self.samples[split]]
-        self.leaks = guard.leaks_between(used, self._inspect())
+        self.leaks = guard.leaks_between(used, self._inspect(), self.cache_dir)
         if self.leaks and self.leakage == "error":
             raise DataError(
                 f"{guard.warning(self.leaks, used)} Run once with data.leakage=warn and give the groups.csv of "
                 "that run as data.group_file; pictures of one group stay in one split."
             )
         if self.leaks:
-            rank_zero_warn(
-                f"{guard.warning(self.leaks, used)} See leakage.csv and leakage.png of this run; its groups.csv as "
-                "data.group_file keeps them together."
-            )
+            remedy = "; its groups.csv as data.group_file keeps them together" if self.test == "holdout" else ""
+            rank_zero_warn(f"{guard.warning(self.leaks, used)} See leakage.csv and leakage.png of this run{remedy}.")
 
     def _of(self, split: str) -> list[Sample]:
         if split not in self.samples:
             raise DataError(f"there is no {split} split before setup.")
         if not self.samples[split]:
-            raise DataError(f"no samples in the {split} split: set data.{split}_fraction or data.split_file.")
+            remedy = {
+                "train": "check what stands in the data set's own train split, or in data.split_file",
+                "val": "set data.val_fraction or data.split_file",
+            }.get(split, "set data.test_fraction or data.split_file")
+            raise DataError(f"no samples in the {split} split: {remedy}.")
         return self.samples[split]
 
     def _rank(self) -> tuple[int, int]:

@@ -7,16 +7,13 @@ indices, without void. The maps are written once as PNG, which the rest of the d
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-from lit_defect.data.cache import in_threads
+from lit_defect.data.cache import in_threads, write_whole
 from lit_defect.errors import DataError
 
 
@@ -44,25 +41,6 @@ def read_sbd(root: Path, folder: Path, *, skip: Collection[str] = ()) -> dict[st
     missing = [(path, mask) for path, mask in zip(wanted, masks, strict=True) if not mask.is_file()]
     in_threads(lambda pair: _convert(*pair), missing)
     return {path.stem: (home / "img" / f"{path.stem}.jpg", mask) for path, mask in zip(wanted, masks, strict=True)}
-
-
-def write_whole(file: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file under a temporary name and renames it, so that it is complete or not there.
-
-    Raises:
-        DataError: the folder cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=".part", dir=file.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                write(stream)
-            os.replace(name, file)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as problem:
-        raise DataError(f"data.cache_dir: {file} cannot be written ({problem}).") from problem
 
 
 def _convert(source: Path, target: Path) -> None:

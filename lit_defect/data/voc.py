@@ -26,13 +26,13 @@ import numpy.typing as npt
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 
-from lit_defect.data.cache import in_threads
+from lit_defect.data.cache import in_threads, write_whole
 from lit_defect.data.download import Archive, by_hand, fetch_archive
 from lit_defect.data.images import Array, Box, ImageError, read_mask
 from lit_defect.data.inspection import Problem, digest
 from lit_defect.data.module import DefectDataModule
 from lit_defect.data.samples import Sample
-from lit_defect.data.sbd import read_sbd, write_whole
+from lit_defect.data.sbd import read_sbd
 from lit_defect.data.splits import PRIORITY, some
 from lit_defect.errors import DataError, UserError
 
