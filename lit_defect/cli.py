@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -15,21 +16,30 @@ from typing import Any, NoReturn
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 
 import lit_defect.data
-import lit_defect.tasks  # noqa: F401  (imported so that the classes are found by their bare names)
+import lit_defect.tasks  # imported so that the classes are found by their bare names
 from lit_defect import runs
 from lit_defect.callbacks.run import BestCheckpoint, LastCheckpoint, RunRecorder
-from lit_defect.callbacks.startup import StartupSummary
+from lit_defect.callbacks.seen import SeenPictures
+from lit_defect.callbacks.startup import EpochLines, StartupSummary
+from lit_defect.callbacks.storage import keep_files_whole
 from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, wandb_logger
 from lit_defect.errors import UserError
 from lit_defect.spelling import explain, unknown_environment
 
 PROGRAM = "lit_defect"
 ENVIRONMENT_PREFIX = "LIT_DEFECT"
+VERBS = {
+    "fit": "Train a model; --resume goes on with a run that was stopped.",
+    "validate": "Evaluate a checkpoint on the validation split.",
+    "test": "Evaluate a checkpoint on the test split.",
+    "predict": "Write the predictions of a checkpoint for new pictures (--data.predict_root) or the test split.",
+}
 
 
 class Parser(LightningArgumentParser):
@@ -65,43 +75,92 @@ class CLI(LightningCLI):
         )
         group.add_argument("--test_after_fit", type=bool, default=False, help="Test the best checkpoint after fit.")
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """The verbs, described by ourselves: Lightning cuts its docstrings off after a line."""
+        super()._add_subcommands(parser, **{v: {"description": text, **kwargs.get(v, {})} for v, text in VERBS.items()})
+        for action in parser._actions:
+            for choice in getattr(action, "_choices_actions", ()):
+                choice.help = VERBS[choice.dest]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse environment variables that would be ignored, then parse."""
+        unknown_environment(ENVIRONMENT_PREFIX, os.environ, self._subcommand_parsers)
+        super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it (Lightning would let the checkpoint overrule it)."""
 
     def before_instantiate_classes(self) -> None:
         """Decide on the run folder before anything heavy is made."""
         config = self.config[self.subcommand]
-        if config.get("fast_dev_run") or config.trainer.get("fast_dev_run"):
-            return
+        if "verbose" in config:
+            config.verbose = False  # the task prints a table of its own
         experiment = config.experiment or _default_experiment(config)
-        if Path(experiment).name != experiment:
-            raise UserError(f"--experiment {experiment}: a name without slashes is needed; folders go into --runs_dir")
+        runs.check_name("--experiment", experiment)
+        if config.run_id is not None:
+            runs.check_name("--run_id", config.run_id)
+        if config.trainer.default_root_dir is not None:
+            raise UserError(
+                "trainer.default_root_dir is the run's folder here: set --runs_dir and --experiment instead"
+            )
         experiment_dir = Path(config.runs_dir) / experiment
         self._dump_config()
+        if config.ckpt_path:
+            self._take_checkpoint(config, experiment_dir)
+        elif self.subcommand != "fit":
+            raise UserError(
+                f"{self.subcommand} needs --ckpt_path best, last or a file: without one it would score random weights"
+            )
+        if config.trainer.fast_dev_run:
+            return
         if self.subcommand == "fit":
             self.run = self._run_to_fit(config, experiment_dir)
         else:
-            self.run = self._run_to_evaluate(config, experiment_dir)
+            run_id = config.run_id or runs.launched_run_id() or runs.new_run_id(config.seed_everything)
+            own = runs.run_of_checkpoint(Path(config.ckpt_path))
+            self.run = own or runs.RunFolder(experiment_dir / run_id)
         os.environ[runs.RUN_ID_VARIABLE] = self.run.run_id  # inherited by the processes that Lightning starts
         self.config_dump.update(experiment=experiment, run_id=self.run.run_id, resume=False)
+
+    def _take_checkpoint(self, config: Any, experiment_dir: Path) -> None:
+        if self.subcommand == "fit" and config.ckpt_path in ("best", "last"):
+            raise UserError(
+                f"fit --ckpt_path {config.ckpt_path}: --resume goes on with a run; a file may be given, too"
+            )
+        checkpoint = runs.resolve_checkpoint(config.ckpt_path, experiment_dir, config.run_id)
+        config.ckpt_path, config.weights_only = str(runs.whole_checkpoint(checkpoint)), True
 
     def _run_to_fit(self, config: Any, experiment_dir: Path) -> runs.RunFolder:
         """The folder to train in: a new one, or with `--resume` the one to go on with."""
         config_hash = runs.hash_config(self.config_dump)
-        run_id = config.run_id or runs.launched_run_id()
-        if run_id:
-            run = runs.RunFolder(experiment_dir / run_id)
-        elif config.resume and (found := runs.find_resumable(experiment_dir, config_hash)):
+        launched = runs.launched_run_id()
+        inherited = "LOCAL_RANK" in os.environ and launched == os.environ.get(runs.RUN_ID_VARIABLE)
+        found = runs.find_resumable(experiment_dir, config_hash) if config.resume and not inherited else None
+        run = runs.RunFolder(experiment_dir / (config.run_id or launched or runs.new_run_id(config.seed_everything)))
+        if found and not config.run_id and not run.record():  # also under a new job of a scheduler
             run = found
-        else:
-            run = runs.RunFolder(experiment_dir / runs.new_run_id(config.seed_everything))
+        if not getattr(rank_zero_only, "rank", 0):
+            self._check_run(config, run, config_hash)
+        if config.resume and run.last.is_file():
+            config.ckpt_path, config.weights_only = str(runs.whole_checkpoint(run.last)), True
+            _say(f"resuming {run.path} from its last state")
+        return run
+
+    def _check_run(self, config: Any, run: runs.RunFolder, config_hash: str) -> None:
+        """Refuse to overwrite what is there; say what resuming finds. On rank 0: the others follow it."""
         record = run.record()
-        launched_by_rank_zero = "LOCAL_RANK" in os.environ and record.get("pid") == os.getppid()
-        if not record or launched_by_rank_zero:
-            if run.path.exists() and not record and any(run.path.iterdir()):
+        try:
+            run.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run.path.parent} cannot be made ({error.strerror}): choose another --runs_dir") from None
+        if not record:
+            if run.path.exists() and any(run.path.iterdir()):
                 raise UserError(f"{run.path} exists and is no run folder; choose another --run_id or --experiment")
             if config.resume:
-                _say(f"nothing to resume: a new run starts in {run.path}")
+                _say(
+                    f"nothing to resume: a new run starts in {run.path}\n"
+                    "  (a run of another configuration goes on when --run_id names it)"
+                )
         elif not config.resume:
             raise UserError(
                 f"the run {run.path} exists and is never overwritten; go on with it by --resume, "
@@ -111,60 +170,65 @@ class CLI(LightningCLI):
             raise UserError(f"{run.path} is being written by process {record.get('pid')}; wait for it or stop it")
         elif record.get("status") == "finished" and record.get("config_hash") == config_hash:
             _say(f"nothing to do: {run.path} is finished")
+            if config.test_after_fit and not (run.path / "test_metrics.json").is_file():
+                _say(f"  it is not tested: use the verb test with --run_id {run.run_id} --ckpt_path best")
             raise SystemExit(0)
-        if config.resume and run.last.is_file():
-            config.ckpt_path, config.weights_only = str(run.last), True
-            _say(f"resuming {run.path} from its last state")
-        return run
-
-    def _run_to_evaluate(self, config: Any, experiment_dir: Path) -> runs.RunFolder:
-        """The folder that results go to: the checkpoint's own run, or a new one for a foreign checkpoint."""
-        if not config.get("ckpt_path"):
-            raise UserError(
-                f"{self.subcommand} needs --ckpt_path best, last or a file: without one it would score random weights"
+        elif changes := runs.changed_options(run.config(), self.config_dump):
+            warnings.warn(
+                f"the run goes on with other options ({'; '.join(changes)}); what its checkpoint holds, such as the "
+                "optimizer with its learning rates, comes from there",
+                stacklevel=2,
             )
-        checkpoint = runs.resolve_checkpoint(config.ckpt_path, experiment_dir, config.run_id)
-        config.ckpt_path, config.weights_only = str(checkpoint), True
-        config.verbose = False  # the task prints a table of its own
-        run_id = runs.launched_run_id() or runs.new_run_id(config.seed_everything)
-        return runs.run_of_checkpoint(checkpoint) or runs.RunFolder(experiment_dir / run_id)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's trainer with the run folder's loggers and callbacks added to the user's own."""
         config = self._get(self.config_init, "trainer")
-        own = list(config.get("callbacks") or [])
-        if self.run is None:
-            return super().instantiate_trainer(callbacks=[*own, *_missing(own, [StartupSummary()])], **kwargs)
-        fitting = self.subcommand == "fit"
-        recorder = RunRecorder(self.run, str(self.subcommand), self.config_dump, runs.hash_config(self.config_dump))
-        callbacks: list[Callback] = [recorder, StartupSummary(self.run.path)]
-        if fitting:
+        own = config.get("callbacks") or []
+        own = list(own) if isinstance(own, list) else [own]
+        callbacks: list[Callback] = [StartupSummary(self.run.path if self.run else None)]
+        if not any(isinstance(callback, ProgressBar) for callback in own):
+            shown = config.get("enable_progress_bar")
+            shown = sys.stdout.isatty() if shown is None else shown
+            callbacks += [RichProgressBar()] if shown else [EpochLines()]
+            kwargs["enable_progress_bar"] = shown
+        if self.run is not None:
+            callbacks += self._keeping_the_run(self.run, checkpoints=config.get("enable_checkpointing") is not False)
+            kwargs["logger"] = self._loggers(self.run, config.get("logger"))
+            kwargs["default_root_dir"] = str(self.run.path)
+            if self.subcommand == "fit" and kwargs["logger"]:
+                callbacks += [LearningRateMonitor("step")]
+        try:
+            trainer = super().instantiate_trainer(callbacks=[*own, *_missing(own, callbacks)], **kwargs)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"trainer: {error}") from error
+        keep_files_whole(trainer)
+        return trainer
+
+    def _keeping_the_run(self, run: runs.RunFolder, checkpoints: bool) -> list[Callback]:
+        """What writes into the run's folder; without `checkpoints` a fit leaves its record only."""
+        recorder = RunRecorder(run, str(self.subcommand), self.config_dump, runs.hash_config(self.config_dump))
+        callbacks: list[Callback] = [SeenPictures(run, self.config_dump), recorder]
+        if self.subcommand == "fit" and checkpoints:
             monitor, mode = getattr(self.model, "monitor", ("val/loss", "min"))
-            callbacks += [BestCheckpoint(self.run.checkpoints, monitor, mode), LastCheckpoint(self.run.last)]
-            callbacks += [LearningRateMonitor("step")]
-        if sys.stdout.isatty() and config.get("enable_progress_bar") is not False:
-            callbacks += [RichProgressBar()]
-        else:
-            kwargs.setdefault("enable_progress_bar", False)
-        loggers = config.get("logger")
-        if fitting and loggers in (None, True):
-            loggers = [MetricsCSV(self.run.path)]
-            tracking = wandb_logger(self.config_dump.get("wandb", "auto"), self.run, self.config_dump)
-            loggers += [tracking] if tracking else []
-        elif loggers in (None, True):
-            loggers = False
-        return super().instantiate_trainer(
-            callbacks=[*own, *_missing(own, callbacks)],
-            logger=loggers,
-            default_root_dir=str(self.run.path),
-            **kwargs,
-        )
+            callbacks += [BestCheckpoint(run.checkpoints, monitor, mode), LastCheckpoint(run.last)]
+        return callbacks
+
+    def _loggers(self, run: runs.RunFolder, own: Any) -> list[Any] | bool:
+        """CSV always, and the user's own or W&B; none for `--trainer.logger false` and for evaluation."""
+        if own is False or (self.subcommand != "fit" and own in (None, True)):
+            return False
+        if own not in (None, True):
+            return [MetricsCSV(run.path), *(own if isinstance(own, list) else [own])]
+        tracking = wandb_logger(self.config_dump.get("wandb", "auto"), run, self.config_dump)
+        return [MetricsCSV(run.path), *([tracking] if tracking else [])]
 
     def after_fit(self) -> None:
         """Test the best checkpoint when `--test_after_fit` says so."""
         if self.run is None or not self._get(self.config, "test_after_fit") or self.trainer.interrupted:
             return
         checkpoint = self.run.best if self.run.best.is_file() else self.run.last
+        if not checkpoint.is_file():
+            raise UserError("--test_after_fit tests a checkpoint: leave trainer.enable_checkpointing on")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(checkpoint), verbose=False)
 
 
@@ -179,14 +243,18 @@ def main(args: list[str] | None = None) -> CLI:
     """
     _quiet()
     try:
-        unknown_environment(ENVIRONMENT_PREFIX, os.environ)
         return CLI(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
-            parser_kwargs={"prog": PROGRAM, "default_env": True, "env_prefix": ENVIRONMENT_PREFIX},
+            parser_kwargs={
+                "prog": PROGRAM,
+                "description": lit_defect.__doc__,
+                "default_env": True,
+                "env_prefix": ENVIRONMENT_PREFIX,
+            },
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={
@@ -197,8 +265,10 @@ def main(args: list[str] | None = None) -> CLI:
             auto_configure_optimizers=False,
             args=args,
         )
-    except UserError as error:
+    except (UserError, MisconfigurationException) as error:
         raise SystemExit(_fail(str(error))) from None
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None  # for a scheduler or a sweep: this is not finished
 
 
 def _missing(own: list[Callback], extra: list[Callback]) -> list[Callback]:
@@ -235,6 +305,7 @@ def _quiet() -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.showwarning = _show_warning
     for message in (
+        r".*Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided.*",
         r".*does not have many workers which may be a bottleneck.*",
         r".*The number of training batches .* is smaller than the logging interval.*",
         r".*Checkpoint directory .* exists and is not empty.*",

@@ -20,6 +20,7 @@ import secrets
 import socket
 import subprocess
 import time
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -87,6 +88,15 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
+    def config(self) -> dict[str, Any]:
+        """What `config.yaml` says; empty when there is none or it is unreadable."""
+        import yaml
+
+        try:
+            return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError):
+            return {}
+
     def update(self, **changes: Any) -> None:
         """Change entries of `run.json`, atomically."""
         write_json(self.path / "run.json", {**self.record(), **changes})
@@ -151,9 +161,34 @@ def list_runs(experiment_dir: Path) -> list[RunFolder]:
 def find_resumable(experiment_dir: Path, config_hash: str) -> RunFolder | None:
     """The newest run of this very configuration that no living process writes, finished or not."""
     for run in list_runs(experiment_dir):
-        if run.record().get("config_hash") == config_hash and not run.is_alive():
+        record = run.record()
+        if record.get("config_hash") == config_hash and record.get("status") != "evaluation" and not run.is_alive():
             return run
     return None
+
+
+def check_name(option: str, name: str) -> None:
+    """Refuse names that lead to another folder than their own.
+
+    Raises:
+        UserError: the name is empty, a dot or two, or has slashes.
+    """
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise UserError(f"{option} {name!r}: a plain name is needed, without slashes; folders go into --runs_dir")
+
+
+def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two configurations in what is computed, as `key: old -> new`."""
+    old, new = (_flat({k: v for k, v in c.items() if k not in _NOT_THE_EXPERIMENT}) for c in (before, now))
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def hash_config(config: Mapping[str, Any]) -> str:
@@ -189,6 +224,17 @@ def resolve_checkpoint(name: str, experiment_dir: Path, run_id: str | None) -> P
         f"--ckpt_path {name}: no run in {where} has a checkpoints/{name}.ckpt; "
         "run `fit` with the same --experiment first, or give the checkpoint's path"
     )
+
+
+def whole_checkpoint(path: Path) -> Path:
+    """The path, if the file is what `torch.save` writes, from its first byte to its last.
+
+    Raises:
+        UserError: the file is something else, or was cut off.
+    """
+    if not zipfile.is_zipfile(path):  # its table of contents is at the end
+        raise UserError(f"{path} is no checkpoint, or only a part of one; give another by --ckpt_path")
+    return path
 
 
 def run_of_checkpoint(path: Path) -> RunFolder | None:

@@ -40,16 +40,26 @@ def explain(message: str, parser: Any, arguments: list[str]) -> str:
     kind = re.search(r'Parser key "(?:fit\.|validate\.|test\.|predict\.)?(model|data)":', message)
     if kind and (name := re.search(r"Expected a dot import path string: ([\w.]+)", message)):
         known = sorted(_classes(LightningModule if kind.group(1) == "model" else LightningDataModule))
-        return f"--{kind.group(1)} {name.group(1)}: no such class{_hint(name.group(1), known)}\n  there is: {', '.join(known)}"
+        near = _hint(name.group(1), known)
+        return f"--{kind.group(1)} {name.group(1)}: no such class{near}\n  there is: {', '.join(known)}"
     return f"{_shorten(message)}\n  see: {_help(parser)}"
 
 
-def unknown_environment(prefix: str, environ: Mapping[str, str]) -> None:
+def unknown_environment(prefix: str, environ: Mapping[str, str], verbs: Mapping[str, Any]) -> None:
     """Refuse variables that look like options and would be ignored in silence.
 
+    Args:
+        prefix: what our variables begin with.
+        environ: the environment.
+        verbs: the parser of each verb.
+
     Raises:
-        UserError: a variable `<prefix>_<VERB>__MODEL__INIT_ARGS__...` or one that belongs to no verb.
+        UserError: a variable `<prefix>_<VERB>__MODEL__INIT_ARGS__...` or one that is no option of a verb.
     """
+    options = {
+        verb.upper(): {action.dest.upper().replace(".", "__") for action in parser._actions}
+        for verb, parser in verbs.items()
+    }
     for name in environ:
         if not name.startswith(f"{prefix}_"):
             continue
@@ -57,13 +67,17 @@ def unknown_environment(prefix: str, environ: Mapping[str, str]) -> None:
         if rest in _NOT_OPTIONS or rest == "CONFIG" or rest == "SUBCOMMAND":
             continue
         verb, _, key = rest.partition("__")
-        if verb not in ("FIT", "VALIDATE", "TEST", "PREDICT") or not key:
+        if verb not in options or not key:
             raise UserError(f"environment variable {name}: no such option; {prefix}_FIT__TRAINER__MAX_EPOCHS is one")
         if key.startswith(("MODEL__", "DATA__")):
             part = key.split("__")[0]
             raise UserError(
                 f"environment variable {name}: a class's own arguments cannot be set one by one; "
                 f"set {prefix}_{verb}__{part} to YAML ({{class_path: ..., init_args: {{...}}}}) or use the command line"
+            )
+        if key not in options[verb]:
+            raise UserError(
+                f"environment variable {name}: no such option{_hint(key, options[verb], f'{prefix}_{verb}_', '_')}"
             )
 
 
@@ -101,10 +115,10 @@ def _of_verb(parser: Any, arguments: list[str]) -> Any:
     return parser
 
 
-def _hint(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+def _hint(word: str, candidates: Iterable[str], prefix: str = "", join: str = ".") -> str:
     lowered = {candidate.lower(): candidate for candidate in candidates}
     near = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.5)
-    return f"; did you mean {prefix + '.' if prefix else ''}{lowered[near[0]]}?" if near else ""
+    return f"; did you mean {prefix + join if prefix else ''}{lowered[near[0]]}?" if near else ""
 
 
 def _classes(base: type) -> dict[str, type]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_defect.callbacks.tracking import MetricsCSV
-from lit_defect.runs import RunFolder, describe_process
+from lit_defect.errors import UserError
+from lit_defect.runs import RunFolder, describe_process, keep_previous
 
 
 class RunRecorder(Callback):
@@ -33,11 +38,20 @@ class RunRecorder(Callback):
         self._begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the folder before anything else writes into it."""
+        """Make the folder before anything else writes into it.
+
+        Raises:
+            UserError: the processes of one launch have not come to the same folder.
+        """
+        if trainer.strategy.broadcast(self.run.run_id) != self.run.run_id:
+            raise UserError("the processes of this launch disagree on the run's folder: give all of them one --run_id")
         if not self._begun and trainer.is_global_zero and (self.stage == "fit" or not self.run.record()):
             self.run.path.mkdir(parents=True, exist_ok=True)
             config = self.run.path / "config.yaml"
-            config.write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+            if not config.is_file() or config.read_text(encoding="utf-8") != text:
+                keep_previous(config)  # of a run that goes on with other options
+                config.write_text(text, encoding="utf-8")
             process = describe_process(sys.argv)
             begun = self.run.record().get("started", process["started"])
             resumed = [
@@ -81,8 +95,14 @@ class RunRecorder(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say in `run.json` that the run broke off, and why."""
         if trainer.is_global_zero and self.stage == "fit" and self.run.record():
-            status = "interrupted" if isinstance(exception, KeyboardInterrupt | SystemExit) else "failed"
-            self.run.update(status=status, error=f"{type(exception).__name__}: {exception}"[:2000])
+            stopped = isinstance(exception, KeyboardInterrupt | SystemExit)
+            with contextlib.suppress(OSError):  # a full disk must not hide what it has caused
+                self.run.update(
+                    status="interrupted" if stopped else "failed",
+                    error=f"{type(exception).__name__}: {exception}"[:2000],
+                )
+            if stopped:
+                print(f"\nstopped; --resume goes on with {self.run.path}", flush=True)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the results of the test split."""
@@ -129,11 +149,13 @@ class LastCheckpoint(Checkpoint):
 
     Saves after every training epoch and, within long epochs, whenever `every_n_seconds` have passed
     or `every_n_steps` optimizer steps are done. Lightning's ModelCheckpoint takes one trigger only.
+    On SIGTERM, as schedulers send it to some or all processes, it saves after the batch and stops: the
+    processes agree first, where Lightning's own handler communicates within the handler and may hang.
 
     Args:
         path: the file; it is replaced atomically. None takes `checkpoints/last.ckpt` in the trainer's root.
         every_n_steps: optimizer steps between saves, or None.
-        every_n_seconds: seconds between saves, or None. Rank 0's clock decides for all.
+        every_n_seconds: seconds between saves, or None.
     """
 
     def __init__(
@@ -145,34 +167,61 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
-        self._saved_step = -1
+        self._seen_step = 0
         self._saved_at = time.monotonic()
+        self._terminated = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note a SIGTERM instead of acting on it at once; Lightning puts the former handlers back in the end."""
+        with contextlib.suppress(ValueError):  # only the main thread may ask for signals
+            signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, *_: Any) -> None:
+        self._terminated = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count time from here."""
+        """Count time and steps from here."""
         self._saved_at = time.monotonic()
+        self._seen_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save within an epoch when it is due."""
+        """Save within an epoch when it is due; stop when told so.
+
+        Raises:
+            SIGTERMException: on all processes, after the state is saved.
+        """
         step = trainer.global_step
-        if step == self._saved_step or getattr(trainer, "fast_dev_run", False) or trainer.is_last_batch:
-            return  # after the last batch the epoch's own save follows, with its validation done
+        if step == self._seen_step:
+            return  # half of an accumulated gradient, which no checkpoint holds
+        self._seen_step = step
+        if trainer.is_last_batch:
+            return  # the epoch's own save follows, with its validation done
         due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
-        if self.every_n_seconds is not None:
-            late = time.monotonic() - self._saved_at > self.every_n_seconds
-            due |= trainer.strategy.broadcast(late) if trainer.world_size > 1 else late
-        if due:
+        due |= self.every_n_seconds is not None and time.monotonic() - self._saved_at > self.every_n_seconds
+        due, stop = self._agree(trainer, [due, self._terminated])
+        if (due or stop) and not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
+        if stop:
+            raise SIGTERMException
+
+    @staticmethod
+    def _agree(trainer: Trainer, flags: list[bool]) -> list[bool]:
+        """Each flag, raised on all processes when it is raised on one."""
+        if trainer.world_size == 1:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32, device=trainer.strategy.root_device)
+        return [bool(flag) for flag in trainer.strategy.reduce(raised, reduce_op="max")]  # type: ignore[union-attr]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the epoch and its validation."""
+        """Save after the epoch and its validation; stop when told so."""
         if not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
+        if self._agree(trainer, [self._terminated])[0]:
+            raise SIGTERMException
 
     def _save(self, trainer: Trainer) -> None:
         path = self.path or Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         for logger in trainer.loggers:
             logger.save()  # what was logged before this state is on disk with it
         trainer.save_checkpoint(path, weights_only=False)
-        self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -43,6 +44,27 @@ class StartupSummary(Callback):
         console.print(f"[bold]model[/]   {describe_model(pl_module)}")
         console.print(f"[bold]machine[/] {describe_machine(trainer)}")
         console.print(f"[bold]{verb}[/]     {self.folder or 'a trial without a run folder'}\n", soft_wrap=True)
+
+
+class EpochLines(Callback):
+    """What a log file shows instead of a progress bar: a line after an epoch, at most one in ten seconds."""
+
+    def __init__(self) -> None:
+        self._shown_at = 0.0
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the epoch and its validation."""
+        now = time.monotonic()
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if not trainer.is_global_zero or (now - self._shown_at < 10 and not last):
+            return
+        self._shown_at = now
+        monitored = getattr(pl_module, "monitor", ("",))[0]
+        metrics = trainer.callback_metrics
+        shown = [key for key in dict.fromkeys(("train/loss", "val/loss", monitored)) if key in metrics]
+        figures = "  ".join(f"{key} {float(metrics[key]):.4g}" for key in shown)
+        epochs = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else "-"
+        print(f"epoch {trainer.current_epoch + 1}/{epochs}  step {trainer.global_step}  {figures}", flush=True)
 
 
 def data_table(datamodule: object) -> Table:
