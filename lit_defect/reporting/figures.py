@@ -229,6 +229,7 @@ def reliability_figure(bins: Reliability) -> Figure:
 def training_figure(metrics_csv: Path) -> Figure:
     """Curves of Lightning's metrics.csv: losses, validation figures between 0 and 1, learning rate."""
     columns = _read_metrics(metrics_csv)
+    columns = {name: c for name, c in columns.items() if not name.startswith("test/")}  # one point, no curve
     losses = {name: c for name, c in columns.items() if "loss" in name.rsplit("/", 1)[-1]}
     rates = {name: c for name, c in columns.items() if name.startswith("lr-") or name.endswith("/lr")}
     scores = {
