@@ -174,10 +174,14 @@ def test_groups_larger_than_the_share() -> None:
     assert Counter(s.split for s in done) == {"train": 8, "val": 8, "test": 8}
 
 
-def test_own_strata() -> None:
-    samples = [replace(s, category=str(i % 2)) for i, s in enumerate(make({"good": 40}))]
-    done = assign_splits(samples, seed=0, strata=lambda s: s.category, test_fraction=0.5)
-    assert Counter(s.category for s in done if s.split == "test") == {"0": 10, "1": 10}
+def test_a_class_of_many_rare_kinds_is_drawn_too() -> None:
+    # A fifth of a kind, 2.4 samples, is less than half a group of 6; of all kinds together it is 3.6 groups.
+    kinds = {"good": 72} | {f"kind {i}": 12 for i in range(9)}
+    for seed in range(5):
+        done = assign_splits(make(kinds, per_group=6), seed=seed, test_fraction=0, val_fraction=0.2)
+        found = Counter(s.label for s in done if s.split == "val")
+        assert abs(found[0] - 14.4) <= 6
+        assert abs(found[1] - 21.6) <= 6
 
 
 @pytest.mark.parametrize(

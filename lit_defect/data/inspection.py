@@ -261,7 +261,7 @@ class Memory:
         """The memory for these samples; one that cannot be read is begun anew."""
         if cache_dir is None or not samples:
             return cls(None)
-        folder = os.path.commonpath([os.path.dirname(sample.path) for sample in samples])
+        folder = os.path.commonpath({os.path.dirname(sample.path) for sample in samples})
         memory = cls(cache_dir / f"inspection-{digest(folder).hex()}.npz")
         try:
             with open(str(memory.file), "rb") as stream, np.load(stream, allow_pickle=False) as stored:

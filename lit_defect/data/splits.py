@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +41,6 @@ def assign_splits(
     folds: int | None = None,
     fold: int = 0,
     shots: int | None = None,
-    strata: Callable[[Sample], Hashable] | None = None,
 ) -> list[Sample]:
     """Copies of the samples, in their order, with `split` set to train, val, test or `UNUSED`.
 
@@ -52,9 +51,9 @@ def assign_splits(
         test_fraction: share of the samples without a prescribed split; 0 draws no test split.
         folds: cut the samples without a prescribed split into this many parts.
         fold: the part that is the test, from 0 on.
-        shots: at most so many samples of each stratum stay in train, from as many groups as possible; the
-            others are `UNUSED`. Test and validation do not depend on it, and 5 shots contain the 1 shot.
-        strata: what to balance; by default category, label and defect type together.
+        shots: at most so many samples of each kind (category, label and defect type together) stay in train, from as
+            many groups as possible; the others are `UNUSED`. Test and validation do not depend on it, and 5 shots
+            contain the 1 shot.
 
     A group that the layout itself spreads over splits stays in the test (or else the validation) split:
     its training samples are `UNUSED`, with a warning.
@@ -65,10 +64,10 @@ def assign_splits(
     """
     _check_settings(seed, val_fraction, test_fraction, folds, fold, shots)
     _check_names(samples)
-    key = strata or _kind
     ordered = sorted(samples, key=lambda sample: sample.name)
-    levels = {level: i for i, level in enumerate(sorted({key(s) for s in ordered}, key=repr))}
-    stratum = [levels[key(s)] for s in ordered]
+    levels = {kind: i for i, kind in enumerate(sorted({_kind(s) for s in ordered}, key=repr))}
+    stratum = [levels[_kind(s)] for s in ordered]
+    classes = np.unique([label for _, label, _ in levels], return_inverse=True)[1]
 
     units: defaultdict[tuple[bool, str], list[int]] = defaultdict(list)  # unit -> positions in `ordered`
     for i, sample in enumerate(ordered):
@@ -89,17 +88,17 @@ def assign_splits(
                 "Leave data.folds out."
             )
         positions = np.flatnonzero(free)
-        drawn = draw_fold(counts[positions], folds, fold, np.random.default_rng([seed, TEST_DRAW]))
+        drawn = draw_fold(counts[positions], classes, folds, fold, np.random.default_rng([seed, TEST_DRAW]))
         if not drawn.any():
             raise DataError(f"data.folds: {folds} folds of {len(positions)} groups leave fold {fold} empty.")
         split[positions[drawn]] = "test"
     elif "test" not in prescribed and free.any() and test_fraction > 0:
         rng = np.random.default_rng([seed, TEST_DRAW])
-        split[_among(free, counts, test_fraction, rng, "data.test_fraction")] = "test"
+        split[_among(free, counts, classes, test_fraction, rng, "data.test_fraction")] = "test"
     training = (split == "train") & real
     if "val" not in prescribed and training.any() and val_fraction > 0:
         rng = np.random.default_rng([seed, VAL_DRAW])
-        split[_among(training, counts, val_fraction, rng, "data.val_fraction")] = "val"
+        split[_among(training, counts, classes, val_fraction, rng, "data.val_fraction")] = "val"
 
     result = [UNUSED] * len(ordered)
     spread = set()
@@ -208,7 +207,7 @@ def read_groups(path: Path, samples: Sequence[Sample], *, prefix: str = "") -> l
     return result
 
 
-def _kind(sample: Sample) -> Hashable:
+def _kind(sample: Sample) -> tuple[str, int, str]:
     return sample.category, sample.label, sample.defect_type
 
 
@@ -216,10 +215,12 @@ def _prescribed(splits: set[str]) -> str:
     return next((name for name in PRIORITY if name in splits), "")
 
 
-def _among(pool: np.ndarray, counts: np.ndarray, fraction: float, rng: np.random.Generator, key: str) -> np.ndarray:
+def _among(
+    pool: np.ndarray, counts: np.ndarray, classes: np.ndarray, fraction: float, rng: np.random.Generator, key: str
+) -> np.ndarray:
     """Positions of the units drawn out of `pool` (a mask); `key` names the setting if that fails."""
     positions = np.flatnonzero(pool)
-    chosen = positions[draw(counts[positions], fraction, rng)]
+    chosen = positions[draw(counts[positions], classes, fraction, rng)]
     if not chosen.size:
         raise DataError(
             f"{key}: {fraction:g} of {counts[positions].sum()} samples in {positions.size} groups cannot be "
