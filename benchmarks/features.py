@@ -22,6 +22,7 @@ import io
 import logging
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics.functional.classification import binary_auroc
 
 from lit_defect import cli
@@ -47,14 +48,10 @@ class EpochTimer(Callback):
     def __init__(self) -> None:
         self.stamps: list[float] = []
 
-    def on_fit_start(self, *_: object) -> None:
+    def note(self, *_: object) -> None:
         self.stamps.append(time.perf_counter())
 
-    def on_train_epoch_start(self, *_: object) -> None:
-        self.stamps.append(time.perf_counter())
-
-    def on_train_end(self, *_: object) -> None:
-        self.stamps.append(time.perf_counter())
+    on_fit_start = on_train_epoch_start = on_train_end = note
 
     def times(self) -> Times:
         begun, _, *ends = self.stamps
@@ -62,13 +59,12 @@ class EpochTimer(Callback):
 
 
 def command_line(folder: Path, epochs: int, *, cached: bool) -> Times:
-    model = {"backbone": BACKBONE, "weights": WEIGHTS, "image_size": 224, "cache_features": cached}
-    arguments = [f"--model.{key}={value}" for key, value in model.items()]
+    settings = {"backbone": BACKBONE, "weights": WEIGHTS, "image_size": 224, "cache_features": cached}
+    model = ["--model=DefectClassifier", *(f"--model.{key}={value}" for key, value in settings.items())]
     where = [f"--data.cache_dir={folder}", f"--runs_dir={folder / 'runs'}", "--wandb=off"]
     data = ["--data=ELPV", "--data.batch_size=64", "--data.leakage=off"]
     trainer = [f"--trainer.max_epochs={epochs}", f"--trainer.callbacks+={__name__}.EpochTimer"]
-    quiet = "--trainer.enable_progress_bar=false"
-    run = cli.main(["fit", "--model=DefectClassifier", *arguments, *data, *where, *trainer, quiet])
+    run = cli.main(["fit", *model, *data, *where, *trainer, "--trainer.enable_progress_bar=false"])
     return next(c for c in run.trainer.callbacks if type(c).__name__ == "EpochTimer").times()
 
 
@@ -77,13 +73,13 @@ def trainer_alone(folder: Path, epochs: int) -> tuple[Times, DefectClassifier, E
     task = DefectClassifier(BACKBONE, WEIGHTS, image_size=224)
     timer = EpochTimer()
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    settings = dict.fromkeys(off, False)
-    Trainer(max_epochs=epochs, callbacks=[timer], use_distributed_sampler=False, **settings).fit(task, data)
+    Trainer(max_epochs=epochs, callbacks=[timer], **dict.fromkeys(off, False)).fit(task, data)
     return timer.times(), task, data
 
 
-def plain_loop(epochs: int, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> Times:
-    (x, y), (val_x, val_y) = train, val
+def plain_loop(epochs: int, task: DefectClassifier, data: ELPV) -> Times:
+    x, val_x = (task._features[split][:, 0] for split in ("train", "val"))
+    y, val_y = (torch.tensor([s.label for s in data.samples[split]]) for split in ("train", "val"))
     head = nn.Linear(x.shape[1], 2)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // 64))
@@ -114,19 +110,22 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _, task, data = trainer_alone(folder, 1)  # checks the data set, and warms up
-        features, labels = task._features, {s: [x.label for x in data.samples[s]] for s in ("train", "val")}
-        train, val = ((features[s][:, 0], torch.tensor(labels[s])) for s in ("train", "val"))
+        epochs, held = arguments.epochs, {}
+        ELPV(cache_dir=str(folder)).prepare_data()  # the checks, which every contestant needs
 
         def cold() -> Times:
-            shutil.rmtree(folder / "features")
-            return command_line(folder, arguments.epochs, cached=True)
+            shutil.rmtree(folder / "features", ignore_errors=True)
+            return command_line(folder, epochs, cached=True)
+
+        def alone() -> Times:
+            times, held["task"], held["data"] = trainer_alone(folder, epochs)
+            return times
 
         contestants: dict[str, Callable[[], Times]] = {
             "cached, command line": cold,
-            "cached, features known from an earlier run": lambda: command_line(folder, arguments.epochs, cached=True),
-            "cached, Trainer alone": lambda: trainer_alone(folder, arguments.epochs)[0],
-            "cached, plain loop": lambda: plain_loop(arguments.epochs, train, val),
+            "cached, features known from an earlier run": lambda: command_line(folder, epochs, cached=True),
+            "cached, Trainer alone": alone,
+            "cached, plain loop": lambda: plain_loop(epochs, held["task"], held["data"]),
             "recomputed, command line": lambda: command_line(folder, 2, cached=False),
         }
         found: dict[str, list[Times]] = {title: [] for title in contestants}
@@ -134,6 +133,7 @@ def main() -> None:
             for title, contestant in contestants.items():
                 with contextlib.redirect_stdout(io.StringIO()):
                     found[title].append(contestant())
+                print(title, [round(seconds, 3) for seconds in found[title][-1][:2]], file=sys.stderr)
     report(found)
 
 
