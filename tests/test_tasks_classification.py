@@ -178,7 +178,7 @@ def test_pictures_are_served_again_after_cached_training(root, weights):
     probabilities = torch.cat(trainer.predict(model, datamodule=data))
     assert probabilities.shape == (len(data.samples["test"]), 2)
     trainer.test(model, datamodule=data, verbose=False)
-    np.testing.assert_allclose(model._predictions["probabilities"], probabilities, atol=1e-6)
+    np.testing.assert_allclose(model._evaluation.probabilities, probabilities, atol=1e-6)
 
 
 def test_average_views_is_the_mean_over_the_views(root, weights):
@@ -192,7 +192,7 @@ def test_average_views_is_the_mean_over_the_views(root, weights):
         for turned in (images, images.flip(-1), images.flip(-2), images.flip(-1, -2)):
             by_hand.append(model(turned).double().softmax(1))
     expected = torch.stack(by_hand).mean(0)
-    np.testing.assert_allclose(model._predictions["probabilities"], expected, atol=1e-6)
+    np.testing.assert_allclose(model._evaluation.probabilities, expected, atol=1e-6)
     assert (expected - by_hand[0]).abs().max() > 1e-4  # the views do differ
 
 
@@ -313,7 +313,7 @@ def test_features_follow_the_weights_that_a_checkpoint_brings(root, tmp_path):
     trainer.save_checkpoint(tmp_path / "second.ckpt")
     trainer.test(second, datamodule=data, verbose=False)
     make_trainer().test(first, datamodule=data, ckpt_path=tmp_path / "second.ckpt", verbose=False)
-    np.testing.assert_array_equal(first._predictions["probabilities"], second._predictions["probabilities"])
+    np.testing.assert_array_equal(first._evaluation.probabilities, second._evaluation.probabilities)
 
 
 @pytest.mark.parametrize("transfer", ["head", "all"])
@@ -339,15 +339,15 @@ def test_the_threshold_is_that_of_the_validation_split(root, weights, tmp_path):
     trainer = fit(model, data)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     trainer.validate(model, datamodule=data, verbose=False)
-    kept = model._predictions
-    expected = threshold_for_recall(defect_score(kept["probabilities"], 0), kept["labels"] == 1, 0.8)
+    kept = model._evaluation
+    expected = threshold_for_recall(defect_score(kept.probabilities, 0), kept.labels == 1, 0.8)
     assert float(model.threshold) == expected
     assert float(torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]["threshold"]) == expected
     trainer.test(model, datamodule=data, verbose=False)
     result = model._result
     assert result["threshold"] == expected
-    rejected = defect_score(model._predictions["probabilities"], 0) >= expected
-    defective = model._predictions["labels"] == 1
+    rejected = defect_score(model._evaluation.probabilities, 0) >= expected
+    defective = model._evaluation.labels == 1
     assert result["escape_rate"]["value"] == pytest.approx((~rejected & defective).sum() / defective.sum())
     assert result["overkill_rate"]["value"] == pytest.approx((rejected & ~defective).sum() / (~defective).sum())
 
@@ -410,7 +410,7 @@ def test_bfloat16_and_memory_formats_run(root, weights, settings):
     model = make_model(weights, **{"transfer": "all", "augment": "flips", **settings})
     trainer = fit(model, make_data(root), precision="bf16-mixed")
     trainer.test(model, datamodule=make_data(root), verbose=False)
-    assert np.isfinite(model._predictions["probabilities"]).all()
+    assert np.isfinite(model._evaluation.probabilities).all()
     kernel = model.network.model.layer4[0].conv1.weight
     assert kernel.is_contiguous(memory_format=torch.channels_last) == settings["channels_last"]
     assert kernel.dtype == torch.float32
@@ -423,5 +423,5 @@ def test_a_compiled_network_gives_the_same_probabilities(root, weights):
         model = make_model(weights, transfer="all", compile=compiled)
         data = make_data(root)
         fit(model, data, epochs=1).test(model, datamodule=data, verbose=False)
-        results.append(model._predictions["probabilities"])
+        results.append(model._evaluation.probabilities)
     np.testing.assert_allclose(results[0], results[1], atol=1e-3)

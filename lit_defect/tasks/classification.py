@@ -7,11 +7,13 @@ on validation data, intervals for every figure, and pictures of the worst mistak
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
@@ -21,8 +23,14 @@ from lit_defect.losses.imbalance import make_loss
 from lit_defect.metrics.classification import defect_score, evaluate, threshold_for_recall
 from lit_defect.nets.backbones import Backbone, Part
 from lit_defect.nets.features import FeatureStore
+from lit_defect.nets.gradcam import grad_cam
 from lit_defect.tasks.base import Batch, DefectTask
+from lit_defect.tasks.evaluation import Evaluation
+from lit_defect.tasks.frozen import cached_features
 from lit_defect.tasks.views import VIEWS, Augment, random_views, resize, unit_range, view
+
+Pixels = npt.NDArray[np.uint8]
+Heat = npt.NDArray[np.float32]
 
 _LOGGED = (
     "accuracy",
@@ -116,7 +124,7 @@ class DefectClassifier(DefectTask):
         self._features: dict[str, Tensor] = {}
         self._fingerprint: str | None = None
         self._result: dict[str, Any] = {}
-        self._predictions: dict[str, Any] = {}
+        self._evaluation: Evaluation
         self._started = 0.0
 
     # --- construction ---
@@ -297,43 +305,25 @@ class DefectClassifier(DefectTask):
             self._started = time.monotonic()
 
     def _cache_features(self, split: str, views: int) -> None:
-        """Fill `self._features[split]` (n, V, D); each process computes its share of what is missing."""
-        data = self.data
-        if not self.cached or not hasattr(data, "sample_key"):
+        """Fill `self._features[split]` (n, V, D)."""
+        if not self.cached or not hasattr(self.data, "sample_key"):
             return
-        samples = data.samples[split]
-        keys = [data.sample_key(sample) for sample in samples]
         scale = [self.network.mean.flatten().tolist(), self.network.std.flatten().tolist()]
         setting = f"{self.fingerprint()} {scale} {self.image_size} {self.trainer.precision}"
-        store = FeatureStore(data.cache_dir, setting, num_features=self.network.num_features)
-        for number in range(views):
-            _, missing = store.get(keys, view=number)
-            self.trainer.strategy.barrier("features looked up")  # before anybody adds to them
-            own = missing[self.trainer.global_rank :: self.trainer.world_size].tolist()
-            if own:
-                computed = self._compute_features(data, split, own, number)
-                store.put([keys[position] for position in own], computed, view=number)
-        self.trainer.strategy.barrier("features computed")
-        found = [store.get(keys, view=number) for number in range(views)]
-        if any(len(missing) for _, missing in found):
-            raise UserError(f"features of {split} could not be kept in {store.folder}; set cache_features to false")
-        self._features[split] = torch.stack([features for features, _ in found], dim=1).to(self.device)
-        data.serve_images = False  # batches need identity and labels only
+        store = FeatureStore(self.data.cache_dir, setting, num_features=self.network.num_features)
+        features = cached_features(self.trainer, self.data, split, views, store, self._features_of_view)
+        self._features[split] = features.to(self.device)
+        self.data.serve_images = False  # batches need identity and labels only
 
     @torch.no_grad()
-    def _compute_features(self, data: Any, split: str, positions: list[int], number: int) -> Tensor:
-        data.serve_images = True
-        loader = data.loader(split)
-        size = data.eval_batch_size or data.batch_size
+    def _features_of_view(self, images: Tensor, number: int) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 -> features (B, D) float32 of one view."""
         self.network.eval()
-        parts = []
-        for start in range(0, len(positions), size):
-            batch = loader.batch(positions[start : start + size])
-            images = resize(unit_range(batch["image"].to(self.device)), self.image_size)
-            with self.trainer.precision_plugin.forward_context():
-                parts.append(self.network.features(self._prepare(view(images, number))).float().cpu())
+        images = resize(unit_range(images.to(self.device)), self.image_size)
+        with self.trainer.precision_plugin.forward_context():
+            features = self.network.features(self._prepare(view(images, number)))
         self.network.train(self.training)
-        return torch.cat(parts)
+        return features.float().cpu()
 
     # --- training and evaluation ---
 
@@ -420,22 +410,47 @@ class DefectClassifier(DefectTask):
         samples = self.data.samples[stage]
         evaluated = [samples[position] for position in data["index"].tolist()]
         probs, labels = data["probability"].numpy(), data["label"].numpy()
-        self._predictions = {"samples": evaluated, "probabilities": probs, "labels": labels}
+        self._evaluation = Evaluation(
+            samples=evaluated,
+            positions=data["index"].tolist(),
+            probabilities=probs,
+            labels=labels,
+            class_names=list(self.class_names or ()),
+            normal_class=self.normal_class,
+        )
         self._result = {}
         if (labels >= 0).all():
             groups = [sample.group or sample.name for sample in evaluated]
             clustered = len(set(groups)) < len(groups)
             self._result = self._evaluate(probs, labels, groups=groups if clustered else None)
             self._result["required_recall"] = self.required_recall
+            self._result["training_seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
+            self._result["split_seed"] = getattr(self.data, "seed", None)
             if stage not in self._features:  # features from the disk say nothing about the network's speed
                 seconds = max(1e-9, time.monotonic() - self._started)
                 self._result["images_per_second"] = round(len(labels) / seconds, 1)
 
     def write_results(self, folder: Path, stage: str) -> None:
         """Figures, predictions and pictures of the last evaluation, in the run folder; rank 0 only."""
-        from lit_defect.tasks.classification_report import write_report
+        from lit_defect.tasks.classification_report import write_report  # draws: not needed to train
 
-        write_report(self, folder, stage, self._result, **self._predictions)
+        self.data.serve_images = True  # the pictures of the mistakes
+        loader = self.data.loader(stage)
+
+        def look(position: int, predicted: int) -> tuple[Pixels, Heat | None]:
+            image = loader.batch([position])["image"].to(self.device)  # (1, 3, H, W)
+            return image[0].permute(1, 2, 0).cpu().numpy(), self._activation(image, predicted)
+
+        write_report(folder, stage, self._result, self._evaluation, look)
+
+    def _activation(self, image: Tensor, target: int) -> Heat | None:
+        """Class-activation map (H, W) of a picture (1, 3, H, W); None where the network has no map in space."""
+        pixels = self._prepare(resize(unit_range(image), self.image_size))
+        try:
+            heat = grad_cam(self.network, pixels, torch.tensor([target], device=pixels.device))
+        except UserError:
+            return None
+        return heat[0].cpu().numpy()
 
 
 def _to_log(stage: str, result: dict[str, Any]) -> dict[str, float]:
