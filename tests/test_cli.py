@@ -226,9 +226,7 @@ def test_resume_starts_anew_where_there_is_nothing_to_resume(lit_defect, config,
 
 def test_a_checkpoint_of_other_classes_is_refused(lit_defect, config, tmp_path, capsys):
     lit_defect("fit", "--config", config)
-    message = fails(
-        capsys, lit_defect, "test", "--config", config, "--data.target", "type", "--ckpt_path", "best"
-    )
+    message = fails(capsys, lit_defect, "test", "--config", config, "--data.target", "type", "--ckpt_path", "best")
     assert "classes" in message
     assert "crack" in message
 
@@ -242,8 +240,77 @@ def test_help_is_light():
         "heavy = {'diffusers', 'transformers', 'segmentation_models_pytorch', 'timm', 'kornia', 'wandb'} & set(sys.modules)\n"
         "print('HEAVY', sorted(heavy))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
     assert "HEAVY []" in done.stdout, done.stdout[-500:] + done.stderr[-500:]
     assert "--resume" in done.stdout
+
+
+def test_pictures_that_were_trained_on_are_not_evaluated(lit_defect, config, capsys, tmp_path):
+    lit_defect("fit", "--config", config, "--run_id", "one")
+    run = tmp_path / "runs" / "tiny" / "one"
+    splits = (run / "splits.csv").read_text()
+    for arguments in (["test", "--ckpt_path", "best"], ["fit", "--resume", "--trainer.max_epochs", "5"]):
+        message = fails(capsys, lit_defect, *arguments, "--config", config, "--run_id", "one", "--data.seed", "7")
+        assert "were used in the training" in message
+        assert "--data.split_file" in message
+    assert (run / "splits.csv").read_text() == splits
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"  # a refusal leaves no trace
+    assert not (run / "config.1.yaml").exists()
+    remedy = ("--data.seed", "7", "--data.split_file", run / "splits.csv")
+    lit_defect("test", "--config", config, "--run_id", "one", "--ckpt_path", "best", *remedy)
+    assert (run / "test_metrics.json").is_file()
+
+
+def test_equal_names_under_another_root_may_be_other_pictures(lit_defect, config, capsys, tmp_path):
+    lit_defect("fit", "--config", config)
+    other = make_mvtec(tmp_path / "other", train_good=16, test_good=8, defects={"crack": 14, "hole": 10}, seed=1)
+    lit_defect("test", "--config", config, "--ckpt_path", "best", "--data.root", other, "--data.seed", "7")
+    assert "if these are the same pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fit", "--run_id", "../../elsewhere"], "plain name"),
+        (["fit", "--experiment", ".."], "plain name"),
+        (["fit", "--ckpt_path", "best"], "--resume"),
+        (["fit", "--ckpt_path", "nowhere.ckpt"], "no such file"),
+        (["fit", "--trainer.default_root_dir", "x"], "--runs_dir"),
+        (["fit", "--trainer.accelerator", "cuba"], "cuba"),
+        (["test", "--trainer.fast_dev_run", "true"], "random weights"),
+        (["test", "--ckpt_path", "tiny.yaml"], "no checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_at_once(lit_defect, config, capsys, arguments, expected):
+    assert expected in fails(capsys, lit_defect, arguments[0], "--config", config, *arguments[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trainer.logger", "false"],
+        ["--trainer.enable_checkpointing", "false"],
+        ["--trainer.callbacks+=TQDMProgressBar"],
+        ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "val/auroc", "--trainer.callbacks.mode", "max"],
+    ],
+)  # fmt: skip
+def test_own_loggers_and_callbacks_go_with_ours(lit_defect, config, tmp_path, arguments):
+    lit_defect("fit", "--config", config, "--trainer.max_epochs", "1", *arguments)
+    record = json.loads((only_run(tmp_path) / "run.json").read_text())
+    assert record["status"] == "finished"
+
+
+def test_misspelt_environment_variables_are_refused(lit_defect, config, monkeypatch, capsys):
+    monkeypatch.setenv("LIT_DEFECT_FIT__TRAINER__MAX_EPOCS", "2")
+    assert "LIT_DEFECT_FIT__TRAINER__MAX_EPOCHS?" in fails(capsys, lit_defect, "fit", "--config", config)
+
+
+def test_an_interrupted_write_leaves_the_older_checkpoint(tmp_path):
+    from lit_defect.callbacks.storage import WholeFiles
+
+    path, files = tmp_path / "checkpoints" / "last.ckpt", WholeFiles()
+    files.save_checkpoint({"step": torch.tensor(1)}, path)
+    with pytest.raises((AttributeError, TypeError)):
+        files.save_checkpoint({"step": (lambda: None), "big": torch.zeros(9)}, path)  # cannot be pickled
+    assert torch.load(path, weights_only=True) == {"step": torch.tensor(1)}
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]

@@ -94,7 +94,7 @@ class RunRecorder(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say in `run.json` that the run broke off, and why."""
-        if trainer.is_global_zero and self.stage == "fit" and self.run.record():
+        if trainer.is_global_zero and self.stage == "fit" and self._begun:
             stopped = isinstance(exception, KeyboardInterrupt | SystemExit)
             with contextlib.suppress(OSError):  # a full disk must not hide what it has caused
                 self.run.update(
@@ -171,16 +171,13 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
         self._terminated = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note a SIGTERM instead of acting on it at once; Lightning puts the former handlers back in the end."""
-        with contextlib.suppress(ValueError):  # only the main thread may ask for signals
-            signal.signal(signal.SIGTERM, self._terminate)
-
     def _terminate(self, *_: Any) -> None:
         self._terminated = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count time and steps from here."""
+        """Count time and steps from here; note a SIGTERM instead of acting on it at once."""
+        with contextlib.suppress(ValueError):  # only the main thread may ask for signals
+            signal.signal(signal.SIGTERM, self._terminate)  # Lightning puts the former handler back in the end
         self._saved_at = time.monotonic()
         self._seen_step = trainer.global_step
 

@@ -31,21 +31,16 @@ class SeenPictures(Callback):
         self.run = run
         self.config = config
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run keeps its splits."""
-        self._check(pl_module, ("val", "test"))
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before anything is written; a resumed run keeps its splits, too.
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before `validate`."""
-        if trainer.state.fn == "validate":
-            self._check(pl_module, ("val",))
+        Raises:
+            UserError: pictures of the split to evaluate were used in training.
+        """
+        splits = {"fit": ("val", "test"), "validate": ("val",), "test": ("test",)}.get(stage, ())
+        self._check(getattr(trainer, "datamodule", None), splits)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before `test`."""
-        self._check(pl_module, ("test",))
-
-    def _check(self, module: LightningModule, splits: Iterable[str]) -> None:
-        data = getattr(module, "data", None)
+    def _check(self, data: Any, splits: Iterable[str]) -> None:
         file = self.run.path / "splits.csv"
         if not file.is_file() or getattr(data, "test", None) == "mirrored_train":
             return
