@@ -122,6 +122,23 @@ def test_groups_widen_the_intervals(lit_defect, arguments, folder, tmp_path):
     assert result["n_groups"] == result["n"] / 4
 
 
+def test_pictures_with_a_near_duplicate_in_training_are_set_apart(lit_defect, arguments, folder, tmp_path):
+    root = make_mvtec(tmp_path / "twins", train_good=40, test_good=8, defects={"crack": 40}, size=(96, 96))
+    for path in sorted((root / "tile").rglob("*.png"))[::2]:
+        if "ground_truth" not in path.parts:
+            darker = (np.asarray(Image.open(path)) * 0.8).astype(np.uint8)
+            Image.fromarray(darker).save(path.with_name(f"twin_{path.name}"))
+    lit_defect("fit", *arguments, "--data.root", root, "--data.leakage", "warn", "--test_after_fit", "true")
+    result = json.loads((folder / "test_metrics.json").read_text())
+    leaked = {row["name_b"] for row in rows(folder / "leakage.csv") if row["split_b"] == "test"}
+    fresh = [row for row in rows(folder / "test_predictions.csv") if row["name"] not in leaked]
+    assert 0 < len(fresh) < result["n"]
+    apart = result["without_near_duplicates"]
+    assert apart["n"] == len(fresh)
+    right = sum(row["label"] == row["prediction"] for row in fresh)
+    assert apart["accuracy"]["value"] == pytest.approx(right / len(fresh))
+
+
 # --- splits that cannot be judged ---
 
 

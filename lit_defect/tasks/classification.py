@@ -423,12 +423,22 @@ class DefectClassifier(DefectTask):
             groups = [sample.group or sample.name for sample in evaluated]
             clustered = len(set(groups)) < len(groups)
             self._result = self._evaluate(probs, labels, groups=groups if clustered else None)
+            if fresh := self._without_near_duplicates(stage, evaluated, probs, labels):
+                self._result["without_near_duplicates"] = fresh
             self._result["required_recall"] = self.required_recall
             self._result["training_seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
             self._result["split_seed"] = getattr(self.data, "seed", None)
             if stage not in self._features:  # features from the disk say nothing about the network's speed
                 seconds = max(1e-9, time.monotonic() - self._started)
                 self._result["images_per_second"] = round(len(labels) / seconds, 1)
+
+    def _without_near_duplicates(
+        self, stage: str, samples: list[Any], probs: np.ndarray, labels: np.ndarray
+    ) -> dict[str, Any]:
+        """The figures on the pictures that show nothing the network was trained on; empty if that is all or none."""
+        known = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
+        fresh = np.array([sample.name not in known for sample in samples])
+        return {} if fresh.all() or not fresh.any() else self._evaluate(probs[fresh], labels[fresh])
 
     def write_results(self, folder: Path, stage: str) -> None:
         """Figures, predictions and pictures of the last evaluation, in the run folder; rank 0 only."""

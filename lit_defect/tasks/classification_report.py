@@ -14,7 +14,7 @@ from rich.console import Console
 from lit_defect.metrics.classification import defect_score
 from lit_defect.reporting.figures import save_figure, training_figure, write_figures
 from lit_defect.reporting.gallery import Tile, gallery, worst_mistakes
-from lit_defect.reporting.tables import metrics_table
+from lit_defect.reporting.tables import metrics_table, rows
 from lit_defect.runs import keep_previous, write_json
 from lit_defect.tasks.evaluation import Evaluation
 
@@ -55,6 +55,15 @@ def write_report(folder: Path, stage: str, result: dict[str, Any], evaluation: E
     gallery(mistake_tiles(evaluation, look), title=title).save(written[-1])
     console.print()
     console.print(metrics_table(result, f"{stage}: {count} pictures"))
+    if fresh := result.get("without_near_duplicates"):
+        figures_of = ", ".join(
+            f"{row.label} {row.number(row.value)} ({row.interval})"
+            for row in rows(fresh)
+            if row.key in ("accuracy", "auroc", "escape_rate")
+        )
+        console.print(
+            f"on the {fresh['n']} pictures without a near-duplicate in training: {figures_of}", soft_wrap=True
+        )
     console.print(f"metrics      {metrics}\npredictions  {predictions}", soft_wrap=True)
     console.print(f"figures      {figures}: {', '.join(path.name for path in written)}", soft_wrap=True)
 
@@ -64,11 +73,11 @@ def write_predictions(path: Path, evaluation: Evaluation, stage: str) -> None:
     names, probabilities = evaluation.class_names, evaluation.probabilities
     normal = evaluation.normal_class
     score = probabilities.max(1) if normal is None else defect_score(probabilities, normal)
-    rows = zip(evaluation.samples, evaluation.labels, probabilities, score, strict=True)
+    lines = zip(evaluation.samples, evaluation.labels, probabilities, score, strict=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "name", "label", "prediction", "score", "split", *(f"p({name})" for name in names)])
-        for sample, label, row, value in rows:
+        for sample, label, row, value in lines:
             truth = names[label] if label >= 0 else ""
             shares = [f"{share:.8g}" for share in row]
             prediction = names[int(row.argmax())]
