@@ -186,7 +186,9 @@ def test_the_picture_shows_both_pictures_of_each_pair_once():
 @pytest.mark.skipif(not TILES.exists(), reason="the magnetic tile photographs are not on this machine")
 def test_the_same_tile_under_other_exposures_is_found():
     with open(TILES / "groups.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["path"].startswith(("test/break", "test/crack", "test/fray"))]
+        rows = [
+            row for row in csv.DictReader(file) if row["path"].startswith(("test/break", "test/crack", "test/fray"))
+        ]
     codes = coded([np.asarray(Image.open(TILES / row["path"])) for row in rows])
     true = np.array([row["group"] for row in rows])
     splits = np.random.default_rng(0).choice(["train", "test"], len(rows))

@@ -152,7 +152,9 @@ def indices(loader):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_state_leads_back_to_the_same_batch(workers):
     def build():
-        return BatchLoader(lambda: DefectDataset(items()), TrainBatchSampler(LABELS, batch_size=4, seed=3), num_workers=workers)
+        return BatchLoader(
+            lambda: DefectDataset(items()), TrainBatchSampler(LABELS, batch_size=4, seed=3), num_workers=workers
+        )
 
     loader = build()
     loader.batch_sampler.set_epoch(2)

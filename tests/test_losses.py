@@ -71,9 +71,7 @@ def test_focal_of_two_classes_is_the_sigmoid_focal_loss() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_focal_without_focus_is_cross_entropy(
-    batch: tuple[torch.Tensor, torch.Tensor], smoothing: float
-) -> None:
+def test_focal_without_focus_is_cross_entropy(batch: tuple[torch.Tensor, torch.Tensor], smoothing: float) -> None:
     expected = cross_entropy(*batch, label_smoothing=smoothing)
     torch.testing.assert_close(FocalLoss(gamma=0, label_smoothing=smoothing)(*batch), expected)
 

@@ -145,9 +145,7 @@ def test_without_resamples_the_values_stay() -> None:
 def test_one_class_or_nothing_is_no_crash(classes: int, n: int, grouped: bool) -> None:
     p = np.tile(np.eye(classes)[0], (n, 1))
     groups = ["part"] * n if grouped else None
-    figures = evaluate(
-        p, np.zeros(n, int), NAMES[:classes], normal_class=0, threshold=0.5, groups=groups, resamples=50
-    )
+    figures = evaluate(p, np.zeros(n, int), NAMES[:classes], normal_class=0, threshold=0.5, groups=groups, resamples=50)
     json.dumps(figures, allow_nan=False)
     assert figures["n"] == n
     assert figures["auroc"]["value"] is None

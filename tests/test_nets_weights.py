@@ -76,9 +76,7 @@ def test_unreachable_hub_names_the_package_that_fits(hub_cache):
 
 def test_silent_hub_is_given_up_quickly(hub_cache, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes the call and never answers
-        monkeypatch.setattr(
-            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}"
-        )
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(weights_module, "HUB_TIMEOUT", 0.3)
         start = time.perf_counter()
         with pytest.raises(UserError, match=r"could not fetch .* \(.*timed out"):
@@ -151,9 +149,7 @@ def test_hub_download(tmp_path):
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     finally:
         server.shutdown()
         server.server_close()
@@ -342,9 +338,7 @@ def test_deeper_network_of_the_family_does_not_fit():
 
 def test_projector_beside_the_network_is_ignored():
     source = timm.create_model(SMALL).state_dict()
-    assert (
-        fit(timm.create_model(SMALL), {**source, "projector.weight": torch.zeros(3)}, classifier="fc") == ""
-    )
+    assert fit(timm.create_model(SMALL), {**source, "projector.weight": torch.zeros(3)}, classifier="fc") == ""
 
 
 def test_order_does_not_swap_weight_and_bias():

@@ -185,9 +185,7 @@ def test_training_figure_reads_lightnings_log(tmp_path: Path) -> None:
     log = tmp_path / "metrics.csv"
     with log.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["epoch", "step", "lr-AdamW", "train/loss_step", "train/loss_epoch", "val/auroc", "val/loss"]
-        )
+        writer.writerow(["epoch", "step", "lr-AdamW", "train/loss_step", "train/loss_epoch", "val/auroc", "val/loss"])
         for epoch in range(3):
             writer.writerow([epoch, 10 * epoch, 0.1, 1.0 - epoch / 10, "", "", ""])
             writer.writerow([epoch, 10 * epoch + 9, "", "", 0.9, 0.5 + epoch / 10, [2.0, 1.0, 1.5][epoch]])
@@ -224,8 +222,7 @@ def test_names_are_shortened_in_the_middle_and_stay_distinct() -> None:
 def tile(**changes: object) -> Tile:
     picture = np.full((40, 60, 3), 120, np.uint8)
     return Tile(
-        **{"picture": picture, "name": "a.png", "truth": "good", "predicted": "bad", "probability": 0.9}
-        | changes
+        **{"picture": picture, "name": "a.png", "truth": "good", "predicted": "bad", "probability": 0.9} | changes
     )  # type: ignore[arg-type]
 
 

@@ -60,9 +60,7 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "lit_defect", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     log = (folder / "log.txt").open("ab")
-    return subprocess.Popen(
-        command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 def run(folder: Path, *arguments: object) -> None:
@@ -121,18 +119,13 @@ def test_two_processes_test_like_one(config, tmp_path):
     evaluate = ("test", "--config", config, "--run_id", "one", "--ckpt_path", "best")
     run(tmp_path, *evaluate)
     run(tmp_path, *evaluate, "--trainer.devices", "2", "--trainer.strategy", "ddp")
-    alone, together = (
-        json.loads((folder / name).read_text()) for name in ("test_metrics.1.json", "test_metrics.json")
-    )
+    alone, together = (json.loads((folder / name).read_text()) for name in ("test_metrics.1.json", "test_metrics.json"))
     assert alone["n"] == 23, "an odd number, so that one process has a picture more"
     for key in ("n", "counts", "confusion", "accuracy", "auroc", "recall", "escape_rate", "overkill_rate"):
         assert alone[key] == together[key], key
     for key in ("nll", "ece", "brier", "average_precision"):  # sums of floats: other batches, other rounding
         assert alone[key]["value"] == pytest.approx(together[key]["value"], abs=1e-6), key
-    lines = [
-        (folder / name).read_text().splitlines()
-        for name in ("test_predictions.1.csv", "test_predictions.csv")
-    ]
+    lines = [(folder / name).read_text().splitlines() for name in ("test_predictions.1.csv", "test_predictions.csv")]
     assert [line.split(",")[1] for line in lines[0]] == [line.split(",")[1] for line in lines[1]]
 
 
@@ -167,6 +160,4 @@ def test_frozen_features_are_computed_by_both_processes(config, tmp_path):
     parts = list((tmp_path / "cache" / "features").rglob("*.safetensors"))
     run(tmp_path, *arguments, "--run_id", "again", "--trainer.max_epochs", "1")
     assert len(parts) >= 2 * 4  # each process wrote its share of each view
-    assert set((tmp_path / "cache" / "features").rglob("*.safetensors")) == set(
-        parts
-    )  # one process found them all
+    assert set((tmp_path / "cache" / "features").rglob("*.safetensors")) == set(parts)  # one process found them all

@@ -106,9 +106,9 @@ def bootstrap(
     level: float = 0.95,
 ) -> Interval:
     """Bootstrap interval of one statistic; see `bootstrap_all`."""
-    return bootstrap_all(
-        {"": (statistic, limits)}, arrays, groups=groups, strata=strata, n=n, seed=seed, level=level
-    )[""]
+    return bootstrap_all({"": (statistic, limits)}, arrays, groups=groups, strata=strata, n=n, seed=seed, level=level)[
+        ""
+    ]
 
 
 def paired_bootstrap(

@@ -186,9 +186,7 @@ def _checked(
     p, y = np.asarray(probs, dtype=np.float64), np.asarray(labels)
     classes = len(class_names)
     if p.ndim != 2 or p.shape[1] != classes or y.shape != p.shape[:1]:
-        raise ValueError(
-            f"expected (n, {classes}) probabilities and (n,) labels, not {p.shape} and {y.shape}"
-        )
+        raise ValueError(f"expected (n, {classes}) probabilities and (n,) labels, not {p.shape} and {y.shape}")
     if classes < 2 or len(set(class_names)) != classes:
         raise ValueError(f"class names must be two or more, and distinct, not {list(class_names)}")
     if normal_class is not None and not 0 <= normal_class < classes:

@@ -56,9 +56,7 @@ def macro_f1(weights: Floats, truth: Ints, predicted: Ints, classes: int) -> Flo
     return _mean_defined(_ratio(2 * hits, true + claimed))
 
 
-def _class_totals(
-    weights: Floats, truth: Ints, predicted: Ints, classes: int
-) -> tuple[Floats, Floats, Floats]:
+def _class_totals(weights: Floats, truth: Ints, predicted: Ints, classes: int) -> tuple[Floats, Floats, Floats]:
     """Weight (R, C) of the samples rightly predicted as each class, truly of it, and predicted as it."""
     unit = np.eye(classes)
     return weights @ (unit[truth] * unit[predicted]), weights @ unit[truth], weights @ unit[predicted]

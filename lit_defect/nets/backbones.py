@@ -151,9 +151,7 @@ class Backbone(nn.Module):
         blocks = [i for i in order if any(shapes[n].ndim > 1 for n in groups[i] if n not in head)]
         return head.union(*(groups[i] for i in order if i >= blocks[-1]))
 
-    def parameter_groups(
-        self, *, lr: float, weight_decay: float, layer_decay: float = 1.0
-    ) -> list[dict[str, Any]]:
+    def parameter_groups(self, *, lr: float, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Groups of the trainable parameters, for `timm.optim.create_optimizer_v2` or any optimiser.
 
         A layer k steps before the last learns at `lr * layer_decay ** k`, counted by timm's fine
@@ -167,10 +165,7 @@ class Backbone(nn.Module):
             self.model, weight_decay=weight_decay, no_weight_decay_list=excepted, layer_decay=layer_decay
         )
         # A plain `lr` in place of timm's `lr_scale`, which only timm's own schedulers read.
-        return [
-            {"params": g["params"], "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]}
-            for g in groups
-        ]
+        return [{"params": g["params"], "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]} for g in groups]
 
     def fingerprint(self) -> str:
         """Identity of the map from normalised images to features: equal for equal networks and weights."""
@@ -178,9 +173,7 @@ class Backbone(nn.Module):
         return fingerprint(body, prefix=self.name)
 
 
-def _create(
-    name: str, weights: str | None, num_classes: int, size: tuple[int, int] | None, drop_rate: float
-) -> Any:
+def _create(name: str, weights: str | None, num_classes: int, size: tuple[int, int] | None, drop_rate: float) -> Any:
     import timm
 
     arguments: dict[str, Any] = {"drop_rate": drop_rate} if drop_rate else {}

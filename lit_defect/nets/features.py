@@ -114,9 +114,7 @@ class FeatureStore:
                 continue
             packed = digests.numpy().tobytes()
             part = len(self._blocks)
-            self._place.update(
-                {packed[i * _DIGEST : (i + 1) * _DIGEST]: (part, i) for i in range(len(digests))}
-            )
+            self._place.update({packed[i * _DIGEST : (i + 1) * _DIGEST]: (part, i) for i in range(len(digests))})
             self._blocks.append(features)
             self._seen.add(path)
 

@@ -62,9 +62,7 @@ def _maps_and_logits(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor
     network = backbone.model
     layer = getattr(network.blocks[-1], "norm1", None) if hasattr(network, "blocks") else None
     if layer is None or not hasattr(network, "patch_embed"):
-        raise UserError(
-            f"Grad-CAM: there is no feature map of {backbone.name} that has a place in the picture."
-        )
+        raise UserError(f"Grad-CAM: there is no feature map of {backbone.name} that has a place in the picture.")
     kept: list[Tensor] = []
 
     def keep(_module: object, _inputs: object, output: Tensor) -> Tensor:

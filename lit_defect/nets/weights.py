@@ -168,9 +168,7 @@ def _hub_file(backbone: str, tag: str) -> WeightFile:
         raise UserError(f"weights: timm has no weights {name!r} on the hub (tags of {architecture}: {tags}).")
     config: Any = get_pretrained_cfg(name)
     if not config.hf_hub_id:
-        raise UserError(
-            f"weights: {name} is not on the hub. Download {config.url} and give its path as weights."
-        )
+        raise UserError(f"weights: {name} is not on the hub. Download {config.url} and give its path as weights.")
     repo, _, revision = config.hf_hub_id.partition("@")
     files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     for file in files:

@@ -208,9 +208,7 @@ def reliability_figure(bins: Reliability) -> Figure:
     axes, below = figure.subplots(2, 1, height_ratios=[4, 1], sharex=True)
     axes.bar(middle, accuracy, 0.94 * width, color=GOOD, alpha=0.5, label="accuracy")
     gap: dict[str, Any] = {"color": DEFECTIVE, "alpha": 0.55}
-    axes.bar(
-        middle, confidence - accuracy, 0.94 * width, bottom=accuracy, label="gap to the confidence", **gap
-    )
+    axes.bar(middle, confidence - accuracy, 0.94 * width, bottom=accuracy, label="gap to the confidence", **gap)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(max(0.0, middle.min() - 1.5 * width), 1))
     axes.legend(loc="upper left")
@@ -333,11 +331,7 @@ def _read_metrics(path: Path) -> dict[str, tuple[Floats, Floats]]:
                 value = float(text) if text else math.nan
                 if name not in ("step", "epoch") and math.isfinite(value):
                     columns.setdefault(name, []).append((float(row["step"]), value))
-    kept = {
-        name: points
-        for name, points in columns.items()
-        if f"{name.removesuffix('_step')}_epoch" not in columns
-    }
+    kept = {name: points for name, points in columns.items() if f"{name.removesuffix('_step')}_epoch" not in columns}
     kept |= {name: points for name, points in columns.items() if name.endswith("_epoch")}
     return {
         name.removesuffix("_epoch"): (np.array([x for x, _ in points]), np.array([y for _, y in points]))

@@ -84,9 +84,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
     """All figures of an evaluation in the order of reading; recall and precision by class come last."""
     named = [(key, label, percent, result[key]) for key, label, percent in _FIGURES if key in result]
     for key in ("recall", "precision"):
-        named += [
-            (f"{key}/{name}", f"{key}: {name}", True, entry) for name, entry in result.get(key, {}).items()
-        ]
+        named += [(f"{key}/{name}", f"{key}: {name}", True, entry) for name, entry in result.get(key, {}).items()]
     return [
         Row(
             key=key,
@@ -205,13 +203,10 @@ def _summary(same: list[Row]) -> Summary:
 
 def _summary_cells(summary: Summary) -> tuple[str, str, str, str]:
     mean, sd, low, high = (
-        _number(x, summary.in_percent).removesuffix(" %")
-        for x in (summary.mean, summary.sd, summary.low, summary.high)
+        _number(x, summary.in_percent).removesuffix(" %") for x in (summary.mean, summary.sd, summary.low, summary.high)
     )
     unit = " %" if summary.in_percent else ""
-    spread = (
-        f"{mean} ± {sd}{unit}" if math.isfinite(summary.sd) else _number(summary.mean, summary.in_percent)
-    )
+    spread = f"{mean} ± {sd}{unit}" if math.isfinite(summary.sd) else _number(summary.mean, summary.in_percent)
     limits = f"{low} to {high}{unit}" if math.isfinite(summary.low) else ""
     return summary.label, spread, limits, str(summary.runs)
 
@@ -235,10 +230,7 @@ def _caption(result: dict[str, Any]) -> str:
 
 def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return (
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        + "\n"
-    )
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def _nan(number: float | None) -> float:
