@@ -6,9 +6,14 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 
 from lit_defect.errors import UserError
 
@@ -37,12 +42,63 @@ def explain(message: str, parser: Any, arguments: list[str]) -> str:
     if choice and "subcommand" in message:
         verbs = re.findall(r"\w+", choice.group(2))
         return f"unknown verb {choice.group(1)!r}{_hint(choice.group(1), verbs)}\n  verbs: {', '.join(verbs)}"
-    kind = re.search(r'Parser key "(?:fit\.|validate\.|test\.|predict\.)?(model|data)":', message)
-    if kind and (name := re.search(r"Expected a dot import path string: ([\w.]+)", message)):
-        known = sorted(_classes(LightningModule if kind.group(1) == "model" else LightningDataModule))
-        near = _hint(name.group(1), known)
-        return f"--{kind.group(1)} {name.group(1)}: no such class{near}\n  there is: {', '.join(known)}"
+    if name := re.search(r"Expected a dot import path string: ([\w.]+)|has no attribute '(\w+)'", message):
+        return _unknown_class(name.group(1) or name.group(2), _path_of_keys(message))
+    if (wrong := _wrong_value(message)) or (wrong := _broken_file(arguments)):
+        return f"{wrong}\n  see: {_help(parser)}"
     return f"{_shorten(message)}\n  see: {_help(parser)}"
+
+
+def _path_of_keys(message: str) -> str:
+    """`model.lr` from nested messages about the keys `fit.model` and `lr`."""
+    path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    return re.sub(r"^(fit|validate|test|predict)\.", "", path)
+
+
+def _unknown_class(name: str, key: str) -> str:
+    """What there is in place of a class that does not exist."""
+    if key in ("model", "data"):
+        known = sorted(_classes(LightningModule if key == "model" else LightningDataModule))
+        return f"--{key} {name}: no such class{_hint(name, known)}\n  there is: {', '.join(known)}"
+    kinds = _every_class(Callback) | _every_class(Logger) | _every_class(Strategy)
+    return f"{key}: no such class {name}{_hint(name, kinds)}"
+
+
+def _wrong_value(message: str) -> str:
+    """`model.transfer = haed: expected one of head, all`; empty when the message is about something else."""
+    keys = list(re.finditer(r'^( *).*Parser key "([^"]+)"', message, re.MULTILINE))
+    if not keys:
+        return ""
+    deepest = message[keys[-1].end() :].splitlines()
+    depth = len(keys[-1].group(1))
+    inner = [line for line in deepest[1:] if len(line) - len(line.lstrip()) > depth]  # its own lines only
+    wanted = [found.group(1) for line in inner if (found := re.search(r"Expected an? (.+?)(?:\. Got value|$)", line))]
+    value = re.search(r"(?:Got|Given) value: (?!NestedArg|Namespace|[\[{])(.*)", message[keys[-1].end() :])
+    if not wanted or not value:
+        return ""
+    return f"{_path_of_keys(message)} = {value.group(1)}: expected {' or '.join(map(_plain_type, wanted))}"
+
+
+def _plain_type(text: str) -> str:
+    """`<class 'int'>` -> int; Literal['a', 'b'] -> one of a, b."""
+    if choices := re.search(r"Literal\[(.*)\]", text):
+        return f"one of {choices.group(1)}".replace("'", "")
+    return text.removeprefix("<class '").removesuffix("'>").replace("NoneType", "null")
+
+
+def _broken_file(arguments: list[str]) -> str:
+    """Which --config is no YAML or holds no options; empty when all are sound."""
+    for option, value in pairwise([*arguments, ""]):
+        path = value if option in ("-c", "--config") else option.removeprefix("--config=")
+        if path == option or not Path(path).is_file():
+            continue
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            return f"--config {path}: not valid YAML: {' '.join(str(error).split())}"
+        if not isinstance(content, dict):
+            return f"--config {path}: holds no options (expected `key: value` lines)"
+    return ""
 
 
 def unknown_environment(prefix: str, environ: Mapping[str, str], verbs: Mapping[str, Any]) -> None:
@@ -119,6 +175,12 @@ def _hint(word: str, candidates: Iterable[str], prefix: str = "", join: str = ".
     lowered = {candidate.lower(): candidate for candidate in candidates}
     near = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.5)
     return f"; did you mean {prefix + join if prefix else ''}{lowered[near[0]]}?" if near else ""
+
+
+def _every_class(base: type) -> set[str]:
+    """Names of all imported subclasses."""
+    children: list[type] = base.__subclasses__()
+    return {name for child in children for name in {child.__name__} | _every_class(child)}
 
 
 def _classes(base: type) -> dict[str, type]:

@@ -172,6 +172,34 @@ def test_a_wrong_key_in_a_file_is_named_too(lit_defect, config, capsys, place, k
     assert near in message
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: {class_path: DefectClassifier\ndata: [", "not valid YAML"),
+        ("", "holds no options"),
+        (
+            "model: {class_path: lit_defect.tasks.DefectClasifier}\ndata: {class_path: ELPV}",
+            "did you mean DefectClassifier",
+        ),
+        (
+            "model: {class_path: DefectClassifier}\ndata: {class_path: ELPV}\n"
+            "trainer: {callbacks: [{class_path: LearningRateMonitr}]}",
+            "did you mean LearningRateMonitor",
+        ),
+        (
+            "model: {class_path: DefectClassifier, init_args: {image_size: wide}}\ndata: {class_path: ELPV}",
+            "model.image_size = wide: expected int",
+        ),
+    ],
+)
+def test_a_broken_file_is_named_in_two_lines(lit_defect, tmp_path, capsys, text, expected):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    message = fails(capsys, lit_defect, "fit", "--config", path)
+    assert expected in message
+    assert len(message.splitlines()) <= 2
+
+
 def test_unknown_verbs_and_missing_parts(lit_defect, config, capsys):
     assert "did you mean fit?" in fails(capsys, lit_defect, "fitt", "--config", config)
     message = fails(capsys, lit_defect, "fit", "--data", "MVTecAD")
