@@ -41,7 +41,7 @@ class StartupSummary(Callback):
         console = Console(highlight=False)
         console.print()
         console.print(data_table(getattr(pl_module, "data", None)))
-        console.print(f"[bold]model[/]   {describe_model(pl_module)}")
+        console.print(f"[bold]model[/]   {describe_model(pl_module)}", soft_wrap=True)
         console.print(f"[bold]machine[/] {describe_machine(trainer)}")
         console.print(f"[bold]{verb}[/]     {self.folder or 'a trial without a run folder'}\n", soft_wrap=True)
 
@@ -99,6 +99,6 @@ def describe_model(module: LightningModule) -> str:
 def describe_machine(trainer: Trainer) -> str:
     """Devices, precision and threads."""
     kind = type(trainer.accelerator).__name__.removesuffix("Accelerator")
-    name = f" ({torch.cuda.get_device_name()})" if kind == "CUDA" else f", {torch.get_num_threads()} threads each"
+    name = f" ({torch.cuda.get_device_name()})" if kind == "CUDA" else f", {torch.get_num_threads()} threads"
     processes = "process" if trainer.world_size == 1 else "processes"
     return f"{trainer.world_size} {kind} {processes}{name}, precision {trainer.precision}"
