@@ -173,6 +173,11 @@ class CLI(LightningCLI):
             if config.test_after_fit and not (run.path / "test_metrics.json").is_file():
                 _say(f"  it is not tested: use the verb test with --run_id {run.run_id} --ckpt_path best")
             raise SystemExit(0)
+        elif (wanted := config.trainer.max_epochs) is not None and 0 <= wanted <= record.get("epochs", -1):
+            raise UserError(
+                f"{run.path} has trained {record['epochs']} epochs already, so --trainer.max_epochs {wanted} leaves "
+                "nothing to do; name a larger number"
+            )
         elif changes := runs.changed_options(run.config(), self.config_dump):
             warnings.warn(
                 f"the run goes on with other options ({'; '.join(changes)}); what its checkpoint holds, such as the "

@@ -238,6 +238,9 @@ def test_a_run_is_never_overwritten_and_can_be_resumed(lit_defect, config, tmp_p
         lit_defect("fit", "--config", config, "--run_id", "one", "--resume")
     assert stop.value.code == 0
     assert "finished" in capsys.readouterr().out
+    fewer = ("--run_id", "one", "--resume", "--trainer.max_epochs", "2")
+    assert "3 epochs already" in fails(capsys, lit_defect, "fit", "--config", config, *fewer)
+    assert json.loads((tmp_path / "runs" / "tiny" / "one" / "run.json").read_text())["status"] == "finished"
     # More epochs: the run goes on where it ended, and keeps its earlier rows.
     lit_defect("fit", "--config", config, "--run_id", "one", "--resume", "--trainer.max_epochs", "5")
     with (tmp_path / "runs" / "tiny" / "one" / "metrics.csv").open() as file:
