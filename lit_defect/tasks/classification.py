@@ -20,28 +20,17 @@ from torch.nn.functional import dropout
 
 from lit_defect.errors import UserError
 from lit_defect.losses.imbalance import make_loss
-from lit_defect.metrics.classification import defect_score, evaluate, threshold_for_recall
+from lit_defect.metrics.classification import defect_score, threshold_for_recall
 from lit_defect.nets.backbones import Backbone, Part
 from lit_defect.nets.features import FeatureStore
 from lit_defect.nets.gradcam import grad_cam
 from lit_defect.tasks.base import Batch, DefectTask
-from lit_defect.tasks.evaluation import Evaluation
+from lit_defect.tasks.evaluation import Evaluation, can_be_watched, to_log
 from lit_defect.tasks.frozen import cached_features
 from lit_defect.tasks.views import VIEWS, Augment, random_views, resize, unit_range, view
 
 Pixels = npt.NDArray[np.uint8]
 Heat = npt.NDArray[np.float32]
-
-_LOGGED = (
-    "accuracy",
-    "balanced_accuracy",
-    "auroc",
-    "average_precision",
-    "f1",
-    "ece",
-    "escape_rate",
-    "overkill_rate",
-)
 
 
 class DefectClassifier(DefectTask):
@@ -178,9 +167,7 @@ class DefectClassifier(DefectTask):
         if not key.startswith("val/"):
             return
         names = list(self.class_names or ())
-        guess = np.full((len(labels), len(names)), 1 / len(names))
-        result = evaluate(guess, labels, names, normal_class=self.normal_class, threshold=0.5, resamples=0)
-        defined = _to_log("val", result)
+        defined = can_be_watched(labels, names, self.normal_class)
         if key not in defined:
             found = ", ".join(names[label] for label in np.unique(labels))
             raise UserError(
@@ -353,14 +340,13 @@ class DefectClassifier(DefectTask):
 
     def on_validation_epoch_end(self) -> None:
         """Choose the threshold and log the figures of the whole split."""
-        data = self.gathered()
-        probs, labels = data["probability"].numpy(), data["label"].numpy()
+        evaluation = self._evaluation_of("val")
         if self.trainer.state.fn == "fit":
-            self._choose_threshold(probs, labels)
-            result = self._evaluate(probs, labels, resamples=0)
-            self._log_result("val", result)
+            self._choose_threshold(evaluation)
+            # Every process holds the same figures of the whole split; the sync only tells Lightning so.
+            self.log_dict(evaluation.watched("val", float(self.threshold)), sync_dist=True)
         else:
-            self._keep_result("val", data)
+            self._keep_result("val", evaluation)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the probabilities."""
@@ -368,8 +354,8 @@ class DefectClassifier(DefectTask):
 
     def on_test_epoch_end(self) -> None:
         """All figures with their intervals, at the threshold that validation chose."""
-        self._keep_result("test", self.gathered())
-        self._log_result("test", self._result)
+        self._keep_result("test", self._evaluation_of("test"))
+        self.log_dict(to_log("test", self._result), sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities (B, C) of a batch; they are also kept for the file of predictions."""
@@ -383,62 +369,45 @@ class DefectClassifier(DefectTask):
 
     def on_predict_epoch_end(self) -> None:
         """Keep the predictions of all processes."""
-        self._keep_result("predict", self.gathered())
+        self._keep_result("predict", self._evaluation_of("predict"))
 
-    def _choose_threshold(self, probs: np.ndarray, labels: np.ndarray) -> None:
-        if self.normal_class is None or not (labels != self.normal_class).any():
-            return
-        score = defect_score(probs, self.normal_class)
-        self.threshold.fill_(threshold_for_recall(score, labels != self.normal_class, self.required_recall))
-
-    def _evaluate(self, probs: np.ndarray, labels: np.ndarray, **settings: Any) -> dict[str, Any]:
-        return evaluate(
-            probs,
-            labels,
-            list(self.class_names or ()),
-            normal_class=self.normal_class,
-            threshold=float(self.threshold),
-            **settings,
-        )
-
-    def _log_result(self, stage: str, result: dict[str, Any]) -> None:
-        # Every process holds the same figures of the whole split; the sync only tells Lightning so.
-        self.log_dict(_to_log(stage, result), sync_dist=True)
-
-    def _keep_result(self, stage: str, data: dict[str, Tensor]) -> None:
-        """Predictions of a whole split by sample, and their figures where the labels are known."""
+    def _evaluation_of(self, stage: str) -> Evaluation:
+        """The predictions of all processes for a whole split."""
+        data = self.gathered()
         samples = self.data.samples[stage]
-        evaluated = [samples[position] for position in data["index"].tolist()]
-        probs, labels = data["probability"].numpy(), data["label"].numpy()
-        self._evaluation = Evaluation(
-            samples=evaluated,
+        return Evaluation(
+            samples=[samples[position] for position in data["index"].tolist()],
             positions=data["index"].tolist(),
-            probabilities=probs,
-            labels=labels,
+            probabilities=data["probability"].numpy(),
+            labels=data["label"].numpy(),
             class_names=list(self.class_names or ()),
             normal_class=self.normal_class,
         )
-        self._result = {}
-        if (labels >= 0).all():
-            groups = [sample.group or sample.name for sample in evaluated]
-            clustered = len(set(groups)) < len(groups)
-            self._result = self._evaluate(probs, labels, groups=groups if clustered else None)
-            if fresh := self._without_near_duplicates(stage, evaluated, probs, labels):
-                self._result["without_near_duplicates"] = fresh
-            self._result["required_recall"] = self.required_recall
-            self._result["training_seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
-            self._result["split_seed"] = getattr(self.data, "seed", None)
-            if stage not in self._features:  # features from the disk say nothing about the network's speed
-                seconds = max(1e-9, time.monotonic() - self._started)
-                self._result["images_per_second"] = round(len(labels) / seconds, 1)
 
-    def _without_near_duplicates(
-        self, stage: str, samples: list[Any], probs: np.ndarray, labels: np.ndarray
-    ) -> dict[str, Any]:
-        """The figures on the pictures that show nothing the network was trained on; empty if that is all or none."""
+    def _choose_threshold(self, evaluation: Evaluation) -> None:
+        defective = evaluation.labels != self.normal_class
+        if self.normal_class is None or not defective.any():
+            return
+        score = defect_score(evaluation.probabilities, self.normal_class)
+        self.threshold.fill_(threshold_for_recall(score, defective, self.required_recall))
+
+    def _keep_result(self, stage: str, evaluation: Evaluation) -> None:
+        """The predictions, and their figures where the labels are known."""
+        self._evaluation, self._result = evaluation, {}
+        if not (evaluation.labels >= 0).all():
+            return
+        threshold = float(self.threshold)
+        self._result = evaluation.figures(threshold)
         known = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
-        fresh = np.array([sample.name not in known for sample in samples])
-        return {} if fresh.all() or not fresh.any() else self._evaluate(probs[fresh], labels[fresh])
+        fresh = evaluation.without(known)
+        if known and fresh.samples:
+            self._result["without_near_duplicates"] = fresh.figures(threshold)
+        self._result["required_recall"] = self.required_recall
+        self._result["training_seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._result["split_seed"] = getattr(self.data, "seed", None)
+        if stage not in self._features:  # features from the disk say nothing about the network's speed
+            seconds = max(1e-9, time.monotonic() - self._started)
+            self._result["images_per_second"] = round(len(evaluation.labels) / seconds, 1)
 
     def write_results(self, folder: Path, stage: str) -> None:
         """Figures, predictions and pictures of the last evaluation, in the run folder; rank 0 only."""
@@ -461,10 +430,3 @@ class DefectClassifier(DefectTask):
         except UserError:
             return None
         return heat[0].cpu().numpy()
-
-
-def _to_log(stage: str, result: dict[str, Any]) -> dict[str, float]:
-    """The figures of `evaluate` that are watched during training, where they are defined."""
-    values = {name: result[name]["value"] for name in _LOGGED if name in result}
-    values["loss"] = result["nll"]["value"]
-    return {f"{stage}/{name}": value for name, value in values.items() if value is not None}
