@@ -54,7 +54,7 @@ class DefectClassifier(DefectTask):
         required_recall: share of the defects that must be found on validation data; sets the threshold
             for the escape and the overkill rate.
         channels_last: memory format of the network; faster convolutions on most devices.
-        compile: compile the network with torch.compile.
+        compile: compile the network with torch.compile; of no use to a frozen one, whose head alone is trained.
         class_names: names of the classes; null takes them from the data module.
         normal_class: index of the good class; null takes it from the data module.
         optimizer, lr, weight_decay, schedule, warmup, monitor: see `DefectTask`.

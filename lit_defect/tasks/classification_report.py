@@ -62,7 +62,7 @@ def write_report(folder: Path, stage: str, result: dict[str, Any], evaluation: E
             if row.key in ("accuracy", "auroc", "escape_rate")
         )
         console.print(
-            f"on the {fresh['n']} pictures without a near-duplicate in training: {figures_of}", soft_wrap=True
+            f"on the {fresh['n']} pictures without a near-duplicate in another split: {figures_of}", soft_wrap=True
         )
     console.print(f"metrics      {metrics}\npredictions  {predictions}", soft_wrap=True)
     console.print(f"figures      {figures}: {', '.join(path.name for path in written)}", soft_wrap=True)
