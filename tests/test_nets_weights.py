@@ -235,7 +235,8 @@ def test_package_with_several_files(monkeypatch, tmp_path, wanted):
     if wanted:
         assert same_body(create_model(SMALL, f"package:some-weights{wanted}", num_classes=2), source)
         (tmp_path / "some" / "weights" / "b.pth").unlink()
-        with pytest.raises(UserError, match="--force-reinstall some-weights"):
+        # Python 3.12's importlib.metadata no longer lists files that are gone.
+        with pytest.raises(UserError, match=r"--force-reinstall some-weights|some-weights has: some/weights/a\.pth"):
             create_model(SMALL, f"package:some-weights{wanted}", num_classes=2)
     else:
         with pytest.raises(UserError, match="found 2; some-weights has: some/weights/a"):

@@ -102,8 +102,11 @@ def test_a_real_run_off_line_lies_in_the_run_folder(run):
     wandb.finish()
     (record,) = (run.path / "wandb").glob("offline-run-*/run-*.wandb")
     assert record.name == "run-solar-cells-one.wandb"
+    inspect = [Path(sys.executable).with_name("wandb"), "leet", "inspect"]
+    if subprocess.run([*inspect, "--help"], capture_output=True, timeout=60).returncode:
+        pytest.skip("this version of wandb cannot read a run back without a server")
     done = subprocess.run(
-        [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--summary", "--json", record.parent],
+        [*inspect, "--summary", "--json", record.parent],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     told = json.loads(done.stdout)
