@@ -348,6 +348,23 @@ def test_one_run_has_no_spread(tmp_path: Path) -> None:
     assert "nan" not in text
 
 
+def test_interval_of_a_share_stays_between_none_and_all(tmp_path):
+    runs = []
+    for number, rate in enumerate((0.0, 0.0, 0.4)):
+        rng = np.random.default_rng(number)
+        labels = np.repeat([0, 1], 50)
+        score = np.where(labels == 1, 0.9, 0.1) + rng.uniform(0, 0.05, 100)
+        score[50 : 50 + int(50 * rate)] = 0.1
+        result = evaluate(np.stack([1 - score, score], 1), labels, ["good", "bad"], normal_class=0, threshold=0.5)
+        runs.append(tmp_path / str(number))
+        runs[-1].mkdir()
+        (runs[-1] / "test_metrics.json").write_text(json.dumps(result))
+    (escaped,) = [summary for summary in collect(runs) if summary.key == "escape_rate"]
+    assert escaped.low == 0
+    assert 0.13 < escaped.mean < 0.14
+    assert escaped.mean < escaped.high < 1
+
+
 def test_runs_that_cannot_be_averaged_are_named(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

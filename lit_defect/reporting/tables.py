@@ -198,7 +198,10 @@ def _summary(same: list[Row]) -> Summary:
     values = [row.value for row in same if math.isfinite(row.value)]
     mean = t_interval(values)
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return Summary(first.key, first.label, first.in_percent, mean.value, sd, mean.low, mean.high, len(values))
+    low, high = mean.low, mean.high
+    if first.in_percent:  # t knows nothing of the ends of the scale
+        low, high = max(0.0, low), min(1.0, high)
+    return Summary(first.key, first.label, first.in_percent, mean.value, sd, low, high, len(values))
 
 
 def _summary_cells(summary: Summary) -> tuple[str, str, str, str]:
