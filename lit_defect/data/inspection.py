@@ -37,6 +37,7 @@ from lit_defect.data.leakage import LOW, perceptual_code
 from lit_defect.data.samples import Sample
 from lit_defect.errors import DataError
 
+CACHE_VERSION = 1  # to be raised when what is remembered on disk is computed in another way
 CODED = 128  # pixels a side that a perceptual code is computed from
 SHOWN = 20  # files listed for each kind of problem
 
@@ -347,5 +348,5 @@ def _small(pixels: Array) -> Array:
 
 
 def digest(*parts: object) -> bytes:
-    """16 bytes that stand for the values: BLAKE2b of their `repr`."""
-    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    """16 bytes that stand for the values and for how they are computed: BLAKE2b of their `repr`."""
+    return hashlib.blake2b(repr((CACHE_VERSION, *parts)).encode("utf-8", "surrogateescape"), digest_size=16).digest()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+_VERSION = 1  # to be raised when pictures are turned into features in another way
 _DIGEST = 16  # bytes per image key: 128 bits, so that no two images ever meet
 _STALE = 3600.0  # seconds after which an unfinished file belongs to a process that is gone
 
@@ -42,7 +43,7 @@ class FeatureStore:
     def __init__(
         self, cache_dir: str | Path, key: str, *, num_features: int, dtype: torch.dtype = torch.float32
     ) -> None:
-        name = hashlib.sha256(f"{key}\n{num_features}\n{dtype}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(f"{_VERSION}\n{key}\n{num_features}\n{dtype}".encode()).hexdigest()[:32]
         self.folder = Path(cache_dir).expanduser() / "features" / name
         self.num_features = num_features
         self.dtype = dtype
