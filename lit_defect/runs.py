@@ -179,15 +179,16 @@ def check_name(option: str, name: str) -> None:
 
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two configurations in what is computed, as `key: old -> new`."""
-    old, new = (_flat({k: v for k, v in c.items() if k not in _NOT_THE_EXPERIMENT}) for c in (before, now))
+    old, new = (flatten({k: v for k, v in c.items() if k not in _NOT_THE_EXPERIMENT}) for c in (before, now))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as `{"model.init_args.lr": 0.03, ...}`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return flat
 
 

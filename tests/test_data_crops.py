@@ -426,3 +426,18 @@ def test_sizes_that_are_no_multiples(tmp_path: Path) -> None:
 def test_settings_that_contradict(tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         CustomCrops(str(tmp_path), **settings)
+
+
+def test_originals_are_the_crops_at_their_own_size(tmp_path: Path) -> None:
+    file = make_crops_csv(tmp_path / "d", masks=True)
+    data = ready(file.parent, tmp_path / "c", annotations="crops.csv", with_masks=True, image_size=8)
+    for position, sample in enumerate(data.samples["test"]):
+        picture, mask = data.original("test", position)
+        x, y, width, height = sample.box
+        photo = np.asarray(Image.open(sample.path))[y : y + height, x : x + width]
+        assert (picture == photo[..., None]).all()
+        expected = np.zeros((24, 24))
+        if sample.mask:
+            expected = np.asarray(Image.open(sample.mask))[y : y + height, x : x + width] > 0
+            assert expected.any()
+        assert (mask == expected).all()

@@ -1,5 +1,6 @@
 """ELPV from the files of its package, whose code stays untouched."""
 
+import csv
 import sys
 
 import pytest
@@ -18,7 +19,7 @@ def site(tmp_path, monkeypatch):
 
 
 def make(tmp_path, **kwargs):
-    module = ELPV(cache_dir=str(tmp_path / "cache"), leakage="off", **kwargs)
+    module = ELPV(cache_dir=str(tmp_path / "cache"), **{"leakage": "off"} | kwargs)
     module.setup("fit")
     return module
 
@@ -39,6 +40,66 @@ def test_four_grades_and_cell_types(site, tmp_path):
     assert sorted({s.label for s in samples}) == [0, 1, 2, 3]
     assert len(module.class_names) == 4
     assert module.normal_class == 0
+
+
+def test_extremes_leave_the_doubtful_cells_out(site, tmp_path):
+    module = make(tmp_path, grades="extremes")
+    assert module.class_names == ["good", "defective"]
+    samples = [s for split in ("train", "val", "test") for s in module.samples[split]]
+    assert len(samples) == 32
+    assert {(s.defect_type, s.label) for s in samples} == {("good", 0), ("defective", 1)}
+
+
+@pytest.mark.parametrize("grades", ["binary", "four", "extremes"])
+def test_one_class_trains_on_good_cells_and_tests_what_supervised_tests(site, tmp_path, grades):
+    plain, module = make(tmp_path, grades=grades), make(tmp_path, grades=grades, setting="one_class")
+    for split in ("train", "val"):
+        assert module.samples[split] == [s for s in plain.samples[split] if s.label == module.normal_class]
+        assert module.samples[split]
+        assert len(module.samples[split]) < len(plain.samples[split])
+    assert module.samples["test"] == plain.samples["test"]
+    assert len({s.label for s in module.samples["test"]}) == len(module.class_names)
+    assert module.counts()["val"] == {
+        name: plain.counts()["val"][name] * (label == 0) for label, name in enumerate(module.class_names)
+    }
+    assert {label for batch in module.val_dataloader() for label in batch["label"].tolist()} == {0}
+
+
+def test_cells_that_one_class_does_not_use_are_recorded_and_the_split_repeats(site, tmp_path):
+    supervised, module = make(tmp_path, seed=3), make(tmp_path, seed=3, setting="one_class")
+    supervised.write_records(tmp_path / "supervised")
+    module.write_records(tmp_path / "one_class")
+    with (tmp_path / "one_class" / "splits.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 64
+    unused = {row["name"] for row in rows if row["split"] == "unused"}
+    assert unused == {s.name for split in ("train", "val") for s in supervised.samples[split] if s.label}
+    for run in ("supervised", "one_class"):  # also a split in which defects train
+        again = make(tmp_path, seed=4, setting="one_class", split_file=str(tmp_path / run / "splits.csv"))
+        assert again.samples == module.samples
+
+
+def test_one_class_keeps_groups_together_and_the_guard_looks_at_what_is_used(site, tmp_path):
+    images = site / "elpv_dataset" / "data" / "images"
+    labels = (images.parent / "labels.csv").read_text().splitlines()
+    good, bad = ([line.split()[0] for line in labels if line.split()[1] == p] for p in ("0.0", "1.0"))
+    for first, second in [(good[0], good[1]), (good[2], good[3]), (bad[0], bad[1])]:
+        (images.parent / second).write_bytes((images.parent / first).read_bytes())
+    with pytest.warns(UserWarning, match="near-duplicate"):
+        module = next(
+            module
+            for module in (make(tmp_path, setting="one_class", leakage="warn", seed=seed) for seed in range(20))
+            if any(leak.name_a in bad[:2] or leak.name_b in good[:4] for leak in module.leaks)
+        )
+    used = {s.name for split in ("train", "val", "test") for s in module.samples[split]}
+    assert all({leak.name_a, leak.name_b} <= used for leak in module.leaks)
+    module.write_records(tmp_path / "run")
+    groups = str(tmp_path / "run" / "groups.csv")
+    mended = make(tmp_path, setting="one_class", leakage="error", group_file=groups, seed=module.seed)
+    assert mended.leaks == []
+    places = {s.name: split for split in ("train", "val", "test") for s in mended.samples[split]}
+    for a, b in [(good[0], good[1]), (good[2], good[3]), (bad[0], bad[1])]:
+        assert places.get(a) == places.get(b)
 
 
 def test_test_split_is_a_quarter_of_every_grade_and_type(site, tmp_path):
@@ -74,3 +135,5 @@ def test_the_real_package_holds_what_the_paper_counts():
     assert len(samples) == 2624
     assert sum(s.category == "mono" for s in samples) == 1074
     assert sum(s.label == 0 for s in samples) == 1803
+    extremes = ELPV(grades="extremes", setting="one_class").find_samples()
+    assert [sum(s.label == label for s in extremes) for label in (0, 1)] == [1508, 715]

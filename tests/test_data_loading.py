@@ -1,6 +1,6 @@
 """Order, sharing between processes, and going on after a stop: bit for bit as without the stop."""
 
-from itertools import chain
+from itertools import chain, islice
 
 import lightning.pytorch as pl
 import numpy as np
@@ -78,6 +78,56 @@ def test_small_sets_still_train_and_too_few_samples_are_an_error():
         TrainBatchSampler([0, 1], batch_size=1, seed=0, world_size=3)
 
 
+# ---- epochs of a given length ----------------------------------------------------------------------------
+
+
+def row_of_passes(steps, **kwargs):
+    """The batches of passes laid end to end, worked out from epochs of one pass each."""
+    return list(islice(chain.from_iterable(trained(epoch, **kwargs) for epoch in range(steps)), steps))
+
+
+@pytest.mark.parametrize("batches", [1, 3, 5, 7, 16])
+@pytest.mark.parametrize("kind", ["shuffle", "balanced"])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_epochs_of_a_given_length_are_cut_out_of_the_row_of_passes(batches, kind, drop_last):
+    settings = {"kind": kind, "drop_last": drop_last}
+    epochs = [trained(epoch, batches=batches, **settings) for epoch in range(4)]
+    assert [len(epoch) for epoch in epochs] == [batches] * 4
+    assert list(chain(*epochs)) == row_of_passes(4 * batches, **settings)
+
+
+def test_no_batch_holds_a_sample_twice_and_all_are_seen_equally_often():
+    epochs = [trained(epoch, batches=13, batch_size=11) for epoch in range(4)]  # 26 passes of two batches
+    assert all(len(set(batch)) == 11 for epoch in epochs for batch in epoch)
+    assert set(np.bincount(list(chain(*chain(*epochs))))) == {26}
+    assert epochs[0] != epochs[1]
+
+
+def test_a_set_smaller_than_a_batch_fills_an_epoch_with_passes():
+    sampler = TrainBatchSampler([0] * 6, batch_size=32, seed=0, batches=10)
+    assert len(sampler) == 10
+    batches = list(sampler)
+    assert [sorted(batch) for batch in batches] == [list(range(6))] * 10
+    assert len(set(map(tuple, batches))) > 5  # each pass has an order of its own
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_processes_share_the_batches_of_an_epoch_of_a_given_length(world_size, drop_last):
+    kwargs = {"batch_size": 3, "batches": 8, "drop_last": drop_last}
+    shares = [trained(2, rank, world_size, **kwargs) for rank in range(world_size)]
+    assert [len(share) for share in shares] == [8] * world_size
+    together = [list(chain(*step)) for step in zip(*shares, strict=True)]
+    assert all(len({len(batch) for batch in step}) == 1 for step in zip(*shares, strict=True))
+    assert all(len(set(batch)) == len(batch) for batch in together)
+    if drop_last:
+        assert together == trained(2, batch_size=3 * world_size, batches=8)
+
+
+def test_a_fixed_order_repeats_its_epoch():
+    assert trained(0, fixed=True, batches=7) == trained(5, fixed=True, batches=7) == trained(0, batches=7)
+
+
 # ---- evaluation -----------------------------------------------------------------------------------------
 
 
@@ -150,11 +200,11 @@ def indices(loader):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_state_leads_back_to_the_same_batch(workers):
+@pytest.mark.parametrize("batches", [None, 4, 12])
+def test_state_leads_back_to_the_same_batch(workers, batches):
     def build():
-        return BatchLoader(
-            lambda: DefectDataset(items()), TrainBatchSampler(LABELS, batch_size=4, seed=3), num_workers=workers
-        )
+        sampler = TrainBatchSampler(LABELS, batch_size=4, seed=3, batches=batches)
+        return BatchLoader(lambda: DefectDataset(items()), sampler, num_workers=workers)
 
     loader = build()
     loader.batch_sampler.set_epoch(2)
@@ -163,14 +213,14 @@ def test_state_leads_back_to_the_same_batch(workers):
     state = loader.state_dict()
     assert state == {"epoch": 2, "batches": 3}  # not what the workers have prepared
     rest = [batch["index"].tolist() for batch in iterator]
-    assert seen + rest == trained(2)
+    assert seen + rest == trained(2, batches=batches)
 
     other = build()
     other.load_state_dict(state)
     assert indices(other) == rest
-    assert indices(other) == trained(2)  # only the first iteration is a continuation
+    assert indices(other) == trained(2, batches=batches)  # only the first iteration is a continuation
     other.load_state_dict(loader.state_dict())  # at the end of epoch 2
-    assert indices(other) == trained(3)
+    assert indices(other) == trained(3, batches=batches)
 
 
 def test_iterating_leaves_the_global_generator_alone():
@@ -186,15 +236,16 @@ def test_iterating_leaves_the_global_generator_alone():
 class ToyData(pl.LightningDataModule):
     """22 samples without pictures."""
 
-    def __init__(self, workers=0):
+    def __init__(self, workers=0, batches=None):
         super().__init__()
         self.workers = workers
+        self.batches = batches
 
     def done(self):
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def train_dataloader(self):
-        sampler = TrainBatchSampler(LABELS, batch_size=4, seed=3)
+        sampler = TrainBatchSampler(LABELS, batch_size=4, seed=3, batches=self.batches)
         return BatchLoader(lambda: DefectDataset(items()), sampler, num_workers=self.workers, progress=self.done)
 
     def val_dataloader(self):
@@ -290,6 +341,20 @@ def test_resumed_run_ends_with_the_same_weights(straight, tmp_path, hook, step, 
     second = fit(ToyTask(), ToyData(workers), tmp_path, ckpt_path=path)
     assert first.seen[:step] + second.seen == straight.seen
     assert torch.equal(weights(second), weights(straight))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("hook", "step", "workers"), [("on_train_batch_end", 12, 0), ("on_validation_end", 14, 2)])
+def test_a_run_with_epochs_of_a_given_length_resumes_in_the_middle_of_a_pass(tmp_path, hook, step, workers):
+    whole = fit(ToyTask(), ToyData(batches=7), tmp_path)
+    assert whole.seen == row_of_passes(21)
+    path = tmp_path / "stopped.ckpt"
+    first = ToyTask()
+    with pytest.raises(Killed):
+        fit(first, ToyData(workers, batches=7), tmp_path, [KillAt(hook, step, path)])
+    second = fit(ToyTask(), ToyData(workers, batches=7), tmp_path, ckpt_path=path)
+    assert first.seen[:step] + second.seen == whole.seen
+    assert torch.equal(weights(second), weights(whole))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -136,6 +136,72 @@ def test_tensors_move_to_the_device_and_strings_stay(make):
     assert all(moved[key] is batch[key] for key in moved if key not in ("image", "label", "index"))
 
 
+# ---- pictures at their own size -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["off", "ram"])
+def test_originals_are_the_files_whatever_the_batches_are_scaled_to(make, root, cache):
+    save(surface(np.random.default_rng(1), (33, 17)), root / "good_00.png")
+    module = make(image_size=8, with_masks=True, cache=cache)
+    seen = set()
+    for split in ("train", "val", "test"):
+        for batch in module.loader(split):
+            for index, name in zip(batch["index"].tolist(), batch["name"], strict=True):
+                picture, mask = module.original(split, index)
+                stored = np.asarray(Image.open(root / name))
+                assert picture.dtype == mask.dtype == np.uint8
+                np.testing.assert_array_equal(picture, np.stack([stored] * 3, -1))
+                marked = root / name.replace(".png", ".mask.png")
+                expected = np.asarray(Image.open(marked)) // 255 if marked.exists() else np.zeros_like(stored)
+                np.testing.assert_array_equal(mask, expected)
+                seen.add(picture.shape)
+    assert seen == {(20, 24, 3), (33, 17, 3)}
+
+
+def test_originals_of_mirrored_pictures_are_mirrored_with_their_masks(make, root):
+    with pytest.warns(UserWarning, match="mirrored"):
+        module = make(test="mirrored_train", with_masks=True)
+    for position, sample in enumerate(module.samples["test"]):
+        picture, mask = module.original("test", position)
+        np.testing.assert_array_equal(picture[:, ::-1, 0], np.asarray(Image.open(sample.path)))
+        if sample.mask:
+            np.testing.assert_array_equal(mask[:, ::-1] * 255, np.asarray(Image.open(sample.mask)))
+
+
+def test_no_masks_is_not_the_same_as_an_empty_mask(make, root, tmp_path):
+    assert make().original("test", 0)[1] is None
+    masked = make(with_masks=True)
+    good = next(i for i, s in enumerate(masked.samples["test"]) if not s.label)
+    assert not masked.original("test", good)[1].any()
+    save(np.full((9, 7), 7, np.uint8), tmp_path / "new" / "one.png")
+    module = Folder(root, cache_dir=str(tmp_path / "cache"), predict_root=str(tmp_path / "new"), with_masks=True)
+    module.setup("predict")
+    picture, mask = module.original("predict", 0)
+    assert picture.shape == (9, 7, 3)
+    assert mask is None
+
+
+def test_originals_are_converted_as_the_batches_are(make, root):
+    stored = np.arange(20 * 24, dtype=np.uint8).reshape(20, 24)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned a quarter to the right
+    Image.fromarray(stored).save(root / "good_00.png", exif=turned)
+    module = make(on_wrong_mode="convert", batch_size=1)
+    split, position = next(
+        (k, i) for k, v in module.samples.items() for i, s in enumerate(v) if s.name == "good_00.png"
+    )
+    picture, _ = module.original(split, position)
+    np.testing.assert_array_equal(picture[..., 0], np.rot90(stored, -1))
+    np.testing.assert_array_equal(picture.transpose(2, 0, 1), module.loader(split).batch([position])["image"][0])
+
+
+def test_originals_need_a_split_that_is_there(make, root, tmp_path):
+    with pytest.raises(DataError, match="no val split before setup"):
+        Folder(root).original("val", 0)
+    with pytest.raises(DataError, match=r"data\.val_fraction"):
+        make(val_fraction=0.0).original("val", 0)
+
+
 def test_mirrored_test_set_warns_and_shows_mirrored_training_pictures(make, root):
     with pytest.warns(UserWarning, match="mirrored training pictures"):
         module = make(test="mirrored_train")
@@ -232,7 +298,10 @@ def test_sample_key_changes_with_whatever_changes_the_pixels(make, root):
     assert make().sample_key(sample) != key
 
 
-@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"eval_batch_size": 0}, {"image_size": 0}, {"num_workers": -1}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"batch_size": 0}, {"eval_batch_size": 0}, {"batches_per_epoch": 0}, {"image_size": 0}, {"num_workers": -1}],
+)
 def test_settings_out_of_range_are_named(root, setting):
     with pytest.raises(UserError, match=rf"data\.{next(iter(setting))}"):
         Folder(root, **setting)
@@ -243,6 +312,24 @@ def test_missing_split_says_what_to_set(make):
     with pytest.raises(DataError, match=r"data\.test_fraction"):
         module.test_dataloader()
     assert make(val_fraction=0.0).val_dataloader() == []
+
+
+class GoodOnly(Folder):
+    """The same folder for a task that learns from good pictures only."""
+
+    good_only = True
+
+
+def test_a_module_of_good_only_neither_trains_nor_validates_on_defects(root, make, tmp_path):
+    plain = make(seed=2)
+    module = GoodOnly(root, cache_dir=str(tmp_path / "cache"), leakage="off", batch_size=4, seed=2)
+    module.setup("fit")
+    good = {split: [s for s in plain.samples[split] if not s.label] for split in ("train", "val")}
+    assert {split: module.samples[split] for split in ("train", "val")} == good
+    assert module.samples["test"] == plain.samples["test"]
+    assert module.counts()["val"] == {"good": len(good["val"]), "bad": 0}
+    assert sorted(names(module.val_dataloader())) == sorted(s.name for s in good["val"])
+    assert {label for batch in module.train_dataloader() for label in batch["label"].tolist()} == {0}
 
 
 class Recorder(pl.LightningModule):
@@ -290,6 +377,33 @@ def test_two_processes_share_test_and_training_without_repeats(root, tmp_path):
         shares = [[int(i) for i in (folder / f"{rank}.txt").read_text().split()] for rank in (0, 1)]
         assert len(shares[0] + shares[1]) == len(set(shares[0] + shares[1])) == expected
         assert max(shares[0] + shares[1]) < count
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_epochs_have_the_steps_that_were_asked_for(root, tmp_path, devices):
+    data = Folder(
+        root, cache_dir=str(tmp_path / "cache"), leakage="off", batch_size=4 // devices, val_fraction=0.0,
+        batches_per_epoch=11, image_size=8,
+    )  # fmt: skip
+    strategy = {"devices": 2, "strategy": "ddp_fork"} if devices == 2 else {"devices": 1}
+    run = trainer(max_epochs=1, **strategy)
+    run.fit(Recorder(tmp_path), data)
+    shares = [[int(i) for i in (tmp_path / f"{rank}.txt").read_text().split()] for rank in range(devices)]
+    assert [len(share) for share in shares] == [11 * 4 // devices] * devices
+    size = 4 // devices
+    steps = [{i for share in shares for i in share[k * size : (k + 1) * size]} for k in range(11)]
+    assert all(len(step) == 4 for step in steps)
+    assert set.union(*steps[:4]) <= set(range(18))
+    assert sum(map(len, steps[:4])) == len(set.union(*steps[:4])) == 16  # the first pass: 18 samples, 2 left out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_length_of_training_counts_the_steps_that_were_asked_for(make, tmp_path):
+    module = make(batches_per_epoch=7, image_size=8)
+    run = trainer(max_epochs=2)
+    run.fit(Recorder(tmp_path), module)
+    assert run.global_step == run.estimated_stepping_batches == 14
 
 
 @pytest.mark.filterwarnings("ignore")

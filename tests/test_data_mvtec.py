@@ -177,6 +177,75 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ready(tmp_path / "nothing", tmp_path / "c")
 
 
+def test_one_class_needs_good_pictures_to_train_on(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "d", categories=("tile", "wood"), train_good=6)
+    shutil.move(root / "wood" / "train" / "good", root / "wood" / "train" / "fine")
+    with pytest.raises(DataError, match=r"data\.category: .*/wood has no folder train/good"):
+        ready(root, tmp_path / "c", category="wood")
+    shutil.move(root / "wood" / "train" / "fine", root / "wood" / "train" / "good")
+    for path in (root / "wood" / "train" / "good").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"unreadable: 6(.|\n)*wood/train/good/000.png"):
+        ready(root, tmp_path / "c")
+    with (
+        pytest.warns(UserWarning, match="unreadable 6"),
+        pytest.raises(
+            DataError, match=r"wood/train/good has no picture that can be used, so nothing trains wood\. Add"
+        ),
+    ):
+        ready(root, tmp_path / "c", on_bad_file="skip")
+
+
+def test_one_class_with_a_single_picture(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "d", train_good=1)
+    with pytest.raises(DataError, match=r"data\.val_fraction: 0\.2 of 1 samples .* Add samples or set it to 0"):
+        ready(root, tmp_path / "c")
+    data = ready(root, tmp_path / "c", val_fraction=0.0)
+    assert table(data)["train"] == {"good": 1}
+    assert data.val_dataloader() == []
+    with pytest.raises(DataError, match=r"no samples in the val split: set data\.val_fraction"):
+        data.loader("val")
+    (batch,) = data.train_dataloader()
+    assert batch["image"].shape == (1, 3, 32, 40)
+
+
+def test_one_class_without_any_defect_yet(tmp_path: Path) -> None:
+    data = ready(make_mvtec(tmp_path / "d", defects={}), tmp_path / "c", target="type")
+    assert data.class_names == ["good"]
+    assert table(data)["test"] == {"good": 6}
+    root = make_mvtec(tmp_path / "e", defects={})
+    shutil.rmtree(root / "tile" / "test")
+    untested = ready(root, tmp_path / "c")
+    assert table(untested) == {"train": {"good": 10}, "val": {"good": 2}, "test": {}}
+    with pytest.raises(DataError, match="no samples in the test split: fill the data set's own test split"):
+        untested.test_dataloader()
+    with pytest.raises(DataError, match="no sample of class defective"):
+        ready(root, tmp_path / "c", setting="supervised")
+
+
+def test_one_class_never_trains_on_the_defects_of_a_split_file(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "d", train_good=18)
+    pooled = ready(root, tmp_path / "c", setting="supervised")
+    assert table(pooled)["train"].keys() == {"good", "crack", "hole"}
+    pooled.write_records(tmp_path / "run")
+    data = ready(root, tmp_path / "c", split_file=str(tmp_path / "run" / "splits.csv"))
+    assert table(data) == {
+        "train": {"good": table(pooled)["train"]["good"]},
+        "val": {"good": table(pooled)["val"]["good"]},
+        "test": table(pooled)["test"],
+    }
+
+
+def test_originals_keep_the_size_of_the_files(tmp_path: Path) -> None:
+    data = ready(make_mvtec(tmp_path / "d"), tmp_path / "c", with_masks=True, image_size=16)
+    for position, sample in enumerate(data.samples["test"]):
+        picture, mask = data.original("test", position)
+        assert picture.shape == (32, 40, 3)
+        assert mask.shape == (32, 40)
+        assert mask.dtype == np.uint8
+        assert mask.sum() == (10 * 13 if sample.label else 0)
+
+
 def test_download_only_where_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")

@@ -47,6 +47,14 @@ def test_masks_hold_palette_indices_and_void(tmp_path: Path) -> None:
     assert len(NAMES) == 21
 
 
+def test_originals_keep_their_size_and_the_ids_of_their_classes(tmp_path: Path) -> None:
+    data = ready(make_voc(tmp_path / "d"), tmp_path / "c", image_size=16)
+    for position, sample in enumerate(data.samples["test"]):
+        picture, mask = data.original("test", position)
+        assert picture.shape == (32, 32, 3)  # the centre square
+        assert (mask == stored(data, Path(sample.path).stem)[:, 8:40]).all()
+
+
 def test_the_default_sets_never_select_on_the_test(tmp_path: Path) -> None:
     data = ready(make_voc(tmp_path / "d", images={"train": 10, "val": 6}), tmp_path / "c")
     assert sizes(data) == (8, 2, 6)

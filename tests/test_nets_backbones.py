@@ -220,3 +220,124 @@ def test_fingerprint_follows_the_features():
     headless = Backbone(SMALL)
     headless.model.load_state_dict(make(SMALL).model.state_dict(), strict=False)
     assert headless.fingerprint() == first
+
+
+# name, layers behind the strides, (C, stride) of each map
+MAPS = [
+    ("resnet18", ["layer2", "layer3", "layer4"], [(128, 8), (256, 16), (512, 32)]),
+    ("tf_efficientnet_lite0", ["blocks.2", "blocks.4", "blocks.6"], [(40, 8), (112, 16), (320, 32)]),
+    ("vgg19", ["features.26", "features.35", "features.36"], [(512, 8), (512, 16), (512, 32)]),
+    ("convnext_atto", ["stages.1", "stages.2", "stages.3"], [(80, 8), (160, 16), (320, 32)]),
+    ("convnext_tiny", ["stages.1", "stages.2", "stages.3"], [(192, 8), (384, 16), (768, 32)]),
+    (
+        "densenet121",
+        ["features.denseblock2", "features.denseblock3", "features.norm5"],
+        [(512, 8), (1024, 16), (1024, 32)],
+    ),
+    ("vit_tiny_patch16_224", ["blocks.11"], [(192, 16)]),
+    ("swin_tiny_patch4_window7_224", ["layers.1", "layers.2", "layers.3"], [(192, 8), (384, 16), (768, 32)]),
+]
+
+
+def shown_by_hooks(backbone: Backbone, layers: list[str], images: torch.Tensor) -> list[torch.Tensor]:
+    """What the named layers give during a plain forward pass, copied before a later layer can overwrite it."""
+    seen: dict[str, torch.Tensor] = {}
+    modules = dict(backbone.model.named_modules())
+    hooks = [
+        modules[name].register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.clone()}))
+        for name in layers
+    ]
+    backbone(images)
+    for hook in hooks:
+        hook.remove()
+    return [seen[name] for name in layers]
+
+
+@pytest.mark.parametrize(("name", "layers", "shapes"), MAPS, ids=[m[0] for m in MAPS])
+def test_maps_are_what_the_layers_give_and_come_with_the_features(name, layers, shapes):
+    backbone = make(name).eval()
+    images = images_for(backbone)
+    strides = [stride for _, stride in shapes]
+    assert backbone.map_layers(strides) == layers
+    with torch.no_grad():
+        features, maps = backbone.maps(images, strides)
+        assert torch.equal(features, backbone.features(images))
+        expected = shown_by_hooks(backbone, layers, images)
+    height, width = images.shape[-2:]
+    assert [tuple(m.shape) for m in maps] == [(2, c, -(-height // s), -(-width // s)) for c, s in shapes]
+    for found, wanted in zip(maps, expected, strict=True):
+        if name.startswith("vit"):  # tokens: the class token, then the patches row by row
+            wanted = wanted[:, 1:].transpose(1, 2).unflatten(2, found.shape[-2:])
+        elif name.startswith("swin"):
+            wanted = wanted.permute(0, 3, 1, 2)
+        assert torch.equal(found, wanted)
+
+
+def test_maps_are_made_in_one_pass_in_the_order_asked_for():
+    backbone = make("resnet18").eval()
+    images = torch.rand(2, 3, 72, 40)  # not a multiple of 32
+    passes = []
+    backbone.model.layer1.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        features, (coarse, fine, again) = backbone.maps(images, (32, 4, 32))
+    assert len(passes) == 1
+    assert features.shape == (2, 512)
+    assert coarse.shape == (2, 512, 3, 2)
+    assert fine.shape == (2, 64, 18, 10)
+    assert coarse is again
+
+
+@pytest.mark.parametrize("part", ["head", "last_block", "all"])
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_maps_of_networks_that_train(name, part):
+    backbone = make(name, drop_rate=0.5).unfreeze(part).train()
+    images = images_for(backbone, 4)
+    torch.manual_seed(1)
+    expected = backbone.features(images)
+    torch.manual_seed(1)
+    features, maps = backbone.maps(images)
+    assert torch.equal(features, expected)
+    assert features.requires_grad == (part != "head")
+    assert [m.requires_grad for m in maps] == {
+        "head": [False] * 3,
+        "last_block": [False, False, True],
+        "all": [True] * 3,
+    }[part]
+    if part == "head":
+        assert torch.equal(features, backbone.eval().features(images))
+        return
+    (features.mean() + sum(m.mean() for m in maps)).backward()  # no layer has overwritten what another needs
+    assert all(p.grad is not None for p in backbone.model.parameters() if p.requires_grad and p.ndim == 4)
+
+
+def test_maps_in_channels_last_and_in_bfloat16():
+    backbone = make("resnet18").eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        features, maps = backbone.maps(images)
+        backbone.to(memory_format=torch.channels_last)
+        striped = images.to(memory_format=torch.channels_last)
+        features_too, maps_too = backbone.maps(striped)
+        assert maps_too[0].is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(features_too, features)
+        torch.testing.assert_close(maps_too, maps)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, rounded_maps = backbone.maps(images)
+            assert torch.equal(rounded, backbone.features(images))
+    torch.testing.assert_close(rounded_maps[2].float(), maps[2], rtol=0.1, atol=0.1)
+
+
+def test_strides_that_a_network_lacks():
+    with pytest.raises(UserError, match=r"strides of the maps: \[8, 16, 32\], but vit_tiny.* strides \[16\]"):
+        make("vit_tiny_patch16_224").maps(torch.rand(1, 3, 64, 64))
+    with pytest.raises(UserError, match=r"\[2, 4, 8, 16, 32\]"):
+        make(SMALL).map_layers([8, 64])
+    with pytest.raises(UserError, match=r"maps: \[\], but"):
+        make(SMALL).map_layers([])
+
+
+def test_a_network_of_which_timm_shows_no_layers():
+    backbone = make(SMALL)
+    del backbone.model.feature_info  # some networks of older versions have none
+    with pytest.raises(UserError, match=f"timm gives no maps of {SMALL}; choose another"):
+        backbone.maps(images_for(backbone))

@@ -23,30 +23,40 @@ class ELPV(DefectDataModule):
     """Solar cells, 75 % for training and 25 % for the test, stratified by grade and cell type.
 
     Args:
-        grades: `binary` calls a cell defective from probability 0.5 on; `four` keeps the four grades.
+        grades: `binary` calls a cell defective from probability 0.5 on; `extremes` leaves out the cells between, so
+            that good is 0 and defective is 1; `four` keeps the four grades.
         cells: use monocrystalline cells, polycrystalline cells, or both.
+        setting: `one_class` trains and validates on good cells only. The defective cells that `supervised` trains or
+            validates on are then not used, as some show what others in the test show; the test split is the same.
     """
 
     def __init__(
         self,
         *,
-        grades: Literal["binary", "four"] = "binary",
+        grades: Literal["binary", "four", "extremes"] = "binary",
         cells: Literal["both", "mono", "poly"] = "both",
+        setting: Literal["supervised", "one_class"] = "supervised",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.grades = grades
         self.cells = cells
+        self.setting = setting
 
     @property
     def class_names(self) -> list[str]:
         """Good first."""
-        return ["good", "defective"] if self.grades == "binary" else list(GRADES)
+        return list(GRADES) if self.grades == "four" else ["good", "defective"]
 
     @property
     def normal_class(self) -> int:
-        """Good cells: probability 0 (with two classes, also 1/3)."""
+        """Good cells: probability 0 (with `binary`, also 1/3)."""
         return 0
+
+    @property
+    def good_only(self) -> bool:
+        """Whether the setting is `one_class`."""
+        return self.setting == "one_class"
 
     def find_samples(self) -> list[Sample]:
         """`category` is the cell type, `defect_type` the grade.
@@ -68,7 +78,8 @@ class ELPV(DefectDataModule):
                     f"{folder / 'labels.csv'}:{number}: expected path, probability and mono or poly, "
                     f"got {line!r}. Install the package again: pip install --force-reinstall elpv-dataset"
                 ) from None
-            if self.cells in ("both", cell):
+            left_out = self.grades == "extremes" and grade in (1, 2)
+            if self.cells in ("both", cell) and not left_out:
                 label = grade if self.grades == "four" else int(grade >= 2)
                 path, kind = str(folder / name), GRADES[grade]
                 samples.append(Sample(path=path, name=name, label=label, category=cell, defect_type=kind))

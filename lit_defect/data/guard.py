@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.data.cache import write_whole
 from lit_defect.data.images import read_image
@@ -44,7 +45,14 @@ def refuse_generated(samples: Mapping[str, Sequence[Sample]]) -> None:
 
 
 def mirrored(samples: Sequence[Sample]) -> list[Sample]:
-    """The originals among the samples turned left-right, as a test split: set C of Zheng & Nagata, a leak by design."""
+    """The originals among the samples turned left-right, as a test split: set C of Zheng & Nagata, a leak by design.
+
+    It says so in a warning.
+    """
+    rank_zero_warn(
+        "data.test=mirrored_train: the test pictures are the mirrored training pictures. The result says how well the "
+        "model remembers, not how well it judges new parts."
+    )
     originals = [sample for sample in samples if sample.source == REAL]
     return [replace(s, mirror=not s.mirror, name=f"{s.name}#mirrored", split="test") for s in originals]
 
@@ -80,6 +88,23 @@ def warning(leaks: Sequence[Leak], samples: Sequence[Sample]) -> str:
         f"{'; '.join(shares)}, such as {first.name_a} ({first.split_a}) and {first.name_b} ({first.split_b}), "
         f"{first.orientation}. A figure is too good when the model has seen what it is tested on."
     )
+
+
+def judge(leaks: Sequence[Leak], samples: Sequence[Sample], *, refuse: bool, by_design: bool) -> None:
+    """Warns of the leaks between these samples, or raises DataError with `refuse`; says nothing where there are none.
+
+    Args:
+        by_design: the test pictures are the training pictures; no group file could keep them apart.
+    """
+    if not leaks:
+        return
+    if refuse:
+        raise DataError(
+            f"{warning(leaks, samples)} Run once with data.leakage=warn and give the groups.csv of "
+            "that run as data.group_file; pictures of one group stay in one split."
+        )
+    remedy = "" if by_design else "; its groups.csv as data.group_file keeps them together"
+    rank_zero_warn(f"{warning(leaks, samples)} See leakage.csv and leakage.png of this run{remedy}.")
 
 
 def write_leaks(folder: Path, leaks: Sequence[Leak], samples: Iterable[Sample], convert: bool) -> None:

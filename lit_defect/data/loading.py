@@ -2,7 +2,8 @@
 
 - `TrainBatchSampler`: the order is a function of (seed, epoch) alone, so that any run can be repeated or
   continued. The processes of a run share each global batch: the same samples meet in an optimiser step
-  whether one process takes 64 or two take 32 each.
+  whether one process takes 64 or two take 32 each. An epoch is one pass over the samples, or so many steps
+  of the endless row of passes.
 - `EvalBatchSampler`: every sample exactly once over all processes, nothing padded, and the same number of
   batches on each, since a process with one batch more would wait for the others forever.
 - `BatchLoader`: a stateful loader that a resumed Trainer continues in the middle of an epoch.
@@ -95,16 +96,21 @@ class DefectDataset(Dataset[Batch]):
 class TrainBatchSampler:
     """Batches of positions for training, in an order that depends on `seed` and the epoch only.
 
-    Every process gets the same number of batches, of the same sizes. Samples that do not fill the last
-    global batch are left out of this epoch (`drop_last`) or make a smaller batch, without the
-    n mod world_size that cannot be shared evenly. A set that is smaller than one global batch gives one
-    smaller batch.
+    The samples are taken in passes, each in an order of its own. Samples that do not fill the last global
+    batch of a pass are left out of it (`drop_last`) or make a smaller batch, without the n mod world_size
+    that cannot be shared evenly. A set that is smaller than one global batch gives one smaller batch. Every
+    process gets the same number of batches, of the same sizes.
+
+    An epoch is one pass, or `batches` steps: epoch e then holds the steps e * batches, ..., of the passes
+    laid end to end. A pass that an epoch cuts goes on in the next one, so that samples are seen equally
+    often, and two runs of as many steps see the same batches however their steps are counted into epochs.
 
     Args:
         labels: class of each sample.
         batch_size: samples per process and step.
-        kind: `shuffle` takes each sample once an epoch; `balanced` draws all classes equally often, each
-            class's samples equally often up to one, n in all.
+        kind: `shuffle` takes each sample at most once a pass, hence once a batch; `balanced` draws all
+            classes equally often, each class's samples equally often up to one, n in all.
+        batches: steps of an epoch; None for those of one pass.
         fixed: the same order in every epoch (to overfit a few batches on purpose).
 
     Raises:
@@ -121,6 +127,7 @@ class TrainBatchSampler:
         world_size: int = 1,
         kind: Literal["shuffle", "balanced"] = "shuffle",
         drop_last: bool = True,
+        batches: int | None = None,
         fixed: bool = False,
     ) -> None:
         if len(labels) < world_size:
@@ -136,7 +143,8 @@ class TrainBatchSampler:
         self.start = 0  # the batch of the epoch to begin with
         step = self.batch_size * world_size
         rest = (len(labels) % step) // world_size
-        self.sizes = [self.batch_size] * (len(labels) // step) + ([rest] if rest and not drop_last else [])
+        self.sizes = [self.batch_size] * (len(labels) // step) + ([rest] if rest and not drop_last else [])  # of a pass
+        self.batches = len(self.sizes) if batches is None else batches
 
     @property
     def sampler(self) -> TrainBatchSampler:
@@ -147,9 +155,9 @@ class TrainBatchSampler:
         """Chooses the order of the next iteration."""
         self.epoch = 0 if self.fixed else epoch
 
-    def order(self) -> npt.NDArray[np.int64]:
-        """Positions of this epoch in their order, over all processes."""
-        rng = np.random.default_rng([self.seed, self.epoch])
+    def order(self, number: int) -> npt.NDArray[np.int64]:
+        """Positions of a pass, counted from the start of training, in their order over all processes."""
+        rng = np.random.default_rng([self.seed, number])
         if self.kind == "shuffle":
             return rng.permutation(len(self.labels))
         classes = rng.permutation(np.unique(self.labels))  # the first few get the remainder
@@ -162,12 +170,17 @@ class TrainBatchSampler:
         return rng.permutation(np.concatenate(draws))
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self.order()
-        for number, size in enumerate(self.sizes[self.start :], start=self.start):
-            first = number * self.batch_size * self.world_size + self.rank * size
+        steps = range(self.epoch * self.batches + self.start, (self.epoch + 1) * self.batches)
+        order: npt.NDArray[np.int64] | None = None
+        for step in steps:
+            number, place = divmod(step, len(self.sizes))
+            if order is None or place == 0:
+                order = self.order(number)
+            size = self.sizes[place]
+            first = place * self.batch_size * self.world_size + self.rank * size
             yield order[first : first + size].tolist()
 
 

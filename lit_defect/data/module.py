@@ -1,7 +1,7 @@
 """The base of all data modules: inspection, splits, leak guard, cache and loaders, whatever the layout.
 
-A subclass says which samples there are (`find_samples`) and what the classes are called; the order of
-events is always the same, on every process with the same outcome:
+A subclass says what is particular to its layout (`lit_defect.data.layout`); the order of events is always the
+same, on every process with the same outcome:
 
     find_samples -> check (inspection) -> groups -> split -> leak guard -> loaders
 
@@ -12,11 +12,10 @@ A batch is a dict: `image` (B, 3, H, W) uint8 · `mask` (B, 1, H, W) uint8 {0, 1
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,17 +26,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_defect.data import guard
-from lit_defect.data.images import Array
+from lit_defect.data.images import Array, read_image, read_mask
 from lit_defect.data.inspection import CheckResult, Problem, check, list_pictures, summary
+from lit_defect.data.layout import Layout
 from lit_defect.data.leakage import Leak
 from lit_defect.data.loading import Batch, BatchLoader, DefectDataset, EvalBatchSampler, TrainBatchSampler
 from lit_defect.data.samples import SPLITS, Sample
-from lit_defect.data.splits import assign_splits, read_groups, read_split, write_split
+from lit_defect.data.settings import check_choices, check_settings
+from lit_defect.data.splits import assign_splits, read_groups, read_split, without_defects, write_split
 from lit_defect.data.stores import Stores, open_stores
-from lit_defect.errors import DataError, UserError
+from lit_defect.errors import DataError
 
 
-class DefectDataModule(LightningDataModule, ABC):
+class DefectDataModule(Layout, LightningDataModule):
     """Samples of one data set, checked, split and served in batches.
 
     Args:
@@ -60,7 +61,9 @@ class DefectDataModule(LightningDataModule, ABC):
         test: `mirrored_train` tests on the mirrored training samples, a leak by design that some papers
             report; to compare with them only.
         sampler: `balanced` draws all classes equally often.
-        drop_last: leave out of an epoch what does not fill the last batch.
+        drop_last: leave out of a pass over the training samples what does not fill the last batch.
+        batches_per_epoch: training steps of an epoch, of passes laid end to end, so that the epochs of a small data
+            set are worth counting; by default an epoch is one pass.
         leakage: what to do about near-duplicates in different splits.
         on_bad_file: what to do about files that cannot be used; what is skipped is listed in `skipped.csv`.
         on_wrong_mode: convert 16-bit, transparent, CMYK and turned pictures, or treat them as bad files.
@@ -94,6 +97,7 @@ class DefectDataModule(LightningDataModule, ABC):
         test: Literal["holdout", "mirrored_train"] = "holdout",
         sampler: Literal["shuffle", "balanced"] = "shuffle",
         drop_last: bool = True,
+        batches_per_epoch: int | None = None,
         leakage: Literal["error", "warn", "off"] = "warn",
         on_bad_file: Literal["error", "skip"] = "error",
         on_wrong_mode: Literal["error", "convert"] = "error",
@@ -104,6 +108,7 @@ class DefectDataModule(LightningDataModule, ABC):
         for key, value in self.hparams.items():
             if isinstance(value, Path):  # a checkpoint that opens with weights_only holds plain types
                 self.hparams[key] = str(value)
+        check_choices((c for c in reversed(type(self).__mro__) if issubclass(c, DefectDataModule)), self.hparams)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -123,11 +128,12 @@ class DefectDataModule(LightningDataModule, ABC):
         self.test = test
         self.sampler = sampler
         self.drop_last = drop_last
+        self.batches_per_epoch = batches_per_epoch
         self.leakage = leakage
         self.on_bad_file = on_bad_file
         self.on_wrong_mode = on_wrong_mode
         self.predict_root = Path(predict_root).expanduser() if predict_root else None
-        self._check_settings()
+        check_settings(vars(self))
 
         self.serve_images = True
         self.samples: dict[str, list[Sample]] = {}
@@ -137,27 +143,6 @@ class DefectDataModule(LightningDataModule, ABC):
         self._divided: list[Sample] = []  # the same samples with their splits, unused ones too
         self._stores: Stores | None = None
         self._to_predict: CheckResult | None = None
-
-    # ---- what a layout provides -------------------------------------------------------------------------
-
-    @abstractmethod
-    def find_samples(self) -> list[Sample]:
-        """All samples of the data set; `split` is set where the layout prescribes one."""
-
-    @property
-    @abstractmethod
-    def class_names(self) -> list[str]:
-        """Names of the labels 0, 1, ...; known after `setup` at the latest."""
-
-    @property
-    def normal_class(self) -> int | None:
-        """Label of the good class, or None if there is none."""
-        return None
-
-    @property
-    def needed_classes(self) -> list[str]:
-        """Classes without which the data set is refused."""
-        return self.class_names
 
     def assign(self, samples: list[Sample]) -> list[Sample]:
         """The samples with their splits: what the layout prescribes, and seeded draws for the rest."""
@@ -170,10 +155,6 @@ class DefectDataModule(LightningDataModule, ABC):
             fold=self.fold,
             shots=self.shots,
         )
-
-    def prepare_mask(self, values: Array, sample: Sample) -> npt.NDArray[Any]:
-        """The mask in the batch, made of the stored values (H, W): here (1, H, W) uint8, 1 where not 0."""
-        return (values > 0)[None].astype(np.uint8)
 
     # ---- Lightning's hooks --------------------------------------------------------------------------------
 
@@ -206,6 +187,7 @@ class DefectDataModule(LightningDataModule, ABC):
             world_size=world_size,
             kind=self.sampler,
             drop_last=self.drop_last,
+            batches=self.batches_per_epoch,
             fixed=self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0,
         )
         return self._loader("train", order, progress=self._batches_done)
@@ -243,6 +225,27 @@ class DefectDataModule(LightningDataModule, ABC):
         size = batch_size or self.eval_batch_size
         order = EvalBatchSampler(len(samples), batch_size=size, rank=rank, world_size=world_size)
         return self._loader(split, order)
+
+    def original(self, split: str, position: int) -> tuple[Array, npt.NDArray[Any] | None]:
+        """A picture and its mask at their own size, decoded from their files, as maps are measured and drawn on.
+
+        Args:
+            split: train, val, test or predict.
+            position: place in the split, the `index` of a batch.
+
+        Returns:
+            (H, W, 3) uint8, upright, cropped and mirrored as in a batch, and the mask (H, W) with the values of a
+            batch ({0, 1} uint8, but for Pascal VOC); zeros where nothing is marked, None where the data set is
+            used without masks.
+        """
+        sample = self._of(split)[position]
+        picture = read_image(sample.path, box=sample.box, mirror=sample.mirror, convert=self._convert)
+        if not self.with_masks or self._new(split):
+            return picture, None
+        values = np.zeros(picture.shape[:2], np.uint8)
+        if sample.mask:
+            values = read_mask(sample.mask, box=sample.box, mirror=sample.mirror)
+        return picture, self.prepare_mask(values, sample).reshape(values.shape)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Number of samples by split and class name, for the splits that have any."""
@@ -286,31 +289,6 @@ class DefectDataModule(LightningDataModule, ABC):
 
     # ---- inside -------------------------------------------------------------------------------------------
 
-    def _check_settings(self) -> None:
-        hints = {
-            k: v
-            for c in reversed(type(self).__mro__)
-            if issubclass(c, DefectDataModule)
-            for k, v in get_type_hints(c.__init__).items()
-        }
-        for key, value in self.hparams.items():  # the command line has checked this already, Python has not
-            if get_origin(hints.get(key)) is Literal and value not in get_args(hints[key]):
-                raise UserError(f"data.{key} is {value!r}; expected {' or '.join(map(repr, get_args(hints[key])))}.")
-        for key, value in (("batch_size", self.batch_size), ("eval_batch_size", self.eval_batch_size)):
-            if value < 1:
-                raise UserError(f"data.{key} is {value}; expected at least 1.")
-        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
-            raise UserError(f"data.image_size is {self.image_size}; expected a side or [height, width] in pixels.")
-        if self.split_file and (self.folds is not None or self.shots is not None):
-            raise UserError("data.split_file says who trains and tests: leave data.folds and data.shots out.")
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers is {self.num_workers}; expected 0 or more.")
-        if self.test == "mirrored_train" and self.leakage == "error":
-            raise UserError(
-                "data.test=mirrored_train tests on the training pictures, which data.leakage=error forbids. "
-                "Set data.test=holdout, or data.leakage=warn to repeat that protocol."
-            )
-
     def _only_predicts(self) -> bool:
         return bool(self.predict_root and self.trainer and self.trainer.state.fn == TrainerFn.PREDICTING)
 
@@ -348,12 +326,10 @@ class DefectDataModule(LightningDataModule, ABC):
             self._divided = read_split(self.split_file, samples)
         else:
             self._divided = self.assign(samples)
+        if self.good_only:
+            self._divided = without_defects(self._divided, self.normal_class)
         self.samples = {split: [s for s in self._divided if s.split == split] for split in SPLITS}
         if self.test == "mirrored_train":
-            rank_zero_warn(
-                "data.test=mirrored_train: the test pictures are the mirrored training pictures. The result "
-                "says how well the model remembers, not how well it judges new parts."
-            )
             self.samples["test"] = guard.mirrored(self.samples["train"])
         self.samples["predict"] = self.samples["test"]
         guard.refuse_generated(self.samples)
@@ -364,14 +340,7 @@ class DefectDataModule(LightningDataModule, ABC):
             return
         used = [sample for split in ("train", "val", "test") for sample in self.samples[split]]
         self.leaks = guard.leaks_between(used, self._inspect(), self.cache_dir)
-        if self.leaks and self.leakage == "error":
-            raise DataError(
-                f"{guard.warning(self.leaks, used)} Run once with data.leakage=warn and give the groups.csv of "
-                "that run as data.group_file; pictures of one group stay in one split."
-            )
-        if self.leaks:
-            remedy = "; its groups.csv as data.group_file keeps them together" if self.test == "holdout" else ""
-            rank_zero_warn(f"{guard.warning(self.leaks, used)} See leakage.csv and leakage.png of this run{remedy}.")
+        guard.judge(self.leaks, used, refuse=self.leakage == "error", by_design=self.test == "mirrored_train")
 
     def _of(self, split: str) -> list[Sample]:
         if split not in self.samples:
@@ -380,7 +349,7 @@ class DefectDataModule(LightningDataModule, ABC):
             remedy = {
                 "train": "check what stands in the data set's own train split, or in data.split_file",
                 "val": "set data.val_fraction or data.split_file",
-            }.get(split, "set data.test_fraction or data.split_file")
+            }.get(split, "fill the data set's own test split, or set data.test_fraction or data.split_file")
             raise DataError(f"no samples in the {split} split: {remedy}.")
         return self.samples[split]
 

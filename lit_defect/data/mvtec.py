@@ -108,6 +108,16 @@ class MVTecAD(DefectDataModule):
         """The label of `good`."""
         return 0
 
+    @property
+    def needed_classes(self) -> list[str]:
+        """Under `one_class` good pictures are enough, to train on before the first defect has come."""
+        return [GOOD] if self.good_only else self.class_names
+
+    @property
+    def good_only(self) -> bool:
+        """Whether the setting is `one_class`; it matters where a `split_file` of another setting is repeated."""
+        return self.setting == "one_class"
+
     def prepare_data(self) -> None:
         """Fetches MVTec AD if asked to and needed, then does what the base class does."""
         if self.download and not self._is_there():
@@ -129,6 +139,10 @@ class MVTecAD(DefectDataModule):
             return dict(sorted(homes.items()))
         wanted = [self.category] if isinstance(self.category, str) else self.category
         for name in wanted:
+            if name not in homes and (self.root / name).is_dir():
+                raise DataError(
+                    f"data.category: {self.root / name} has no folder train/{GOOD}, the good pictures to train on."
+                )
             if name not in homes:
                 near = get_close_matches(name, homes, 1)
                 hint = f" Did you mean {near[0]}?" if near else ""
@@ -154,7 +168,15 @@ class MVTecAD(DefectDataModule):
         """The splits of the table above; see `lit_defect.data.splits` for how validation is carved."""
         if self.setting == "few_shot":
             samples = first_third(samples)
-        return super().assign(samples)
+        divided = super().assign(samples)
+        trained = {sample.category for sample in divided if sample.split == "train"}
+        for category, home in self.homes().items():
+            if category not in trained:
+                raise DataError(
+                    f"{home / 'train' / GOOD} has no picture that can be used, so nothing trains {category}. "
+                    "Add some, or leave it out of data.category."
+                )
+        return divided
 
     def _samples_of(self, category: str, home: Path) -> list[Sample]:
         labels = {name: label for label, name in enumerate(self.class_names)}

@@ -122,6 +122,11 @@ def assign_splits(
     return [replace(sample, split=by_name[sample.name]) for sample in samples]
 
 
+def without_defects(samples: Sequence[Sample], normal_class: int | None) -> list[Sample]:
+    """The samples; defective ones of the training and validation split are `UNUSED`."""
+    return [replace(s, split=UNUSED) if s.split in ("train", "val") and s.label != normal_class else s for s in samples]
+
+
 def write_split(path: Path, samples: Sequence[Sample]) -> None:
     """Writes `name,split,label,group`, one sample a row, so that `read_split` can repeat the split."""
     rows = [(s.name, s.split or "unused", s.label, s.group) for s in sorted(samples, key=lambda s: s.name)]

@@ -13,10 +13,14 @@ What each step is, by family:
 | ConvNeXt, Swin | pooled and normalised last stage | last stage and the final norm |
 | DenseNet | pooled `norm5` | `denseblock4` and `norm5` |
 | ViT | class token, or the mean of the tokens, as timm pools | last transformer block and the final norm |
+
+`maps` gives the features and, from the same pass, the last map of each stride: `layer2`, `layer3` and `layer4`
+of a ResNet for 8, 16 and 32 pixels; a plain ViT has one stride only, and its map is the last block's tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -73,7 +77,8 @@ class Backbone(nn.Module):
         self.classifier: str = config["classifier"]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
-        self._part: Part = "all"
+        self._part: Part | int = "all"
+        self._norms_rest = False
 
     # --- forward ---
 
@@ -104,6 +109,49 @@ class Backbone(nn.Module):
         """Normalised images (B, 3, H, W) -> logits (B, C)."""
         return self.head(self.features(images))
 
+    def maps(self, images: Tensor, strides: Sequence[int] = (8, 16, 32)) -> tuple[Tensor, list[Tensor]]:
+        """The features, and the maps that lie on the way to them, in one forward pass.
+
+        Args:
+            images: normalised, (B, 3, H, W).
+            strides: pixels of the image per step in the map. Of several layers with one stride the last
+                is taken, as it is: of ViT, Swin and ConvNeXt before the final norm.
+        Returns:
+            `features(images)` (B, D), and one map (B, C, h, w) for each stride, in the order of `strides`
+            and in this layout whatever the network's own; h and w are about H / stride and W / stride, as
+            the network's padding has it.
+        Raises:
+            UserError: the network has no layer of a stride; the message names those that it has.
+        """
+        places = self._places(strides)
+        ascending = sorted(set(places))
+        last, taken = self.model.forward_intermediates(images, indices=ascending, output_fmt="NCHW")
+        found = dict(zip(ascending, taken, strict=True))
+        return self.pool(last), [found[place] for place in places]
+
+    def map_layers(self, strides: Sequence[int] = (8, 16, 32)) -> list[str]:
+        """Names of the layers whose maps `maps` gives, such as `layer2`; raises what `maps` raises."""
+        return [self._layers[place][1] for place in self._places(strides)]
+
+    @property
+    def _layers(self) -> list[tuple[int, str]]:
+        """Stride and name of each layer that timm can show, first to last; none where it shows none."""
+        shown = getattr(self.model, "feature_info", ()) if hasattr(self.model, "forward_intermediates") else ()
+        return [(layer["reduction"], layer["module"]) for layer in getattr(shown, "info", shown)]
+
+    def _places(self, strides: Sequence[int]) -> list[int]:
+        """Position among `_layers` of the last layer of each stride."""
+        last = {stride: place for place, (stride, _) in enumerate(self._layers)}
+        if not last:
+            raise UserError(f"backbone: timm gives no maps of {self.name}; choose another, such as resnet18.")
+        missing = [stride for stride in strides if stride not in last]
+        if missing or not strides:
+            raise UserError(
+                f"strides of the maps: {list(strides)}, but {self.name} has maps at strides {sorted(last)}. "
+                "Choose among these, or another backbone."
+            )
+        return [last[stride] for stride in strides]
+
     # --- transfer ---
 
     def unfreeze(self, part: Part) -> Self:
@@ -122,6 +170,28 @@ class Backbone(nn.Module):
             parameter.requires_grad_(name in trained)
         return self.train(self.training)
 
+    def freeze(self, stages: int, *, norms: bool = False) -> Self:
+        """Train everything but the first stages.
+
+        Args:
+            stages: how many of timm's coarse groups of layers stay as they are, counted from the input; the
+                stem is the first (ResNet: stem, layer1 to layer4; EfficientNet: stem, blocks 0 to 6, head).
+            norms: keep the running statistics of every BatchNorm, of the trained stages too.
+
+        Raises:
+            UserError: there are fewer stages.
+        """
+        groups = self._groups()
+        if not 0 <= stages < len(groups):
+            raise UserError(
+                f"frozen_stages = {stages}: {self.name} has {len(groups)}, and one at least must be trained"
+            )
+        kept = {name for group in groups[:stages] for name in group}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in kept)
+        self._part, self._norms_rest = stages, norms
+        return self.train(self.training)
+
     @property
     def constant_features(self) -> bool:
         """Whether training leaves `features` as they are, so that they can be computed once."""
@@ -134,22 +204,29 @@ class Backbone(nn.Module):
             self.model.eval()  # also the dropout that some networks apply as a function of their own mode
         elif mode:
             _eval_frozen(self.model)
+            for module in self.model.modules() if self._norms_rest else ():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     def _names_in(self, part: Part) -> set[str]:
-        from timm.models import group_parameters
-
         names = {name for name, _ in self.model.named_parameters()}
         if part == "all":
             return names
         head = {name for name in names if name.startswith(f"{self.classifier}.")}
         if part == "head":
             return head
-        groups = group_parameters(self.model, self.model.group_matcher(coarse=True))
+        groups = self._groups()
         shapes = dict(self.model.named_parameters())
-        order = sorted(groups)
-        blocks = [i for i in order if any(shapes[n].ndim > 1 for n in groups[i] if n not in head)]
-        return head.union(*(groups[i] for i in order if i >= blocks[-1]))
+        blocks = [i for i, group in enumerate(groups) if any(shapes[n].ndim > 1 for n in group if n not in head)]
+        return head.union(*groups[blocks[-1] :])
+
+    def _groups(self) -> list[list[str]]:
+        """Names of the parameters of each of timm's coarse groups of layers, first to last."""
+        from timm.models import group_parameters
+
+        groups = group_parameters(self.model, self.model.group_matcher(coarse=True))
+        return [groups[number] for number in sorted(groups)]
 
     def parameter_groups(self, *, lr: float, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Groups of the trainable parameters, for `timm.optim.create_optimizer_v2` or any optimiser.

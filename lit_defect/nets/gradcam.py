@@ -11,6 +11,8 @@ ViT, A is what the last block attends to; the map is a rougher guide there, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,16 +21,16 @@ from lit_defect.errors import UserError
 from lit_defect.nets.backbones import Backbone
 
 
-def grad_cam(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor:
-    """Class-activation maps of a batch.
+def grad_cam(backbone: Backbone, images: Tensor, target: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
+    """Class-activation maps of a batch; or maps of what raises any other score of the features.
 
     Runs in eval mode, leaves the network's mode and gradients as they were, and works inside
     `torch.inference_mode`.
 
     Args:
-        backbone: a network with a head.
+        backbone: a network with a head, or without one for a score of the features.
         images: (B, 3, H, W), normalised.
-        target: (B,) int64, the class to explain for each image.
+        target: (B,) int64, the class to explain for each image; or a function of the features (B, D) -> (B,).
     Returns:
         (B, H, W) float32 in [0, 1]; all zero where nothing speaks for the class.
     Raises:
@@ -37,9 +39,13 @@ def grad_cam(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor:
     training = backbone.training
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            maps, logits = _maps_and_logits(backbone.eval(), images.clone())
-            target = target.clone().to(logits.device)
-            (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), maps)
+            maps, features = _maps_and_features(backbone.eval(), images.clone())
+            if isinstance(target, Tensor):
+                logits = backbone.head(features)
+                evidence = logits.gather(1, target.clone().to(logits.device)[:, None])
+            else:
+                evidence = target(features)
+            (gradient,) = torch.autograd.grad(evidence.sum(), maps)
     finally:
         backbone.train(training)
     size = (images.shape[-2], images.shape[-1])
@@ -50,13 +56,13 @@ def grad_cam(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor:
     return cam / cam.amax((1, 2), keepdim=True).clamp_min(torch.finfo(cam.dtype).tiny)
 
 
-def _maps_and_logits(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The map A as a leaf of the graph, and the logits (B, C) that follow from it."""
+def _maps_and_features(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The map A as a leaf of the graph, and the features (B, D) that follow from it."""
     with torch.no_grad():
         maps = backbone.feature_map(images)
     if maps.ndim == 4:
         maps = maps.requires_grad_()
-        return maps, backbone.head(backbone.pool(maps))
+        return maps, backbone.pool(maps)
     # Tokens: after the last attention the class token alone may decide, and the gradient at the other
     # tokens is zero. What the last block attends to is still a map.
     network = backbone.model
@@ -71,10 +77,10 @@ def _maps_and_logits(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor
 
     handle = layer.register_forward_hook(keep)
     try:
-        logits = backbone(images)
+        features = backbone.features(images)
     finally:
         handle.remove()
-    return kept[0], logits
+    return kept[0], features
 
 
 def _channels_first(backbone: Backbone, maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,9 @@ from lit_defect.reporting.style import (
     INK,
     MUTED,
     PALETTE,
+    new_figure,
     save_figure,
+    set_title,
     short_names,
     shorten,
     styled,
@@ -85,7 +86,7 @@ def confusion_figure(confusion: ArrayLike, class_names: Sequence[str]) -> Figure
     labels = short_names(list(class_names), 20)
     cell = 1.0 if classes <= 4 else 0.72 if classes <= 12 else max(0.26, 9 / classes)
     side = min(13.0, max(2.4, cell * classes))
-    figure, axes = _figure(side + 2.6, side + 2.0)
+    figure, axes = new_figure(side + 2.6, side + 2.0)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1.15, aspect="equal")
 
     turn = classes > 4 or max(map(len, labels)) > 10
@@ -95,7 +96,7 @@ def confusion_figure(confusion: ArrayLike, class_names: Sequence[str]) -> Figure
     truth = [f"{label}  ({n})" for label, n in zip(labels, per_row[:, 0], strict=True)]
     axes.set_yticks(range(classes), truth, fontsize=tick)
     axes.set(xlabel="predicted", ylabel="true (number of samples)")
-    _title(figure, _confusion_summary(counts, labels))
+    set_title(figure, _confusion_summary(counts, labels))
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -132,7 +133,7 @@ def confusion_figure(confusion: ArrayLike, class_names: Sequence[str]) -> Figure
 @styled
 def roc_figure(curves: Sequence[Curve], interval: dict[str, Any]) -> Figure:
     """Share of positives found against share of negatives flagged, one curve for each class given."""
-    figure, axes = _figure(4.9, 4.7)
+    figure, axes = new_figure(4.9, 4.7)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     drawn = []
     for name, positive, scores in curves:
@@ -142,14 +143,14 @@ def roc_figure(curves: Sequence[Curve], interval: dict[str, Any]) -> Figure:
     _draw_curves(axes, drawn)
     _count_samples(axes, curves)
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
-    _title(figure, _with_interval("AUROC", interval, len(curves)))
+    set_title(figure, _with_interval("AUROC", interval, len(curves)))
     return figure
 
 
 @styled
 def precision_recall_figure(curves: Sequence[Curve], interval: dict[str, Any]) -> Figure:
     """Precision against recall, as steps; a single curve also has its chance level."""
-    figure, axes = _figure(4.9, 4.7)
+    figure, axes = new_figure(4.9, 4.7)
     drawn = []
     for name, positive, scores in curves:
         found, flagged = _counts_above(positive, scores)
@@ -162,16 +163,31 @@ def precision_recall_figure(curves: Sequence[Curve], interval: dict[str, Any]) -
     _draw_curves(axes, drawn, drawstyle="steps-pre")
     _count_samples(axes, curves)
     axes.set(xlabel="recall", ylabel="precision")
-    _title(figure, _with_interval("average precision", interval, len(curves)))
+    set_title(figure, _with_interval("average precision", interval, len(curves)))
     return figure
 
 
-@styled
 def score_figure(scores: ArrayLike, is_defect: ArrayLike, threshold: float | None) -> Figure:
     """Histograms of the defect score of good and of defective samples, each as a share of its own class."""
+    label = "defect score, 1 \N{MINUS SIGN} P(good)"
+    return score_histograms(scores, is_defect, threshold, label=label, edges=np.linspace(0, 1, 41))
+
+
+@styled
+def score_histograms(
+    scores: ArrayLike, is_defect: ArrayLike, threshold: float | None, *, label: str, edges: Floats
+) -> Figure:
+    """Histograms of good and of defective samples; the title says what the threshold lets pass and rejects.
+
+    Args:
+        scores: (n,) higher means more defective.
+        is_defect: (n,) the truth.
+        threshold: samples that reach it are rejected; one beyond the axis is drawn at its end.
+        label: of the score.
+        edges: (bins + 1,) of the bins.
+    """
     score, defect = np.asarray(scores, dtype=np.float64), np.asarray(is_defect, dtype=bool)
-    figure, axes = _figure(6.2, 3.5)
-    edges = np.linspace(0, 1, 41)
+    figure, axes = new_figure(6.2, 3.5)
     for members, name, colour in ((~defect, "good", GOOD), (defect, "defective", DEFECTIVE)):
         if not members.any():
             continue
@@ -179,20 +195,21 @@ def score_figure(scores: ArrayLike, is_defect: ArrayLike, threshold: float | Non
         share, _ = np.histogram(score[members], bins=edges, weights=weights)
         axes.stairs(share, edges, fill=True, color=colour, alpha=0.25)
         axes.stairs(share, edges, color=colour, linewidth=1.4, label=f"{name} ({members.sum()})")
-    axes.set(xlabel="defect score, 1 \N{MINUS SIGN} P(good)", ylabel="share of the class", xlim=(-0.01, 1.01))
+    margin = 0.01 * (edges[-1] - edges[0])
+    axes.set(xlabel=label, ylabel="share of the class", xlim=(edges[0] - margin, edges[-1] + margin))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     title = "Scores of good and defective samples"
     if threshold is not None:
-        shown = min(max(threshold, 0.0), 1.0)
-        label = f"threshold {threshold:.3g}"
-        axes.axvline(shown, color=INK, linewidth=1.2, linestyle=(0, (4, 2)), label=label)
+        shown = min(max(threshold, float(edges[0])), float(edges[-1]))
+        name = f"threshold {threshold:.3g}"
+        axes.axvline(shown, color=INK, linewidth=1.2, linestyle=(0, (4, 2)), label=name)
         parts = []
         if defect.any():
             parts.append(f"{100 * np.mean(score[defect] < threshold):.1f} % of the defects pass")
         if not defect.all():
             parts.append(f"{100 * np.mean(score[~defect] >= threshold):.1f} % of the good are rejected")
         title = ", ".join(parts)
-    _title(figure, title)
+    set_title(figure, title)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
 
@@ -219,7 +236,7 @@ def reliability_figure(bins: Reliability) -> Figure:
     below.yaxis.set_major_locator(MaxNLocator(3))
     lean = float(np.average(confidence - accuracy, weights=bins.count[filled]))
     word = "Over-confident" if lean > 0.01 else "Under-confident" if lean < -0.01 else "Calibrated on average"
-    _title(figure, f"{word}: ECE {bins.ece:.3f} ({total} samples)")
+    set_title(figure, f"{word}: ECE {bins.ece:.3f} ({total} samples)")
     return figure
 
 
@@ -248,15 +265,10 @@ def training_figure(metrics_csv: Path) -> Figure:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2 if len(curves) > 1 else 1)
     if "val/loss" in losses:
         x, y = losses["val/loss"]
-        _title(figure, f"Validation loss lowest at step {x[y.argmin()]:.0f} of {x[-1]:.0f}")
+        set_title(figure, f"Validation loss lowest at step {x[y.argmin()]:.0f} of {x[-1]:.0f}")
     if not panels:
         figure.text(0.5, 0.5, "no metrics were logged", ha="center", color=MUTED)
     return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
 
 
 def _counts_above(positive: NDArray[np.bool_], scores: Floats) -> tuple[Floats, Floats]:
@@ -290,13 +302,6 @@ def _count_samples(axes: Axes, curves: Sequence[Curve]) -> None:
         name, positive, _ = curves[0]
         text = f"{positive.sum()} {shorten(name, 24)}, {(~positive).sum()} others"
         axes.set_title(text, fontweight="normal", fontsize=8.5, color=MUTED, pad=4)
-
-
-def _title(figure: Figure, text: str) -> None:
-    """The figure's title at its left edge, broken into lines that fit."""
-    width = int(figure.get_figwidth() * 72 / 6.6)
-    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, width)]
-    figure.suptitle("\n".join(lines), x=0.012, ha="left", fontsize=10, fontweight="bold")
 
 
 def _with_interval(name: str, interval: dict[str, Any], curves: int) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe & Ito (2008): told apart by colour-blind readers too.
@@ -58,6 +60,19 @@ def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
             return draw(*args, **kwargs)
 
     return wrapper
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one pair of axes; inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def set_title(figure: Figure, text: str) -> None:
+    """The figure's title at its left edge, broken into lines that fit."""
+    width = int(figure.get_figwidth() * 72 / 6.6)
+    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, width)]
+    figure.suptitle("\n".join(lines), x=0.012, ha="left", fontsize=10, fontweight="bold")
 
 
 def shorten(text: str, length: int) -> str:

@@ -121,7 +121,7 @@ def markdown(result: dict[str, Any]) -> str:
     """A Markdown table of an evaluation."""
     head = ("figure", "value", f"{100 * result['level']:g} % interval", "count")
     body = [(row.label, row.number(row.value), row.interval, row.count) for row in rows(result)]
-    return _markdown(head, body)
+    return markdown_table(head, body)
 
 
 def write_csv(result: dict[str, Any], path: Path) -> None:
@@ -179,7 +179,7 @@ def summary_table(summaries: Sequence[Summary], title: str) -> Table:
 def summary_markdown(summaries: Sequence[Summary]) -> str:
     """A Markdown table of figures over several runs."""
     head = ("figure", "mean ± sd", "95 % interval of the mean", "runs")
-    return _markdown(head, [_summary_cells(summary) for summary in summaries])
+    return markdown_table(head, [_summary_cells(summary) for summary in summaries])
 
 
 def _worth_listing(all_rows: list[Row]) -> list[Row]:
@@ -231,7 +231,8 @@ def _caption(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Any table in Markdown; all columns but the first are flush right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
