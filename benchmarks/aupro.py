@@ -1,6 +1,6 @@
 """Time and memory of the pixel metrics against anomalib's, on a test set of MVTec AD's size, and how they agree.
 
-    python benchmarks/aupro.py [--repeats 5] [--pictures 167] [--size 256] [--threads 2]
+    python benchmarks/aupro.py [--repeats 5] [--pictures 167] [--size 256] [--threads 1]
 
 The pictures are drawn: 141 of 167 are defective, as in MVTec AD's `pill`, with one to four regions each, from a few
 pixels to a tenth of the picture; the maps are smooth noise in [0, 1] with a response on most of the defects. Batches
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=167)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -99,8 +99,9 @@ def test_infinite_scores_are_ranked_and_stay_json() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(UserError, match="scores contain nan"):
         evaluate_scores([0.0, math.nan], [0, 1])
-    with pytest.raises(ValueError, match=r"\(n,\)"):
-        evaluate_scores([0.0, 1.0], [0, 1, 1])
+    for scores, truth in (([0.0, 1.0], [0, 1, 1]), ([[0.0, 1.0]], [[0, 1]])):
+        with pytest.raises(ValueError, match=r"\(n,\)"):
+            evaluate_scores(scores, truth)
     with pytest.raises(ValueError, match="defect type"):
         evaluate_scores([0.0, 1.0], [0, 1], defect_types=["a"])
 

@@ -76,7 +76,10 @@ class RunRecorder(Callback):
         self._start = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run logs again what came after its checkpoint: drop those rows."""
+        """Let the task show what it will train on; drop the rows that a resumed run will log again."""
+        preview = getattr(pl_module, "write_preview", None)
+        if preview is not None and trainer.is_global_zero:
+            preview(self.run.path)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.rewind(trainer.global_step)

@@ -29,7 +29,6 @@ from lit_defect.data.leakage import (
     propose_groups,
 )
 from lit_defect.data.samples import REAL, Sample
-from lit_defect.data.splits import write_groups
 from lit_defect.errors import DataError
 
 
@@ -100,10 +99,10 @@ def judge(leaks: Sequence[Leak], samples: Sequence[Sample], *, refuse: bool, by_
         return
     if refuse:
         raise DataError(
-            f"{warning(leaks, samples)} Run once with data.leakage=warn and give the groups.csv of "
-            "that run as data.group_file; pictures of one group stay in one split."
+            f"{warning(leaks, samples)} Set data.group_file to auto, or run once with data.leakage=warn and give the "
+            "groups.csv of that run, mended by hand; pictures of one group stay in one split."
         )
-    remedy = "" if by_design else "; its groups.csv as data.group_file keeps them together"
+    remedy = "" if by_design else "; data.group_file auto (or this run's groups.csv) keeps them together"
     rank_zero_warn(f"{warning(leaks, samples)} See leakage.csv and leakage.png of this run{remedy}.")
 
 
@@ -119,17 +118,14 @@ def write_leaks(folder: Path, leaks: Sequence[Leak], samples: Iterable[Sample], 
     leak_picture(leaks, read).save(folder / "leakage.png")
 
 
-def write_proposed_groups(
-    path: Path, checked: CheckResult, groups: Sequence[str], cache_dir: Path | None = None
-) -> None:
-    """Writes a group file that joins all near-duplicates, within a split too, and keeps the known groups."""
+def proposed_groups(checked: CheckResult, groups: Sequence[str], cache_dir: Path | None = None) -> list[str]:
+    """A group for each checked sample that joins all near-duplicates, and keeps the known groups."""
     names = [sample.name for sample in checked.samples]
-    proposed = remembered(
+    return remembered(
         cache_dir,
         ("groups", MAX_DISTANCE, _hash(checked.codes), names, groups),
         lambda: propose_groups(checked.codes, names, groups),
     )
-    write_groups(path, names, proposed)
 
 
 def remembered(cache_dir: Path | None, question: tuple[Any, ...], answer: Callable[[], list[Any]]) -> list[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,9 +34,11 @@ from lit_defect.data.leakage import Leak
 from lit_defect.data.loading import Batch, BatchLoader, DefectDataset, EvalBatchSampler, TrainBatchSampler
 from lit_defect.data.samples import SPLITS, Sample
 from lit_defect.data.settings import check_choices, check_settings
-from lit_defect.data.splits import assign_splits, read_groups, read_split, without_defects, write_split
+from lit_defect.data.splits import assign_splits, read_groups, read_split, without_defects, write_groups, write_split
 from lit_defect.data.stores import Stores, open_stores
 from lit_defect.errors import DataError
+
+AUTO = "auto"
 
 
 class DefectDataModule(Layout, LightningDataModule):
@@ -57,7 +60,8 @@ class DefectDataModule(Layout, LightningDataModule):
         fold: which part tests.
         shots: at most this many training samples of each class and type.
         split_file: a `splits.csv` of an earlier run, to repeat its split.
-        group_file: CSV `path,group`; samples of one group (one physical part) stay in one split.
+        group_file: CSV `path,group`; samples of one group (one physical part) stay in one split. `auto` takes the
+            near-duplicates that the leak guard finds for photographs of one part.
         test: `mirrored_train` tests on the mirrored training samples, a leak by design that some papers
             report; to compare with them only.
         sampler: `balanced` draws all classes equally often.
@@ -124,7 +128,7 @@ class DefectDataModule(Layout, LightningDataModule):
         self.fold = fold
         self.shots = shots
         self.split_file = Path(split_file).expanduser() if split_file else None
-        self.group_file = Path(group_file).expanduser() if group_file else None
+        self.group_file = Path(group_file).expanduser() if group_file and group_file != AUTO else group_file
         self.test = test
         self.sampler = sampler
         self.drop_last = drop_last
@@ -284,8 +288,9 @@ class DefectDataModule(Layout, LightningDataModule):
             samples = [sample for split in self.samples.values() for sample in split]
             guard.write_leaks(folder, self.leaks, samples, self._convert)
             if self.test == "holdout":
-                groups = [sample.group for sample in self._divided]
-                guard.write_proposed_groups(folder / "groups.csv", self._checked, groups, self.cache_dir)
+                known = [sample.group for sample in self._divided]
+                groups = guard.proposed_groups(self._checked, known, self.cache_dir)
+                write_groups(folder / "groups.csv", [sample.name for sample in self._divided], groups)
 
     # ---- inside -------------------------------------------------------------------------------------------
 
@@ -319,9 +324,13 @@ class DefectDataModule(Layout, LightningDataModule):
         return checked
 
     def _divide(self) -> None:
-        samples = self._inspect().samples
-        if self.group_file:
+        checked = self._inspect()
+        samples = checked.samples
+        if isinstance(self.group_file, Path):
             samples = read_groups(self.group_file, samples)
+        elif self.group_file:
+            groups = guard.proposed_groups(checked, [sample.group for sample in samples], self.cache_dir)
+            samples = [replace(sample, group=group) for sample, group in zip(samples, groups, strict=True)]
         if self.split_file:
             self._divided = read_split(self.split_file, samples)
         else:

@@ -81,7 +81,7 @@ class _PixelFigures(Metric):
         for scores, mask in _checked(maps, masks, self.device):
             self._add(scores.masked_select(~mask), scores.masked_select(mask), region_sizes(mask))
 
-    def compute(self) -> Any:
+    def compute(self) -> dict[str, Tensor]:
         """`aupro`, `pixel_auroc`, `pixel_average_precision`, `pixel_f1_max`: scalars, float64.
 
         All are nan while there is no defective pixel or no normal one. `pixel_f1_max` is the F1 of the best of
@@ -163,7 +163,7 @@ class PixelMetrics(_PixelFigures):
 class AUPRO(PixelMetrics):
     """The exact AUPRO alone, as a scalar: for torchmetrics collections and loggers."""
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]
         return self._values()["aupro"].to(self.device)
 
 

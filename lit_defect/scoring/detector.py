@@ -9,6 +9,7 @@ Which of the four is reported first is the caller's choice; all cost next to not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,11 @@ class Detector(nn.Module):
     def fitted(self) -> bool:
         """Whether `fit` was called or a fitted state loaded."""
         return self.gaussian.fitted and self.local.fitted
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not any(key.startswith(f"{prefix}local.layers.") for key in state_dict):
+            self.local.layers = nn.ModuleList()  # an unfitted state replaces a fitted one, too
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def fit(
         self,

@@ -6,6 +6,7 @@ and training on recomputed ones draw from the same views.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from lit_defect.errors import UserError
 
 Augment = Literal["none", "flip", "flips", "dihedral", "strong"]
+Pose = Literal["fixed", "flips", "free"]
 VIEWS: dict[str, int] = {"none": 1, "flip": 2, "flips": 4, "dihedral": 8, "strong": 8}
 
 
@@ -51,6 +53,36 @@ def random_views(images: Tensor, augment: Augment, numbers: Tensor) -> Tensor:
         chosen = numbers == number
         out[chosen] = view(images[chosen], number)
     return _strong()(out).clamp(0, 1) if augment == "strong" else out
+
+
+def contrastive_views(images: Tensor, pose: Pose) -> Tensor:
+    """A random view of each picture that keeps its defects: no blur, no grey, no strong crop or colour.
+
+    At least 90 % of the picture stays in view, moved by at most 4 % of its side, brightness and contrast change
+    by at most a tenth, all drawn from torch's global generator.
+
+    Args:
+        images: (B, 3, H, W) float in [0, 1].
+        pose: `fixed` for products that always lie the same way, `flips` where mirror images are as good,
+            `free` where quarter turns are, too (of pictures that are not square: flips).
+    """
+    count, device = len(images), images.device
+    if pose != "fixed":
+        square = images.shape[-1] == images.shape[-2]
+        augment: Augment = "dihedral" if pose == "free" and square else "flips"
+        images = random_views(images, augment, torch.randint(VIEWS[augment], (count,), device=device))
+    zoom, right, down, gain, lift = torch.rand(5, count, device=device).unbind()
+    least = math.sqrt(0.9)  # of either side
+    zoom = 1 - (1 - least) * zoom  # side of the part in view
+    reach = (zoom + 1 - 2 * least).clamp(max=0.08)  # a picture spans 2: as far as the least share stays in view
+    right, down = (reach * (2 * part - 1) for part in (right, down))
+    still = torch.zeros_like(zoom)
+    matrix = torch.stack([zoom, still, right, still, zoom, down], dim=1)
+    grid = F.affine_grid(matrix.view(-1, 2, 3), list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    mean = moved.mean((1, 2, 3), keepdim=True)
+    gain, lift = (0.9 + 0.2 * gain).view(-1, 1, 1, 1), (0.9 + 0.2 * lift).view(-1, 1, 1, 1)
+    return ((moved - mean) * gain + mean * lift).clamp(0, 1)
 
 
 def _check_square(images: Tensor) -> None:

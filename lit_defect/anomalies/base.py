@@ -1,0 +1,211 @@
+"""What all pseudo-anomalies share: several candidates per picture, and a gate that keeps a visible one.
+
+1. `candidates` edits of each picture are drawn. All randomness is a fixed number of uniforms per picture, so the
+   same seed gives the same anomalies whatever the batch size and the device.
+2. A subclass says what each edit turns the pixels of a box into (`edit`).
+3. A pixel that changes by less than half a grey level in every channel is put back: the mask is exactly
+   what differs.
+4. SSIM(original, edited) >= T means that only background was moved (Honda & Yamauchi, eq. 1 and 2). The first
+   candidate below T is kept; where there is none, the one of lowest SSIM, marked as not accepted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_defect.anomalies.draws import KEY
+from lit_defect.anomalies.pixels import Pixels
+from lit_defect.anomalies.ssim import WINDOW, ssim_around
+from lit_defect.errors import UserError
+
+THRESHOLDS = {"image": 0.995, "patch": 0.8}
+HALF_LEVEL = 0.5 / 255
+_AT_ONCE = 1 << 22  # pixels of all candidates that one pass may edit; bounds its memory
+
+
+class PseudoAnomalies(NamedTuple):
+    """Edited pictures with all that is known of them: M = kinds x B rows, the first B of them of kind 1."""
+
+    images: Tensor  # (M, 3, H, W) float32 in [0, 1]
+    masks: Tensor  # (M, 1, H, W) bool, the pixels that differ from the source in any channel
+    ssim: Tensor  # (M,) float32 of the chosen candidate; nan without gate
+    accepted: Tensor  # (M,) bool, whether it is an anomaly: below the threshold, and changed at all
+    area: Tensor  # (M,) float32 share of the picture that the edited region covers
+    kind: Tensor  # (M,) int64, 1 to kinds
+    tried: Tensor  # (M, K) float32 area of each candidate
+    tried_ssim: Tensor  # (M, K) float32 SSIM of each candidate; nan without gate
+
+
+class Edit(NamedTuple):
+    """n edits: which pixels, and what they become."""
+
+    pixels: Pixels  # N pixels of n regions
+    values: Tensor  # (3, N) float32 in [0, 1]
+
+
+class PseudoAnomaly(ABC):
+    """Turns normal pictures into defective ones.
+
+    Args:
+        candidates: K edits drawn for each picture, from which the gate takes the first visible one.
+        ssim_scope: where SSIM is measured: over the whole `image`, over the box of the edit (`patch`), or `off`:
+            the first and only candidate is taken as it is.
+        ssim_threshold: T; a candidate with SSIM >= T is discarded. null takes `THRESHOLDS` of the scope.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    kinds: int = 1
+
+    def __init__(
+        self,
+        *,
+        candidates: int = 4,
+        ssim_scope: Literal["image", "patch", "off"] = "patch",
+        ssim_threshold: float | None = None,
+    ) -> None:
+        if candidates < 1:
+            raise UserError(f"{KEY}.candidates = {candidates}: expected at least 1")
+        if ssim_scope not in (*THRESHOLDS, "off"):
+            raise UserError(f"{KEY}.ssim_scope = {ssim_scope}: expected one of image, patch, off")
+        if ssim_threshold is not None and not 0 < ssim_threshold <= 1:
+            raise UserError(f"{KEY}.ssim_threshold = {ssim_threshold}: expected 0 < ssim_threshold <= 1")
+        self.candidates = 1 if ssim_scope == "off" else candidates
+        self.ssim_scope = ssim_scope
+        self.ssim_threshold = THRESHOLDS.get(ssim_scope, 1.0) if ssim_threshold is None else ssim_threshold
+
+    @property
+    @abstractmethod
+    def uniforms_of_picture(self) -> int:
+        """Random numbers that one picture takes."""
+
+    @abstractmethod
+    def generate(self, images: Tensor, uniforms: Tensor) -> PseudoAnomalies:
+        """The pseudo-anomalies that (B, `uniforms_of_picture`) random numbers stand for; nothing is checked."""
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, generator: torch.Generator) -> PseudoAnomalies:
+        """(B, 3, H, W) float32 in [0, 1] -> its pseudo-anomalies, on the same device.
+
+        Args:
+            images: as they are looked at, not normalised by mean and deviation.
+            generator: of the CPU; each picture takes as many numbers from it.
+
+        Raises:
+            ValueError: another type or shape, values that are nan or outside of [0, 1].
+            UserError: pictures too small for the window of the gate.
+        """
+        self._check(images)
+        uniforms = torch.rand(len(images), self.uniforms_of_picture, generator=generator, dtype=torch.float64)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.generate(images.contiguous(), uniforms)
+
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32 or not len(images):
+            raise ValueError(f"expected (B, 3, H, W) float32, not {tuple(images.shape)} {images.dtype}")
+        if self.ssim_scope != "off" and min(images.shape[-2:]) < WINDOW:
+            raise UserError(
+                f"pictures of {images.shape[-2]}x{images.shape[-1]} are too small for SSIM, whose window is "
+                f"{WINDOW}x{WINDOW}: set data.init_args.image_size, or {KEY}.ssim_scope to off"
+            )
+        low, high = torch.stack(images.aminmax()).tolist()  # nan where any value is
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"expected pictures in [0, 1], not normalised ones; they lie between {low} and {high}")
+
+
+class GatedEdit(PseudoAnomaly):
+    """Pseudo-anomalies of one kind; a subclass says how one candidate is made."""
+
+    uniforms: int  # random numbers that one candidate takes
+
+    @abstractmethod
+    def edit(self, images: Tensor, owner: Tensor, uniforms: Tensor) -> Edit:
+        """Draw one edit for each of n rows.
+
+        Args:
+            images: (B, 3, H, W) float32 in [0, 1].
+            owner: (n,) int64 on the CPU, the picture that each edit belongs to.
+            uniforms: (n, `uniforms`) float64 in [0, 1) on the CPU, all the randomness there is.
+        """
+
+    @property
+    def uniforms_of_picture(self) -> int:
+        return self.candidates * self.uniforms
+
+    def generate(self, images: Tensor, uniforms: Tensor) -> PseudoAnomalies:
+        step = max(1, _AT_ONCE // (self.candidates * images[0, 0].numel()))
+        parts = [self._generate(*part) for part in zip(images.split(step), uniforms.split(step), strict=True)]
+        return _joined(parts)
+
+    def _generate(self, images: Tensor, uniforms: Tensor) -> PseudoAnomalies:
+        count, tries, device = len(images), self.candidates, images.device
+        owner = torch.arange(count).repeat_interleave(tries)
+        edit = self.edit(images, owner, uniforms.reshape(count * tries, self.uniforms))
+        pixels, before = edit.pixels, edit.pixels.read(images)
+        changed = (edit.values - before).abs_().amax(dim=0) >= HALF_LEVEL  # (N,)
+        area = (pixels.lengths / images[0, 0].numel()).float().to(device).view(count, tries)
+        if self.ssim_scope == "off":
+            similarity = torch.full((count, tries), torch.nan, device=device)
+            visible = pixels.sums(changed.float()).view(count, tries) > 0
+        else:
+            after = edit.values.where(changed, before)
+            similarity = ssim_around(images, pixels, after, self.ssim_scope).view(count, tries)
+            visible = similarity < self.ssim_threshold
+        # The first visible one; among none, the least similar.
+        chosen = torch.where(visible.any(dim=1), visible.int().argmax(dim=1), similarity.nan_to_num().argmin(dim=1))
+        pick = torch.arange(tries, device=device) == chosen[:, None]  # (B, K)
+        edited, masks = _write(images, pixels, edit.values, changed.logical_and_(pixels.spread(pick.flatten())))
+        row = chosen[:, None]
+        return PseudoAnomalies(
+            edited,
+            masks,
+            similarity.gather(1, row)[:, 0],
+            visible.gather(1, row)[:, 0],
+            area.gather(1, row)[:, 0],
+            torch.ones(count, dtype=torch.int64, device=device),
+            area,
+            similarity,
+        )
+
+
+def _joined(parts: Sequence[PseudoAnomalies]) -> PseudoAnomalies:
+    """The rows of all parts; no copy of a single one."""
+    return parts[0] if len(parts) == 1 else PseudoAnomalies(*(torch.cat(same) for same in zip(*parts, strict=True)))
+
+
+def _write(images: Tensor, pixels: Pixels, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of the pictures with the kept pixels written, and their mask (B, 1, H, W).
+
+    What is not kept goes to one spare place behind the pictures: an accelerator need not be asked how many they are.
+    """
+    plane, spare = images[0, 0].numel(), images.numel()
+    edited = torch.empty(spare + 1, device=images.device)
+    edited[:-1].view(images.shape).copy_(images)
+    for channel, colour in enumerate(values):
+        start = channel * plane
+        edited[start:].scatter_(0, pixels.place.where(kept, spare - start), colour)
+    spare = len(images) * plane
+    masks = torch.zeros(spare + 1, dtype=torch.bool, device=images.device)
+    place = pixels.along(pixels.start(pixels.strips.y, pixels.strips.left, 1))
+    masks.scatter_(0, place.where(kept, spare), True)
+    return edited[:-1].view(images.shape), masks[:-1].view(images[:, :1].shape)
+
+
+def explain_rejection(tried_ssim: Tensor, threshold: float) -> str:
+    """What to tell the user when the gate discards everything.
+
+    Args:
+        tried_ssim: SSIM of the candidates, any shape.
+        threshold: T.
+    """
+    low, high = torch.stack(tried_ssim.float().aminmax()).tolist()
+    return (
+        f"{KEY}.ssim_threshold = {threshold:g} discards every pseudo-anomaly: the SSIM of {tried_ssim.numel()} "
+        f"candidates lies between {low:.3f} and {high:.3f}. Raise the threshold, or make the changes stronger."
+    )
