@@ -15,7 +15,8 @@ import yaml
 from tests.fakes import make_crops_folder, make_elpv, make_mvtec, make_voc, write_rows
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-FILES = sorted(EXPERIMENTS.rglob("*.yaml"))
+SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))
+FILES = sorted(set(EXPERIMENTS.rglob("*.yaml")) - set(SWEEPS))
 SIDE = 32  # pixels, instead of 224
 
 
@@ -25,8 +26,10 @@ def elpv(folder: Path, _: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> li
     return []
 
 
-def mvtec(folder: Path, _: dict[str, Any], __: pytest.MonkeyPatch) -> list[str]:
-    make_mvtec(folder, train_good=16, test_good=8, defects={"crack": 12, "hole": 12}, itself=True)
+def mvtec(folder: Path, settings: dict[str, Any], _: pytest.MonkeyPatch) -> list[str]:
+    category = settings.get("category", "tile")
+    sizes = {"train_good": 16, "test_good": 8, "defects": {"crack": 12, "hole": 12}}
+    make_mvtec(folder, **sizes, categories=[category], itself="category" not in settings)
     return ["--data.root", str(folder)]
 
 
@@ -62,6 +65,17 @@ def test_there_are_experiments():
     assert len(FILES) >= 3
 
 
+def assert_says(shown: Any, written: Any) -> None:
+    """What was written is shown, with defaults beside it and class names in full."""
+    if isinstance(written, dict):
+        for key, value in written.items():
+            assert_says(shown[key], value)
+    elif isinstance(shown, str) and isinstance(written, str):
+        assert shown == written or shown.endswith(f".{written}")
+    else:
+        assert shown == written
+
+
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_every_key_is_known(lit_defect, capsys, path):
     with pytest.raises(SystemExit) as stop:
@@ -69,9 +83,7 @@ def test_every_key_is_known(lit_defect, capsys, path):
     assert stop.value.code == 0, capsys.readouterr().err
     shown, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text())
     for part in ("model", "data"):
-        given = written[part]["init_args"]
-        assert {key: shown[part]["init_args"][key] for key in given} == given
-        assert shown[part]["class_path"].endswith(written[part]["class_path"])
+        assert_says(shown[part], written[part])
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
@@ -97,3 +109,29 @@ def test_every_experiment_says_what_it_is_and_how_to_run_it():
         command = f"python -m lit_defect fit --config {path.relative_to(EXPERIMENTS.parent).as_posix()}"
         assert any(command in line for line in head), named(path)
         assert yaml.safe_load(path.read_text())["experiment"] == path.stem
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=named)
+def test_every_sweep_varies_options_that_its_experiment_has(lit_defect, capsys, path):
+    """As W&B's agent would call it: ${args} become --name=value, here the last value of each."""
+    sweep = yaml.safe_load(path.read_text())
+    assert sweep["name"] == path.stem
+    assert sweep["method"] in ("grid", "random", "bayes")
+    config = EXPERIMENTS.parent / sweep["command"][sweep["command"].index("--config") + 1]
+    assert config in FILES
+    words = [str(config) if word.startswith("experiments/") else word for word in sweep["command"]]
+    words = words[words.index("lit_defect") + 1 :]
+    assert words.pop() == "${args}"
+    chosen = {name: parameter["values"][-1] for name, parameter in sweep["parameters"].items()}
+    with pytest.raises(SystemExit) as stop:
+        lit_defect(*words, *(f"--{name}={value}" for name, value in chosen.items()), "--print_config")
+    assert stop.value.code == 0, capsys.readouterr().err
+    shown = yaml.safe_load(capsys.readouterr().out)
+    for name, value in chosen.items():
+        part, _, key = name.partition(".")
+        assert (shown[part]["init_args"][key] if key else shown[part]) == value
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=named)
+def test_every_sweep_says_how_to_start_it(path):
+    assert f"wandb sweep {path.relative_to(EXPERIMENTS.parent).as_posix()}" in path.read_text()

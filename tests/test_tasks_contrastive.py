@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from lit_defect.anomalies import CutPaste, CutPaste3Way, LocalPseudoAnomaly, PseudoAnomalies, PseudoAnomaly
 from lit_defect.anomalies.perlin import PerlinAnomaly
 from lit_defect.data import ELPV, CustomCrops, MVTecAD
+from lit_defect.data.loading import DefectDataset
 from lit_defect.errors import UserError
 from lit_defect.metrics.anomaly import threshold_for_overkill
 from lit_defect.reporting.maps import read_map
@@ -250,14 +252,12 @@ def test_only_a_free_pose_is_flipped_and_turned(size, free):
     for pose, expected in (("fixed", 1), ("flips", 4), ("free", free)):
         torch.manual_seed(0)
         seen = contrastive_views(corner, pose)[:, 0]
-        down = (seen > 0.3).float().sum(2).argmax(1) < size[0] / 2
         wide, high = ((seen > 0.3).any(axis).sum(1) for axis in (1, 2))
         right = seen[:, :, : size[1] // 2].sum((1, 2)) > seen[:, :, size[1] // 2 :].sum((1, 2))
         below = seen[:, : size[0] // 2].sum((1, 2)) > seen[:, size[0] // 2 :].sum((1, 2))
         kinds = {(bool(r), bool(b), bool(t)) for r, b, t in zip(right, below, high > wide, strict=True)}
         assert len(kinds) == expected, pose
         assert pose != "fixed" or kinds == {(True, True, False)}
-        del down
 
 
 # --- the command line ---
@@ -357,17 +357,6 @@ def test_what_a_run_leaves(lit_defect, config, folder, capsys):
     assert {line["split"] for line in rows(folder / "val_predictions.csv")} == {"val"}
 
 
-class PulledPlug(Callback):
-    """Ends a run at a step, as a power cut does: nothing is written any more."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("the plug was pulled")
-
-
 @pytest.mark.parametrize("loss", ["ntxent_hard", "classifier"])
 def test_a_stopped_run_ends_like_an_undisturbed_one(lit_defect, config, folder, monkeypatch, loss):
     saving = {"class_path": "lit_defect.callbacks.run.LastCheckpoint", "init_args": {"every_n_steps": 2}}
@@ -447,3 +436,287 @@ def map_of(task: SimCLR, path: Path) -> np.ndarray:
     with torch.no_grad():
         _, grid = task(torch.from_numpy(small.copy()).permute(2, 0, 1)[None])
         return task.detector.enlarge(grid, pixels.shape[:2])[0].numpy()
+
+
+# --- what can be missing ---
+
+
+def test_without_validation_nothing_is_decided(lit_defect, config, folder, capsys):
+    words = ("--config", config(data={"val_fraction": 0.0}), "--run_id", "one")
+    lit_defect("fit", *words, "--test_after_fit", "true")
+    assert "no threshold, as there are no validation pictures: set data.val_fraction" in capsys.readouterr().out
+    assert {line["prediction"] for line in rows(folder / "test_predictions.csv")} == {""}
+    record = json.loads((folder / "test_metrics.json").read_text())
+    assert record["image"]["gaussian"]["threshold"] is None
+    assert record["image"]["gaussian"]["escape_rate"]["value"] is None
+    assert record["image"]["gaussian"]["auroc"]["value"] > 0.8
+    assert (folder / "figures" / "test_found.png").is_file()
+    with pytest.raises(SystemExit):
+        lit_defect("validate", *words, "--ckpt_path", "last")
+    assert "val_fraction" in capsys.readouterr().err
+
+
+def test_without_masks_there_are_no_pixel_figures(tmp_path, monkeypatch):
+    make_elpv(tmp_path / "site", cells=48)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    data = ELPV(setting="one_class", image_size=32, batch_size=4, leakage="off")
+    task = make_task()
+    trainer = fit(task, data)
+    (logged,) = trainer.test(task, datamodule=data, verbose=False)
+    assert task._evaluation.pixel == {}
+    assert "test/aupro" not in logged
+    assert "test/auroc" in logged
+    assert task._evaluation.is_defect.any()
+    assert task.detector.local.positions == "aligned"  # no category that lies in any direction
+    (tmp_path / "out").mkdir()
+    task.eval().write_results(tmp_path / "out", "test")
+    record = json.loads((tmp_path / "out" / "test_metrics.json").read_text())
+    assert record["pixel"] == {}
+    assert record["category"] == "mono, poly"
+    assert set(record["image"]["gaussian"]["auroc_by_type"]) <= {"defective 1/3", "defective 2/3", "defective"}
+
+
+def test_a_test_of_good_pictures_alone(lit_defect, config, folder, tmp_path):
+    make_mvtec(tmp_path / "fine", train_good=15, test_good=5, defects={})
+    (tmp_path / "fine" / "tile" / "ground_truth").mkdir()
+    words = ("--config", config(data={"root": str(tmp_path / "fine")}), "--run_id", "one")
+    lit_defect("fit", *words, "--test_after_fit", "true")
+    record = json.loads((folder / "test_metrics.json").read_text())
+    assert record["image"]["gaussian"]["auroc"]["value"] is None
+    assert record["image"]["gaussian"]["overkill_rate"]["n"] == 5
+    assert record["pixel"] == dict.fromkeys(PIXEL)
+    assert not (folder / "figures" / "test_roc.png").exists()
+
+
+# --- bad input ---
+
+
+def refused(task: SimCLR, data: LightningDataModule, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        fit(task, data)
+
+
+def test_defective_training_pictures_are_refused(root):
+    refused(make_task(), make_data(root, setting="supervised"), r"tile/test/(crack|hole)/\d+.png.*one_class")
+
+
+def test_data_without_a_good_class_are_refused(tmp_path):
+    root = make_crops_folder(tmp_path / "crops", classes={"scratch": 9, "dent": 9})
+    refused(make_task(), CustomCrops(str(root), leakage="off", batch_size=4), "no good class")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_training_pictures_are_refused(tmp_path, count):
+    root = make_mvtec(tmp_path / "few", train_good=count)
+    refused(make_task(), make_data(root, val_fraction=0.0), rf"^{count} normal training pictures? .* too few")
+
+
+def test_more_neighbours_than_pictures_are_refused(root):
+    refused(make_task(neighbours=13), make_data(root), r"12 normal training pictures.*neighbours = 13")
+
+
+def make_flat(root: Path, grey: int) -> Path:
+    for path in (root / "tile" / "train").rglob("*.png"):
+        save(np.full((32, 40), grey, np.uint8), path)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({}, r"ssim_threshold.*discards every pseudo-anomaly"),
+        ({"loss": "classifier", "anomaly": CutPaste()}, "change no pixel.*blank"),
+        ({"loss": "ntxent", "map_positions": "shared"}, "(blank|alike)"),
+        ({"loss": "none", "map_positions": "aligned"}, "(blank|alike)"),
+    ],
+)
+def test_blank_pictures_are_refused(root, settings, match):
+    refused(make_task(**settings), make_data(make_flat(root, grey=0)), match)
+
+
+def test_a_threshold_that_nothing_passes_names_what_was_measured(root):
+    task = make_task(anomaly=LocalPseudoAnomaly(ssim_threshold=1e-6))
+    refused(task, make_data(root), r"anomaly\.init_args\.ssim_threshold = 1e-06.*between -?0\.\d+ and 0\.\d+")
+
+
+def test_a_picture_that_is_no_number_is_named(root, monkeypatch):
+    original = DefectDataset.__getitems__
+
+    def broken(self: DefectDataset, positions: Any) -> dict[str, Any]:
+        batch = original(self, positions)
+        batch["image"] = batch["image"].float() / 255
+        for row, name in enumerate(batch["name"]):
+            if name.endswith("train/good/004.png"):
+                batch["image"][row, 0, 3, 5] = torch.nan
+        return batch
+
+    monkeypatch.setattr(DefectDataset, "__getitems__", broken)
+    for loss in ("ntxent", "ntxent_hard"):
+        refused(make_task(loss=loss), make_data(root, val_fraction=0.0), "tile/train/good/004.png.*not numbers")
+
+
+def test_a_stride_that_the_network_lacks_is_named(root):
+    refused(make_task(map_strides=[8, 64]), make_data(root), r"\[8, 64\].*test_resnet.*\[2, 4, 8, 16, 32\]")
+
+
+@pytest.mark.parametrize("setting", [{"allowed_overkill": 1.0}, {"smoothing": -0.1}, {"smoothing": float("nan")}])
+def test_numbers_out_of_range_are_refused_by_name(setting):
+    (key,) = setting
+    with pytest.raises(UserError, match=rf"model\.init_args\.{key}"):
+        make_task(**setting)
+
+
+def test_training_without_a_data_module_is_refused(root):
+    data = make_data(root)
+    data.prepare_data()
+    data.setup("fit")
+    with pytest.raises(UserError, match="data module"):
+        make_trainer().fit(make_task(), train_dataloaders=data.train_dataloader())
+
+
+# --- two processes ---
+
+WORLD = 2
+LOSSES = ["ntxent", "ntxent_hard", "one_class", "classifier"]
+
+
+class Stripes(PseudoAnomaly):
+    """Dark stripes, drawn without chance; every third picture of the data set is rejected."""
+
+    uniforms_of_picture = 1
+
+    def generate(self, images: Tensor, uniforms: Tensor) -> PseudoAnomalies:
+        made = images.clone()
+        made[..., ::3] *= 0.2
+        count = len(images)
+        level = (images.mean((1, 2, 3)) * 1e5).long()  # the same picture is judged the same on any process
+        one = torch.ones(count)
+        masks = made.ne(images).any(1, keepdim=True)
+        return PseudoAnomalies(made, masks, one, level % 3 > 0, one, one.long(), one[:, None], one[:, None])
+
+
+class WithoutNorm(SimCLR):
+    """No layer of it mixes the pictures of a batch."""
+
+    def configure_model(self) -> None:
+        torch.manual_seed(1)
+        super().configure_model()
+        self.projection[1] = nn.Identity()
+
+
+def one_step(root: Path, loss: str, batch_size: int, trainer: Trainer) -> dict[str, Tensor]:
+    """How one step of gradient descent moves the weights; every random view is replaced by a known one."""
+    task = make_task(
+        WithoutNorm, loss=loss, anomaly=Stripes(), norms="frozen", lr=1.0, optimizer="sgd", schedule="constant",
+        warmup=0.0, weight_decay=0.0, pose="fixed",
+    )  # fmt: skip
+    turns = cycle([lambda images, pose: images, lambda images, pose: images.flip(-1)])
+    plain, contrastive.contrastive_views = contrastive.contrastive_views, lambda *given: next(turns)(*given)
+    before: dict[str, Tensor] = {}
+
+    class Start(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: SimCLR) -> None:
+            before.update(copy.deepcopy(dict(pl_module.named_parameters())))
+
+    trainer.callbacks.append(Start())
+    try:
+        trainer.fit(task, datamodule=make_data(root, val_fraction=0.0, batch_size=batch_size))
+    finally:
+        contrastive.contrastive_views = plain
+    return {name: (value - before[name]).detach() for name, value in task.named_parameters()}
+
+
+def evaluated(task: SimCLR) -> dict[str, Any]:
+    kept = task._evaluation
+    return {"names": [s.name for s in kept.samples], **{k: v.tolist() for k, v in kept.scores.items()}, **kept.pixel}
+
+
+def on_one_rank(rank: int, root: str, folder: str, port: int) -> None:
+    """Everything that needs two processes, in one launch."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    os.environ["LIT_DEFECT_CACHE"] = f"{folder}/cache{rank}"
+    two = {"devices": WORLD, "strategy": "ddp"}
+    found: dict[str, Any] = {}
+    for loss in LOSSES:
+        seed_everything(0, verbose=False)
+        trainer = make_trainer(limit_train_batches=1, **two)
+        found[loss] = one_step(Path(root), loss, 7, trainer)
+    task = make_task()
+    trainer = fit(task, make_data(Path(root)), epochs=2, **two)
+    trainer.save_checkpoint(f"{folder}/two.ckpt")
+    found["state"] = task.state_dict()
+    trainer.test(task, datamodule=make_data(Path(root)), verbose=False)
+    found["test"] = evaluated(task)
+    plain = make_task(loss="none")
+    fit(plain, make_data(Path(root)), epochs=2, **two)
+    found["none"] = plain.detector.fitted
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """Root of the data, folder of the checkpoint, and what each process found."""
+    folder = tmp_path_factory.mktemp("processes")
+    root = make_mvtec(folder / "data", train_good=15, test_good=5, defects={"crack": 4, "hole": 4})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A fork has all modules already, but no process may fork once its autograd has threads for a GPU.
+    way = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+    torch.multiprocessing.start_processes(on_one_rank, (str(root), str(folder), port), WORLD, start_method=way)
+    return root, folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_step_like_one(on_two_processes, loss):
+    root, _, found = on_two_processes
+    seed_everything(0, verbose=False)
+    expected = one_step(root, loss, 14, make_trainer(limit_train_batches=1))
+    largest = max(float(step.abs().max()) for step in expected.values())
+    assert largest > 1e-4
+    for steps in found:
+        for name, step in steps[loss].items():
+            torch.testing.assert_close(step, expected[name], rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
+def test_two_processes_hold_one_detector(on_two_processes):
+    root, folder, found = on_two_processes
+    first, second = (each["state"] for each in found)
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    # It is that of one process with the same weights.
+    task, data = make_task(), make_data(root)
+    trainer = make_trainer()
+    trainer.test(task, datamodule=data, ckpt_path=folder / "two.ckpt", verbose=False)
+    fitted = copy.deepcopy(task.state_dict())
+    task._fit_detector()
+    for key, value in task.state_dict().items():
+        torch.testing.assert_close(fitted[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_two_processes_test_like_one(on_two_processes):
+    root, folder, found = on_two_processes
+    task = make_task()
+    make_trainer().test(task, datamodule=make_data(root), ckpt_path=folder / "two.ckpt", verbose=False)
+    alone = evaluated(task)
+    assert len(alone["names"]) == 13, "an odd number, so that one process has a picture more"
+    for together in (each["test"] for each in found):
+        assert together["names"] == alone["names"]
+        for name in SCORES:
+            np.testing.assert_allclose(together[name], alone[name], rtol=1e-4)
+        for name in PIXEL:
+            assert together[name] == pytest.approx(alone[name], abs=1e-6)
+
+
+def test_two_processes_need_nothing_to_train(on_two_processes):
+    assert all(each["none"] for each in on_two_processes[2])
+
+
+def test_a_network_that_is_not_trained_needs_one_epoch(lit_defect, config, folder):
+    words = ("--config", config(loss="none", trainer={"max_epochs": 50}), "--run_id", "one")
+    lit_defect("fit", *words, "--test_after_fit", "true")
+    record = json.loads((folder / "test_metrics.json").read_text())
+    assert record["anomaly"] is None
+    assert record["image"]["gaussian"]["threshold"] is not None
+    assert json.loads((folder / "run.json").read_text())["epochs"] == 1
+    assert not (folder / "figures" / "pseudo_anomalies.png").exists()

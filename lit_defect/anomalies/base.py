@@ -25,7 +25,7 @@ from lit_defect.errors import UserError
 
 THRESHOLDS = {"image": 0.995, "patch": 0.8}
 HALF_LEVEL = 0.5 / 255
-_AT_ONCE = 1 << 22  # pixels of all candidates that one pass may edit; bounds its memory
+_AT_ONCE = 1 << 21  # pixels of all candidates in one pass on the CPU, where they stay in the cache; four times
 
 
 class PseudoAnomalies(NamedTuple):

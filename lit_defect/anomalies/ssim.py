@@ -42,7 +42,7 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"two batches (B, C, H, W) of one shape are compared, not {tuple(x.shape)}, {tuple(y.shape)}")
     if min(x.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM needs pictures of at least {WINDOW}x{WINDOW}, not {x.shape[-2]}x{x.shape[-1]}")
-    return _similarity(*(_blur(_blur(moment, -1), -2) for moment in _moments(x.float(), y.float()))).mean(dim=1)
+    return _similarity(_blur(_blur(_moments(x.float(), y.float()), -1), -2)).mean(dim=1)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ def ssim_around(images: Tensor, edits: Pixels, values: Tensor, scope: Scope) -> 
     window = Pixels(centres.grown(RADIUS, RADIUS), edits.owner, images.shape, images.device)
     x = window.read(images)  # (3, N')
     y = x.index_copy(1, edits.within(window), values)
-    across = _blur(torch.cat(_moments(x, y)), -1)  # (12, N' - 10), sound in all but the last 10 columns of a box
+    across = _blur(_moments(x, y).flatten(0, 1), -1)  # (12, N' - 10), sound in all but the last 10 columns of a box
     columns, row, index = _by_columns(window, centres.width)
     down = _blur(across.index_select(1, index), -1)  # (12, N'' - 10), sound in all but the last 10 rows
-    loss = pad(1 - _similarity(*down.split(3)).mean(dim=0), (0, 2 * RADIUS))  # (N'',)
+    loss = pad(1 - _similarity(down.unflatten(0, (4, 3))).mean(dim=0), (0, 2 * RADIUS))  # (N'',)
     lost = columns.sums(loss.where(row < columns.spread(centres.height), 0).double())
     whole = torch.full_like(centres.top, (height - 2 * RADIUS) * (width - 2 * RADIUS))
     count = whole if scope == "image" else centres.height * centres.width
@@ -96,17 +96,26 @@ def _by_columns(window: Pixels, widths: Tensor) -> tuple[Pixels, Tensor, Tensor]
     return walk, row, torch.addcmul(walk.each(begin), row, walk.spread(window.boxes.width))
 
 
-def _moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, y, x^2 + y^2 and xy; about the middle of the range, where float32 is twice as fine."""
-    x, y = x - 0.5, y - 0.5
-    return x, y, x * x + y * y, x * y
+def _moments(x: Tensor, y: Tensor) -> Tensor:
+    """x, y, x^2 + y^2 and xy, one shape each -> (4, ...); about 1/2, where float32 is twice as fine."""
+    moments = x.new_empty(4, *x.shape)
+    x, y = torch.sub(x, 0.5, out=moments[0]), torch.sub(y, 0.5, out=moments[1])
+    torch.mul(x, x, out=moments[2]).addcmul_(y, y)
+    torch.mul(x, y, out=moments[3])
+    return moments
 
 
-def _similarity(x: Tensor, y: Tensor, squares: Tensor, product: Tensor) -> Tensor:
-    """SSIM from the local means of the four moments."""
-    variances, covariance = squares - x * x - y * y, product - x * y
-    x, y = x + 0.5, y + 0.5
-    return ((2 * x * y + _C1) * (2 * covariance + _C2)) / ((x * x + y * y + _C1) * (variances + _C2))
+def _similarity(moments: Tensor) -> Tensor:
+    """SSIM from the local means (4, ...) of the moments.
+
+    With x = mu_x - 1/2 and likewise y: 2 mu_x mu_y = 2 x y + (x + y + 1/2), mu_x^2 + mu_y^2 = x^2 + y^2 + (x + y + 1/2).
+    """
+    x, y, squares, product = moments
+    xy, xx = x * y, (x * x).addcmul_(y, y)
+    shift = (x + y).add_(0.5 + _C1)
+    above = torch.add(shift, xy, alpha=2).mul_((product - xy).mul_(2).add_(_C2))
+    below = shift.add_(xx).mul_((squares - xx).add_(_C2))
+    return above.div_(below)
 
 
 def _blur(values: Tensor, dim: int) -> Tensor:

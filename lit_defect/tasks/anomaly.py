@@ -369,9 +369,11 @@ class AnomalyTask(DefectTask):
             seeds = {"training_seed": int(os.environ.get("PL_GLOBAL_SEED", 0)), "split_seed": self.data.seed}
             category = ", ".join(sorted({sample.category for sample in self.data.samples[stage]}))
             about = {**seeds, **self.about(), "category": category, "training_minutes": round(float(self.minutes), 2)}
-            about["latency_ms"] = self._latency(loader)
+            with self.trainer.precision_plugin.forward_context():
+                about["latency_ms"] = self._latency(loader)
         near = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
-        write_report(folder, stage, self._evaluation, about, near, look)
+        with self.trainer.precision_plugin.forward_context():  # as the scores were computed
+            write_report(folder, stage, self._evaluation, about, near, look)
 
     @torch.no_grad()
     def _map_of(self, image: Tensor) -> Map:

@@ -130,7 +130,9 @@ class SimCLR(AnomalyTask):
             nn.BatchNorm1d(hidden),
             nn.ReLU(),
             nn.Linear(hidden, classes if self.loss_name == "classifier" else width),
-        ).requires_grad_(self.loss_name != "none")
+        )
+        # DDP refuses a module without anything to train, so that the projection stays as it is there.
+        self.projection.requires_grad_(self.loss_name != "none" or (fresh and trainer.world_size > 1))
         self.detector = self.make_detector()
 
     @cached_property
@@ -203,13 +205,14 @@ class SimCLR(AnomalyTask):
         """Look at the first pseudo-anomalies before anything is trained on them.
 
         Raises:
-            UserError: the SSIM gate rejects all of them.
+            UserError: the SSIM gate rejects all of them, or a picture holds values that are not numbers.
         """
         if self.loss_name in ("none", "ntxent"):
             return
         positions = list(range(0, len(self.data.samples["train"]), max(1, len(self.data.samples["train"]) // _PROBED)))
         batch = self.data.loader("train").batch(positions[:_PROBED])
         images = self.pixels(batch["image"])
+        _check_finite(images, batch["name"])
         made = self.anomaly(images, torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0))))
         if not made.accepted.any():
             if self.anomaly.ssim_scope == "off":
@@ -224,6 +227,7 @@ class SimCLR(AnomalyTask):
             UserError: a picture holds values that are not numbers.
         """
         loss = None if self.loss_name == "none" else self._loss(batch)
+        self.trainer.should_stop |= loss is None  # nothing changes from here on, however many epochs are asked for
         shown = torch.zeros((), device=self.device) if loss is None else loss
         self.log("train/loss", shown, batch_size=len(batch["label"]), prog_bar=True)
         return loss
