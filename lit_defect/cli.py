@@ -316,6 +316,8 @@ def _quiet() -> None:
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*is not currently supported for.*_pin_memory.*",
         r".*Found .* module\(s\) in eval mode at the start of training.*",
+        r".*`LightningModule.configure_optimizers` returned `None`.*",  # as a task does that trains nothing
+        r".*`training_step` returned `None`.*",
         r".*LeafSpec.*is deprecated.*",
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
         r".*'pin_memory' argument is set as true but no accelerator is found.*",

@@ -226,7 +226,8 @@ def test_guard_finds_the_mirrored_test_set_and_writes_records(make, tmp_path):
         assert len(list(csv.DictReader(stream))) == len(module.leaks)
 
 
-def test_leaks_are_an_error_or_a_group_file_that_mends_them(make, root, tmp_path):
+@pytest.mark.parametrize("how", ["auto", "written"])
+def test_leaks_are_an_error_or_a_group_file_that_mends_them(make, root, tmp_path, how):
     for path in sorted(root.glob("good_0[0-5].png")):  # each part a second time, a little darker
         pixels = np.asarray(Image.open(path))
         save((pixels * 0.97).astype(np.uint8), root / path.name.replace("good_0", "good_5"))
@@ -235,8 +236,12 @@ def test_leaks_are_an_error_or_a_group_file_that_mends_them(make, root, tmp_path
     with pytest.warns(UserWarning, match="near-duplicate"):
         module = make(leakage="warn")
     module.write_records(tmp_path / "run")
-    mended = make(leakage="error", group_file=str(tmp_path / "run" / "groups.csv"))
+    written = tmp_path / "run" / "groups.csv"
+    mended = make(leakage="error", group_file="auto" if how == "auto" else str(written))
     assert mended.leaks == []
+    with written.open() as stream:
+        groups = {row["path"]: row["group"] for row in csv.DictReader(stream)}
+    assert {s.name: s.group for samples in mended.samples.values() for s in samples} == groups
     for i in range(6):
         pair = {f"good_0{i}.png", f"good_5{i}.png"}
         assert any(pair <= {s.name for s in samples} for samples in mended.samples.values())

@@ -341,3 +341,67 @@ def test_a_network_of_which_timm_shows_no_layers():
     del backbone.model.feature_info  # some networks of older versions have none
     with pytest.raises(UserError, match=f"timm gives no maps of {SMALL}; choose another"):
         backbone.maps(images_for(backbone))
+
+
+# --- frozen from the input on ---
+
+# name, image size, number of stages without head, last frozen and first trained parameter with two stages frozen
+STAGES = [
+    ("resnet18", None, 5, "layer1.1.bn2.bias", "layer2.0.conv1.weight"),
+    ("tf_efficientnet_lite0", None, 8, "blocks.0.0.bn2.bias", "blocks.1.0.conv_pw.weight"),
+    ("convnext_atto", None, 6, "stages.0.blocks.1.mlp.fc2.bias", "stages.1.downsample.0.weight"),
+    ("vit_tiny_patch16_224", 64, 13, "blocks.0.mlp.fc2.bias", "blocks.1.norm1.weight"),
+    ("swin_tiny_patch4_window7_224", 56, 6, "layers.0.blocks.1.mlp.fc2.bias", "layers.1.downsample.norm.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "stages", "last", "first"), STAGES, ids=[row[0] for row in STAGES])
+def test_freeze_keeps_the_first_stages(name, size, stages, last, first):
+    backbone = Backbone(name, num_classes=0, image_size=size)
+    everything = [key for key, _ in backbone.model.named_parameters()]
+    assert trained_names(backbone.freeze(0)) == everything
+    assert trained_names(backbone.freeze(2)) == everything[everything.index(first) :]
+    assert everything[everything.index(first) - 1].startswith(last.rsplit(".", 2)[0].split(".mlp")[0])
+    assert trained_names(backbone.freeze(stages - 1))
+    with pytest.raises(UserError, match=rf"frozen_stages = {stages}: {name} has {stages}"):
+        backbone.freeze(stages)
+    with pytest.raises(UserError, match="frozen_stages = -1"):
+        backbone.freeze(-1)
+    assert trained_names(backbone.freeze(1)) == everything[len(everything) - len(trained_names(backbone)) :]
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("stages", [0, 1, 3])
+def test_a_step_leaves_frozen_stages_and_resting_norms(stages, norms):
+    backbone = Backbone("resnet18").freeze(stages, norms=norms).train()
+    assert backbone.training
+    assert not backbone.constant_features
+    before = copy.deepcopy(backbone.model.state_dict())
+    parts = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parts, lr=0.1, weight_decay=0.1)
+    backbone.features(backbone.normalise(torch.rand(4, 3, 48, 48))).square().mean().backward()
+    optimizer.step()
+    frozen = ("conv1", "bn1", "layer1", "layer2")[: {0: 0, 1: 2, 3: 4}[stages]]
+    for key, value in backbone.model.state_dict().items():
+        statistics = "running" in key or "num_batches" in key
+        rests = key.startswith(frozen) if frozen else False
+        assert torch.equal(value, before[key]) == (rests or (statistics and norms)), key
+    # A round through eval mode, as a validation makes, brings back neither.
+    backbone.eval()
+    assert not any(module.training for module in backbone.modules())
+    backbone.train()
+    resting = {name for name, module in backbone.model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    resting = {name for name in resting if not backbone.model.get_submodule(name).training}
+    assert ("layer4.0.bn1" in resting) == norms
+    assert ("bn1" in resting) == (norms or stages > 0)
+
+
+def test_freeze_and_unfreeze_follow_each_other():
+    backbone = Backbone("resnet18", num_classes=3)
+    everything = trained_names(backbone)
+    backbone.freeze(3, norms=True).unfreeze("all").train()
+    assert trained_names(backbone) == everything
+    backbone.unfreeze("head").freeze(1).train()
+    assert trained_names(backbone) == [name for name in everything if not name.startswith(("conv1.", "bn1."))]
+    assert backbone.model.layer1[0].bn1.training
+    assert not backbone.model.bn1.training

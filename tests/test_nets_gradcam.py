@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_defect.errors import UserError
 from lit_defect.nets.backbones import Backbone
 from lit_defect.nets.gradcam import grad_cam
+from lit_defect.scoring.density import GaussianDensity
 
 
 class Toy(nn.Module):
@@ -145,3 +146,46 @@ def test_network_without_a_map():
     with pytest.raises(UserError, match="no feature map of mixer_s32_224"):
         grad_cam(backbone, torch.rand(1, 3, 224, 224), torch.tensor([0]))
     assert backbone.training
+
+
+# --- a score in place of a class ---
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet18", None), ("swin_tiny_patch4_window7_224", (56, 56)), ("test_vit", (64, 96))]
+)
+def test_the_logit_as_a_function_of_the_features_is_the_class(name, size):
+    torch.manual_seed(0)
+    backbone = Backbone(name, num_classes=4, image_size=size)
+    images, target = torch.rand(3, 3, *(size or (64, 80))), torch.tensor([2, 0, 2])
+
+    def logit(features: Tensor) -> Tensor:
+        return backbone.head(features).gather(1, target[:, None])[:, 0]
+
+    by_class = grad_cam(backbone, images, target)
+    assert torch.equal(grad_cam(backbone, images, logit), by_class)
+    assert by_class.max() == 1
+    assert backbone.training
+
+
+def test_a_score_of_a_network_without_head_by_hand():
+    toy = Toy()
+    toy.head = None
+    images = torch.zeros(1, 3, 2, 2)
+    images[0, :2] = torch.tensor([[[4.0, 0], [0, 0]], [[0.0, 2], [0, 0]]])
+    # means (1, 1/2); y = m1^2 + m2, so alpha = (2 m1, 1) / 4 and the map is A1 / 2 + A2 / 4 = [[2, 1/2], [0, 0]]
+    cam = grad_cam(toy, images, lambda features: features[:, 0] ** 2 + features[:, 1])
+    torch.testing.assert_close(cam[0], torch.tensor([[1.0, 0.25], [0, 0]]))
+
+
+def test_the_distance_to_what_is_normal_within_inference_mode():
+    torch.manual_seed(0)
+    backbone, density = Backbone("resnet18").eval(), GaussianDensity()
+    images = torch.rand(6, 3, 64, 64)
+    with torch.inference_mode():
+        density.fit(backbone.features(images))
+        cam = grad_cam(backbone, images[:2] * 0.2, density)
+    assert cam.shape == (2, 64, 64)
+    assert cam.isfinite().all()
+    assert cam.min() >= 0
+    assert all(parameter.grad is None for parameter in backbone.parameters())

@@ -99,7 +99,7 @@ class PerlinAnomaly(GatedEdit):
     def _photograph(self, pixels: Pixels, uniforms: Tensor) -> Tensor:
         """(3, N) one of the photographs, moved around its border."""
         rows, columns = pixels.shape[2:]
-        photographs = self._photographs(rows, columns).to(pixels.device)
+        photographs = self._photographs(rows, columns, pixels.device)
         region = pixels.strips.region
         chosen = whole(uniforms[:, 0], len(photographs))
         y = (pixels.strips.y + whole(uniforms[:, 1], rows)[region]) % rows
@@ -107,12 +107,13 @@ class PerlinAnomaly(GatedEdit):
         place = pixels.each((chosen[region] * 3 * rows + y) * columns) + x
         return pixels.read(photographs, place).float().div_(255)
 
-    def _photographs(self, rows: int, columns: int) -> Tensor:
+    def _photographs(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """(T, 3, rows, columns) uint8, read once."""
-        if self._loaded is None or self._loaded.shape[2:] != (rows, columns):
+        loaded = self._loaded
+        if loaded is None or loaded.shape[2:] != (rows, columns) or loaded.device != device:
             assert self._files is not None
-            self._loaded = torch.stack([_read(file, rows, columns) for file in self._files])
-        return self._loaded
+            loaded = self._loaded = torch.stack([_read(file, rows, columns) for file in self._files]).to(device)
+        return loaded
 
 
 def perlin_field(uniforms: Tensor, rows: int, columns: int, device: torch.device) -> Tensor:

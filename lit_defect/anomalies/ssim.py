@@ -32,6 +32,7 @@ _KERNEL: list[float] = (_WEIGHTS / _WEIGHTS.sum()).tolist()
 Scope = Literal["image", "patch"]
 
 
+@torch.no_grad()
 def ssim_map(x: Tensor, y: Tensor) -> Tensor:
     """Two batches (B, C, H, W) float in [0, 1] -> SSIM map (B, H - 10, W - 10), the mean over the channels.
 
@@ -108,7 +109,7 @@ def _moments(x: Tensor, y: Tensor) -> Tensor:
 def _similarity(moments: Tensor) -> Tensor:
     """SSIM from the local means (4, ...) of the moments.
 
-    With x = mu_x - 1/2 and likewise y: 2 mu_x mu_y = 2 x y + (x + y + 1/2), mu_x^2 + mu_y^2 = x^2 + y^2 + (x + y + 1/2).
+    With x = mu_x - 1/2 and y likewise, 2 mu_x mu_y = 2 x y + (x + y + 1/2) and mu_x^2 + mu_y^2 = x^2 + y^2 + the same.
     """
     x, y, squares, product = moments
     xy, xx = x * y, (x * x).addcmul_(y, y)

@@ -71,6 +71,7 @@ def data_table(datamodule: object) -> Table:
     """Samples per split and class."""
     counts: dict[str, dict[str, int]] = datamodule.counts() if hasattr(datamodule, "counts") else {}
     counts = {split: found for split, found in counts.items() if sum(found.values())}
+    new = len(getattr(datamodule, "samples", {}).get("predict", ()))
     table = Table(title=f"data: {type(datamodule).__name__}", title_justify="left", title_style="bold")
     table.add_column("split")
     names = list(dict.fromkeys(name for found in counts.values() for name in found))
@@ -85,6 +86,8 @@ def data_table(datamodule: object) -> Table:
         if len(names) > len(shown):
             cells.append(str(sum(found.get(name, 0) for name in names[len(shown) :])))
         table.add_row(split, *cells, str(sum(found.values())))
+    if not counts and new:
+        table.add_row("predict", str(new))
     return table
 
 

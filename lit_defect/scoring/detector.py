@@ -48,7 +48,7 @@ class Detector(nn.Module):
     @property
     def fitted(self) -> bool:
         """Whether `fit` was called or a fitted state loaded."""
-        return self.gaussian.fitted and self.local.fitted
+        return all(part.fitted for part in (self.gaussian, self.knn, self.kde, self.local))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if not any(key.startswith(f"{prefix}local.layers.") for key in state_dict):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ Loss = Literal["ntxent", "ntxent_hard", "one_class", "classifier", "none"]
 
 # MVTec AD's products that lie in any direction; the others always lie the same way.
 FREE_POSE = ("bottle", "hazelnut", "metal_nut", "screw", "carpet", "grid", "leather", "tile", "wood")
+_AREAS = (0.0, 0.01, 0.03, 0.1, 1.0)  # shares of the picture, between which the discarded candidates are counted
 _PROBED = 64  # pictures whose pseudo-anomalies are looked at before the training
 
 
@@ -131,8 +133,6 @@ class SimCLR(AnomalyTask):
             nn.ReLU(),
             nn.Linear(hidden, classes if self.loss_name == "classifier" else width),
         )
-        # DDP refuses a module without anything to train, so that the projection stays as it is there.
-        self.projection.requires_grad_(self.loss_name != "none" or (fresh and trainer.world_size > 1))
         self.detector = self.make_detector()
 
     @cached_property
@@ -220,16 +220,19 @@ class SimCLR(AnomalyTask):
             raise UserError(explain_rejection(made.tried_ssim, self.anomaly.ssim_threshold))
         self._probe = (positions[:_PROBED], PseudoAnomalies(*(part.cpu() for part in made)))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch of normal pictures and the pseudo-anomalies made of them.
 
         Raises:
             UserError: a picture holds values that are not numbers.
         """
-        loss = None if self.loss_name == "none" else self._loss(batch)
-        self.trainer.should_stop |= loss is None  # nothing changes from here on, however many epochs are asked for
-        shown = torch.zeros((), device=self.device) if loss is None else loss
-        self.log("train/loss", shown, batch_size=len(batch["label"]), prog_bar=True)
+        if self.loss_name == "none":
+            self.trainer.should_stop = True  # one step is enough, however many epochs are asked for
+            # Nothing, in a form that DDP takes: it wants parameters to train, and a gradient of each.
+            loss = 0 * torch.stack([part.sum() for part in self.projection.parameters()]).sum()
+        else:
+            loss = self._loss(batch)
+        self.log("train/loss", loss, batch_size=len(batch["label"]), prog_bar=True)
         return loss
 
     def _loss(self, batch: Batch, *, shared: bool = True) -> Tensor:
@@ -242,7 +245,7 @@ class SimCLR(AnomalyTask):
             return ntxent(every(self._twins(images), 1), temperature=self.temperature, source=source)
         made = self.anomaly(images, torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
         if self.training:
-            self.log("train/rejected", 1 - made.accepted.float().mean(), batch_size=len(images))
+            self._log_discards(made)
         if self.loss_name == "classifier":
             logits = self._project(contrastive_views(torch.cat([images, made.images]), self._pose)).float()
             kind = made.kind.masked_fill(~made.accepted, -100)  # of which the cross-entropy takes no notice
@@ -253,6 +256,17 @@ class SimCLR(AnomalyTask):
         if self.loss_name == "one_class":
             return one_class(normal, anomaly, valid=valid, temperature=self.temperature)
         return ntxent_hard(normal, anomaly, valid=valid, beta=self.beta, temperature=self.temperature, source=source)
+
+    def _log_discards(self, made: PseudoAnomalies) -> None:
+        """The share of pictures that got no pseudo-anomaly, and of the candidates of each size that were discarded."""
+        self.log("train/rejected", 1 - made.accepted.float().mean(), batch_size=len(made.accepted))
+        if self.anomaly.ssim_scope == "off":
+            return
+        alike = (made.tried_ssim >= self.anomaly.ssim_threshold).float()
+        for low, high in pairwise(_AREAS):
+            within = (made.tried >= low) & (made.tried < high)
+            if within.any():
+                self.log(f"discarded/area below {high:.0%}", alike[within].mean(), batch_size=int(within.sum()))
 
     def _twins(self, images: Tensor) -> Tensor:
         """Two views of each picture (N, 3, H, W) -> projections (2, N, D)."""
@@ -276,7 +290,8 @@ class SimCLR(AnomalyTask):
         if self.trainer.state.fn == "validate":
             self._evaluate(batch, "val")
         elif self.loss_name != "none":
-            self.log("val/loss", self._loss(batch, shared=False), batch_size=len(batch["label"]), sync_dist=True)
+            for part in _cut(batch, self.data.batch_size):  # the loss grows with the number of negatives
+                self.log("val/loss", self._loss(part, shared=False), batch_size=len(part["label"]), sync_dist=True)
 
     def write_preview(self, folder: Path) -> None:
         """The first pseudo-anomalies and what the gate discards, before the training; rank 0 only."""
@@ -289,6 +304,13 @@ class SimCLR(AnomalyTask):
 
 def _own(part: Tensor, dim: int) -> Tensor:
     return part
+
+
+def _cut(batch: Batch, size: int) -> list[Batch]:
+    """Batches of `size` samples; what is left over is dropped, unless there is nothing else."""
+    count = len(batch["label"])
+    starts = range(0, max(count - size, 0) + 1, size)
+    return [{key: values[start : start + size] for key, values in batch.items()} for start in starts]
 
 
 def _check_finite(images: Tensor, names: list[str]) -> None:
