@@ -345,35 +345,36 @@ def test_a_network_of_which_timm_shows_no_layers():
 
 # --- frozen from the input on ---
 
-# name, image size, number of stages without head, last frozen and first trained parameter with two stages frozen
+# name, image size, number of stages without head, first trained parameter with two stages frozen
 STAGES = [
-    ("resnet18", None, 5, "layer1.1.bn2.bias", "layer2.0.conv1.weight"),
-    ("tf_efficientnet_lite0", None, 8, "blocks.0.0.bn2.bias", "blocks.1.0.conv_pw.weight"),
-    ("convnext_atto", None, 6, "stages.0.blocks.1.mlp.fc2.bias", "stages.1.downsample.0.weight"),
-    ("vit_tiny_patch16_224", 64, 13, "blocks.0.mlp.fc2.bias", "blocks.1.norm1.weight"),
-    ("swin_tiny_patch4_window7_224", 56, 6, "layers.0.blocks.1.mlp.fc2.bias", "layers.1.downsample.norm.weight"),
+    ("resnet18", None, 5, "layer2.0.conv1.weight"),
+    ("tf_efficientnet_lite0", None, 8, "blocks.1.0.conv_pw.weight"),
+    ("convnext_atto", None, 6, "stages.1.downsample.0.weight"),
+    ("vit_tiny_patch16_224", 64, 13, "blocks.1.norm1.weight"),
+    ("swin_tiny_patch4_window7_224", 56, 6, "layers.1.downsample.norm.weight"),
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "stages", "last", "first"), STAGES, ids=[row[0] for row in STAGES])
-def test_freeze_keeps_the_first_stages(name, size, stages, last, first):
+@pytest.mark.parametrize(("name", "size", "stages", "first"), STAGES, ids=[row[0] for row in STAGES])
+def test_freeze_keeps_the_first_stages(name, size, stages, first):
     backbone = Backbone(name, num_classes=0, image_size=size)
     everything = [key for key, _ in backbone.model.named_parameters()]
     assert trained_names(backbone.freeze(0)) == everything
     assert trained_names(backbone.freeze(2)) == everything[everything.index(first) :]
-    assert everything[everything.index(first) - 1].startswith(last.rsplit(".", 2)[0].split(".mlp")[0])
     assert trained_names(backbone.freeze(stages - 1))
     with pytest.raises(UserError, match=rf"frozen_stages = {stages}: {name} has {stages}"):
         backbone.freeze(stages)
     with pytest.raises(UserError, match="frozen_stages = -1"):
         backbone.freeze(-1)
-    assert trained_names(backbone.freeze(1)) == everything[len(everything) - len(trained_names(backbone)) :]
 
 
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("stages", [0, 1, 3])
 def test_a_step_leaves_frozen_stages_and_resting_norms(stages, norms):
     backbone = Backbone("resnet18").freeze(stages, norms=norms).train()
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # timm starts some at 0, and nothing before them learns at first
     assert backbone.training
     assert not backbone.constant_features
     before = copy.deepcopy(backbone.model.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def normal(n: int, seed: int = 0) -> Batch:
 def cut(batch: Batch, *places: int) -> Iterator[Batch]:
     """The same pictures in several batches; once only, as a loader's."""
     edges = (0, *places, len(batch[0]))
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         yield batch[0][start:stop], [part[start:stop] for part in batch[1]]
 
 
@@ -127,9 +128,9 @@ def test_a_part_of_a_larger_module_is_loaded_too(tmp_path: Path):
 def test_what_is_refused():
     with pytest.raises(UserError, match="k = 0"):
         Detector(neighbours=0)
-    with pytest.raises(UserError, match="needs normal training pictures and got none|need normal training pictures"):
+    with pytest.raises(UserError, match="need normal training pictures and got none"):
         Detector().fit([])
-    with pytest.raises(UserError, match="k = 5 .* only 4"):
+    with pytest.raises(UserError, match=r"k = 5 .* only 4"):
         Detector().fit([normal(4)])
     with pytest.raises(UserError, match="at least 3"):
         Detector(1).fit([normal(2)])
