@@ -119,7 +119,9 @@ class TestEveryKind:
             made = make(torch.rand(3, 3, *size, generator=seeded()), seeded(1))
             assert made.images.isfinite().all()
         if scope == "off":
-            make(torch.rand(2, 3, 3, 3, generator=seeded()), seeded(1))
+            make(torch.rand(50, 3, 3, 3, generator=seeded()), seeded(1))
+            with pytest.raises(UserError, match="2x20 are too small to be edited"):
+                make(torch.rand(2, 3, 2, 20), seeded())
         else:
             with pytest.raises(UserError, match=r"10x20 .*11x11.*data.init_args.image_size"):
                 make(torch.rand(2, 3, 10, 20), seeded())

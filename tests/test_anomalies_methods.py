@@ -93,6 +93,12 @@ class TestCutPaste:
         large = CutPasteScar()(torch.rand(300, 3, 256, 256, generator=seeded()), seeded(1))
         assert small.area.mean().item() == pytest.approx(large.area.mean().item(), rel=0.1)
 
+    def test_scars_that_do_not_fit_are_cut_off(self) -> None:
+        make = CutPasteScar(width=(200.0, 256.0), length=(200.0, 256.0), angle=90.0, ssim_scope="patch")
+        made = make(torch.rand(100, 3, 12, 90, generator=seeded()), seeded(1))
+        assert made.tried_ssim.isfinite().all()
+        assert (made.tried > 0).all()
+
     def test_three_way_is_both(self) -> None:
         images = torch.rand(6, 3, 40, 50, generator=seeded())
         make = CutPaste3Way()
@@ -127,6 +133,14 @@ class TestLocal:
             assert np.abs(np.append(middle, 1) @ found - middle).max() < 5 + 1.5
         assert -15.1 < min(turns) < -10
         assert 10 < max(turns) < 15.1
+
+    def test_something_of_the_patch_stays_in_the_picture(self) -> None:
+        make = LocalPseudoAnomaly(area=(0.001, 0.9), aspect=(0.02, 50.0), shift=0.5, angle=0.0)
+        for turn in (0.0, 90.0):
+            make.angle = turn
+            made = make(torch.rand(300, 3, 12, 20, generator=seeded()), seeded(1))
+            assert made.tried_ssim.isfinite().all()
+            assert (made.tried > 0).all()
 
     def test_no_empty_corners(self) -> None:
         """A turned patch of a plain picture cannot be seen at all."""

@@ -70,9 +70,12 @@ class ToyTokens(nn.Module):
         pixels = images[:, :2].flatten(2).transpose(1, 2)  # (B, N, 2)
         return torch.cat((torch.full_like(pixels[:, :1], 100.0), pixels), dim=1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         tokens = self.model.blocks[0].norm1(self.feature_map(images))
-        return (tokens[:, 1:] ** 2).sum((1, 2))[:, None] * torch.tensor([1.0, -1.0])
+        return (tokens[:, 1:] ** 2).sum((1, 2))[:, None]
+
+    def head(self, features: Tensor) -> Tensor:
+        return features * torch.tensor([1.0, -1.0])
 
 
 def test_tokens_by_hand():

@@ -171,6 +171,15 @@ def test_a_checkpoint_serves_without_trainer_and_data(root, tmp_path, pose):
     assert torch.equal(loaded.thresholds, task.thresholds)
 
 
+def test_a_classifier_of_other_anomalies_is_refused(root, tmp_path):
+    task = make_task(loss="classifier", anomaly=CutPaste3Way())
+    fit(task, make_data(root)).save_checkpoint(tmp_path / "three.ckpt")
+    with pytest.raises(UserError, match=r"tells 3 classes.*LocalPseudoAnomaly there are 2"):
+        SimCLR.load_from_checkpoint(tmp_path / "three.ckpt")
+    loaded = SimCLR.load_from_checkpoint(tmp_path / "three.ckpt", anomaly=CutPaste3Way())
+    assert loaded.detector.fitted
+
+
 @pytest.mark.parametrize("pose", ["auto", "fixed"])
 def test_an_unfinished_checkpoint_is_fitted_at_the_test(root, tmp_path, pose):
     path, whole = tmp_path / "early.ckpt", make_task(pose=pose)
@@ -480,12 +489,32 @@ def test_a_test_of_good_pictures_alone(lit_defect, config, folder, tmp_path):
     make_mvtec(tmp_path / "fine", train_good=15, test_good=5, defects={})
     (tmp_path / "fine" / "tile" / "ground_truth").mkdir()
     words = ("--config", config(data={"root": str(tmp_path / "fine")}), "--run_id", "one")
-    lit_defect("fit", *words, "--test_after_fit", "true")
+    lit_defect("fit", *words)
+    (folder / "figures" / "test_roc.png").touch()  # of an earlier test
+    lit_defect("test", *words, "--ckpt_path", "last")
     record = json.loads((folder / "test_metrics.json").read_text())
     assert record["image"]["gaussian"]["auroc"]["value"] is None
     assert record["image"]["gaussian"]["overkill_rate"]["n"] == 5
     assert record["pixel"] == dict.fromkeys(PIXEL)
     assert not (folder / "figures" / "test_roc.png").exists()
+
+
+def test_parts_are_counted_and_near_duplicates_told_apart(tmp_path):
+    root = make_mvtec(tmp_path / "data", train_good=16, test_good=6, defects={"crack": 6}, shots_per_part=2)
+    shown = root / "tile" / "train" / "good" / "000.png"
+    (root / "tile" / "test" / "good" / "004.png").write_bytes(shown.read_bytes())
+    data, task = make_data(root, leakage="warn"), make_task(pixel_metrics="binned")
+    with pytest.warns(UserWarning, match="near-duplicate"):
+        fit(task, data).test(task, datamodule=data, verbose=False)
+    (tmp_path / "out").mkdir()
+    task.eval().write_results(tmp_path / "out", "test")
+    record = json.loads((tmp_path / "out" / "test_metrics.json").read_text())
+    assert (record["n"], record["image"]["knn"]["n_groups"]) == (12, 6)
+    left_out = {leak.name_b for leak in data.leaks if leak.split_b == "test"}
+    assert "tile/test/good/004.png" in left_out
+    assert record["without_near_duplicates"]["n"] == 12 - len(left_out)
+    assert set(record["without_near_duplicates"]["image"]) == set(SCORES)
+    assert 0 < record["pixel"]["aupro"] <= 1
 
 
 # --- bad input ---
@@ -564,6 +593,11 @@ def test_numbers_out_of_range_are_refused_by_name(setting):
     (key,) = setting
     with pytest.raises(UserError, match=rf"model\.init_args\.{key}"):
         make_task(**setting)
+
+
+def test_weights_of_half_precision_are_refused(root):
+    with pytest.raises(UserError, match=r"trainer.precision = bf16-true.*bf16-mixed"):
+        fit(make_task(), make_data(root), precision="bf16-true")
 
 
 def test_training_without_a_data_module_is_refused(root):

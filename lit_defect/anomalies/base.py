@@ -2,7 +2,7 @@
 
 1. `candidates` edits of each picture are drawn. All randomness is a fixed number of uniforms per picture, so the
    same seed gives the same anomalies whatever the batch size (and, up to rounding, the device).
-2. A subclass says what each edit turns the pixels of a box into (`edit`).
+2. A subclass says what each edit makes of the pixels of a region (`edit`).
 3. A pixel that changes by less than half a grey level in every channel is put back: the mask is exactly
    what differs.
 4. SSIM(original, edited) >= T means that only background was moved (Honda & Yamauchi, eq. 1 and 2). The first
@@ -25,6 +25,7 @@ from lit_defect.errors import UserError
 # What parts moved background from changes of an object in benchmarks/anomalies.py: the patch scope discards 87 % of the
 # former and 10 to 14 % of the latter, the image scope 73 % and a third (of small edits nearly all).
 THRESHOLDS = {"image": 0.99, "patch": 0.7}
+_SMALLEST = 3  # a pixel with neighbours all around
 HALF_LEVEL = 0.5 / 255
 _AT_ONCE = 1 << 21  # pixels of all candidates in one pass, which then fits the cache; an accelerator takes more
 
@@ -110,11 +111,14 @@ class PseudoAnomaly(ABC):
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32 or not len(images):
             raise ValueError(f"expected (B, 3, H, W) float32, not {tuple(images.shape)} {images.dtype}")
-        if self.ssim_scope != "off" and min(images.shape[-2:]) < WINDOW:
+        height, width = images.shape[-2:]
+        if self.ssim_scope != "off" and min(height, width) < WINDOW:
             raise UserError(
-                f"pictures of {images.shape[-2]}x{images.shape[-1]} are too small for SSIM, whose window is "
-                f"{WINDOW}x{WINDOW}: set data.init_args.image_size, or {KEY}.ssim_scope to off"
+                f"pictures of {height}x{width} are too small for SSIM, whose window is {WINDOW}x{WINDOW}: "
+                f"set data.init_args.image_size, or {KEY}.ssim_scope to off"
             )
+        if min(height, width) < _SMALLEST:
+            raise UserError(f"pictures of {height}x{width} are too small to be edited: set data.init_args.image_size")
         low, high = torch.stack(images.aminmax()).tolist()  # nan where any value is
         if not (low >= 0 and high <= 1):
             raise ValueError(f"expected pictures in [0, 1], not normalised ones; they lie between {low} and {high}")

@@ -162,9 +162,13 @@ def _anywhere(places: list[Tensor], height: Tensor, width: Tensor, angle: Tensor
     top, left = whole(from_y, rows - height + 1), whole(from_x, columns - width + 1)
     cut = Boxes(top, left, top + height, left + width)
     cos, sin = angle.cos().abs(), angle.sin().abs()
-    # What a turned rectangle needs beyond the upright one, above as well as below.
-    more_y = ((cos * height + sin * width - height) / 2).ceil().long()
-    more_x = ((cos * width + sin * height - width) / 2).ceil().long()
-    new_top = whole(to_y, (rows - height - 2 * more_y + 1).clamp(min=1)) + more_y
-    new_left = whole(to_x, (columns - width - 2 * more_x + 1).clamp(min=1)) + more_x
+    reach_y, reach_x = cos * height + sin * width, cos * width + sin * height  # of the turned rectangle
+    new_top, new_left = _fitting(to_y, height, reach_y, rows), _fitting(to_x, width, reach_x, columns)
     return Paste(cut, new_top, new_left, angle)
+
+
+def _fitting(u: Tensor, length: Tensor, reach: Tensor, side: int) -> Tensor:
+    """Where a rectangle of this length begins, such that `reach` around its middle fits, or else in the middle."""
+    slack = side - length
+    free = (slack - 2 * ((reach - length) / 2).ceil().long()).clamp(min=0).minimum(slack)
+    return whole(u, free + 1) + (slack - free) // 2

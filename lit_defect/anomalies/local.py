@@ -70,14 +70,14 @@ class LocalPseudoAnomaly(GatedEdit):
         area, aspect, top, left, down, right, turn = uniforms[:, :7].unbind(1)
         height, width = rectangle(log_between(area, *self.area), log_between(aspect, *self.aspect), rows, columns)
         top, left = whole(top, rows - height + 1), whole(left, columns - width + 1)
-        # The centre stays in the picture, so that something of the patch does.
-        new_top = _moved(top, down, self.shift * rows).clamp(-height // 2, rows - height // 2 - 1)
-        new_left = _moved(left, right, self.shift * columns).clamp(-width // 2, columns - width // 2 - 1)
+        new_top = _moved(top, height, rows, down, self.shift)
+        new_left = _moved(left, width, columns, right, self.shift)
         angle = torch.deg2rad(between(turn, -self.angle, self.angle))
         plan = Paste(Boxes(top, left, top + height, left + width), new_top, new_left, angle)
         return paste(images, owner, plan, uniforms[:, 7:], self.strengths)
 
 
-def _moved(place: Tensor, u: Tensor, reach: float) -> Tensor:
-    """A place in pixels moved by at most `reach` either way."""
-    return place + between(u, -reach, reach).round().long()
+def _moved(place: Tensor, length: Tensor, side: int, u: Tensor, shift: float) -> Tensor:
+    """Places moved either way by at most `shift` of the side; the middle of the patch stays in the picture."""
+    moved = place + between(u, -shift * side, shift * side).round().long()
+    return moved.maximum(-((length - 1) // 2)).minimum(side - 1 - length // 2)

@@ -43,7 +43,8 @@ class PerlinAnomaly(GatedEdit):
         opacity: of the texture, from and to.
         textures: a folder of photographs (with its subfolders); null takes the picture itself.
         candidates: see `PseudoAnomaly`.
-        ssim_scope: see `PseudoAnomaly`.
+        ssim_scope: see `PseudoAnomaly`; off, as DRAEM knows no gate. The box of `patch` holds all parts of the region
+            and much between them that is unchanged, so it needs a threshold of its own, about 0.98.
         ssim_threshold: see `PseudoAnomaly`.
 
     Raises:

@@ -125,7 +125,7 @@ class AnomalyTask(DefectTask):
         """Check that the splits allow what is asked for.
 
         Raises:
-            UserError: no good class, defective pictures among those to train on, or too few.
+            UserError: no good class, defective or too few pictures to train on, a precision without float32 weights.
         """
         super().setup(stage)
         data, name = self.data, type(self).__name__
@@ -133,6 +133,8 @@ class AnomalyTask(DefectTask):
             raise UserError(f"{name} takes its pictures from a data module: pass datamodule=")
         if data.normal_class is None:
             raise UserError(f"{name} learns what is normal, and this data module has no good class")
+        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
+            raise UserError(f"trainer.precision = {self.trainer.precision}: take 32-true, bf16-mixed or 16-mixed")
         if stage == "fit":
             self._check_training(data.samples["train"], data.normal_class)
         elif stage == "validate" and not data.samples.get("val"):
@@ -369,10 +371,9 @@ class AnomalyTask(DefectTask):
             seeds = {"training_seed": int(os.environ.get("PL_GLOBAL_SEED", 0)), "split_seed": self.data.seed}
             category = ", ".join(sorted({sample.category for sample in self.data.samples[stage]}))
             about = {**seeds, **self.about(), "category": category, "training_minutes": round(float(self.minutes), 2)}
-            with self.trainer.precision_plugin.forward_context():
-                about["latency_ms"] = self._latency(loader)
         near = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
         with self.trainer.precision_plugin.forward_context():  # as the scores were computed
+            about |= {"latency_ms": self._latency(loader)} if about else {}
             write_report(folder, stage, self._evaluation, about, near, look)
 
     @torch.no_grad()

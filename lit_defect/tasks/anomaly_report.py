@@ -206,6 +206,8 @@ def _draw(folder: Path, stage: str, evaluation: AnomalyEvaluation, result: dict[
             drawn[f"{stage}_auroc_by_type"] = auroc_by_type_figure(entry["auroc_by_type"], entry["auroc"], counts)
     if (folder / "metrics.csv").is_file() and result.get("loss") != "none":
         drawn["training"] = training_figure(folder / "metrics.csv")
+    for name in {f"{stage}_roc", f"{stage}_precision_recall", f"{stage}_auroc_by_type"} - set(drawn):
+        (figures / f"{name}.png").unlink(missing_ok=True)  # of an earlier evaluation
     written = [save_figure(figure, figures / f"{name}.png") for name, figure in drawn.items()]
     return written + _galleries(figures, stage, evaluation, look)
 

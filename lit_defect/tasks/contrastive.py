@@ -194,7 +194,17 @@ class SimCLR(AnomalyTask):
         checkpoint["pose"] = self._pose
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the pose that the scores were fitted for."""
+        """Take the pose that the scores were fitted for.
+
+        Raises:
+            UserError: the network was trained to tell other pseudo-anomalies.
+        """
+        width = len(checkpoint["state_dict"]["projection.3.weight"])
+        if self.loss_name == "classifier" and width != 1 + self.anomaly.kinds:
+            raise UserError(
+                f"the checkpoint tells {width} classes, and with anomaly = {type(self.anomaly).__name__} there are "
+                f"{1 + self.anomaly.kinds}: name the pseudo-anomaly that it was trained with"
+            )
         if self.pose == "auto":
             self._pose = checkpoint.get("pose", self._pose)
             self.detector = self.make_detector().to(self.device)
