@@ -441,3 +441,27 @@ def test_originals_are_the_crops_at_their_own_size(tmp_path: Path) -> None:
             expected = np.asarray(Image.open(sample.mask))[y : y + height, x : x + width] > 0
             assert expected.any()
         assert (mask == expected).all()
+
+
+def test_one_class_trains_on_flawless_pictures_and_tests_all_others(tmp_path):
+    root = make_crops_folder(tmp_path, classes={"good": 20, "bent": 10})
+    rows = [(f"{kind}/{i:03d}.png", kind, "", "") for kind, count in (("good", 20), ("bent", 10)) for i in range(count)]
+    rows[20] = ("bent/000.png", "bent", "train", "")  # as the user wants it, and so not used
+    rows[21] = ("bent/001.png", "bent", "", "part-1")  # a part that trains
+    rows[0] = ("good/000.png", "good", "train", "part-1")
+    write_rows(root / "list.csv", ("path", "label", "split", "group"), rows)
+    data = CustomCrops(str(root), annotations="list.csv", setting="one_class", cache_dir=str(tmp_path / "cache"))
+    data.prepare_data()
+    data.setup("fit")
+    kinds = {split: {s.defect_type for s in data.samples[split]} for split in ("train", "val", "test")}
+    assert kinds == {"train": {"good"}, "val": {"good"}, "test": {"good", "bent"}}
+    tested = {s.name for s in data.samples["test"] if s.defect_type == "bent"}
+    assert tested == {f"bent/{i:03d}.png" for i in range(2, 10)}
+
+
+def test_one_class_needs_a_flawless_class(tmp_path):
+    root = make_crops_folder(tmp_path, classes={"perfect": 8, "bent": 8})
+    data = CustomCrops(str(root), setting="one_class", cache_dir=str(tmp_path / "cache"))
+    data.prepare_data()
+    with pytest.raises(UserError, match=r"data\.normal_class"):
+        data.setup("fit")

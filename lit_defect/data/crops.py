@@ -24,9 +24,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -53,6 +54,8 @@ class CustomCrops(DefectDataModule):
         overlap: share of a tile that the next one repeats, from 0 to less than 1.
         multiple_of: of what the sides of every crop (or of `image_size`) must be multiples; 8 for diffusion.
         normal_class: name of the flawless class; by default good, ok or normal, if there is one.
+        setting: `one_class` trains and validates on flawless pictures only. All others test, but for those that the
+            list wants to train on, and those of a part (`group`) that trains or validates: these are not used.
         kwargs: as for `DefectDataModule`.
 
     Raises:
@@ -69,6 +72,7 @@ class CustomCrops(DefectDataModule):
         overlap: float = 0.0,
         multiple_of: int = 1,
         normal_class: str | None = None,
+        setting: Literal["supervised", "one_class"] = "supervised",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -79,6 +83,7 @@ class CustomCrops(DefectDataModule):
         self.overlap = overlap
         self.multiple_of = multiple_of
         self.flawless = normal_class
+        self.setting = setting
         self._rows: list[Annotation] | None = None
         self._check_choice()
 
@@ -93,6 +98,32 @@ class CustomCrops(DefectDataModule):
     def normal_class(self) -> int | None:
         """0 if there is a flawless class."""
         return 0 if self._flawless_of({row.label for row in self.rows()}) else None
+
+    @property
+    def good_only(self) -> bool:
+        """Whether the setting is `one_class`."""
+        return self.setting == "one_class"
+
+    def assign(self, samples: list[Sample]) -> list[Sample]:
+        """As for every data module; with `one_class`, defects that were drawn to train or validate test instead."""
+        divided = super().assign(samples)
+        if not self.good_only:
+            return divided
+        if self.normal_class is None:
+            raise UserError(
+                f"data.setting one_class trains on flawless pictures, and none of the classes "
+                f"{', '.join(self.class_names)} is called {', '.join(FLAWLESS)}: name it by data.normal_class"
+            )
+        learned = {s.group for s in divided if s.group and s.split in ("train", "val") and s.label == self.normal_class}
+        drawn = {sample.name for sample in samples if not sample.split}
+
+        def tests(sample: Sample) -> bool:
+            defective = sample.label != self.normal_class
+            return (
+                defective and sample.name in drawn and sample.group not in learned and sample.split in ("train", "val")
+            )
+
+        return [replace(sample, split="test") if tests(sample) else sample for sample in divided]
 
     def rows(self) -> list[Annotation]:
         """What the list says, or the folders; read once."""
