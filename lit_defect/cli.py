@@ -214,8 +214,9 @@ class CLI(LightningCLI):
         recorder = RunRecorder(run, str(self.subcommand), self.config_dump, runs.hash_config(self.config_dump))
         callbacks: list[Callback] = [SeenPictures(run, self.config_dump), recorder]
         if self.subcommand == "fit" and checkpoints:
-            monitor, mode = getattr(self.model, "monitor", ("val/loss", "min"))
-            callbacks += [BestCheckpoint(run.checkpoints, monitor, mode), LastCheckpoint(run.last)]
+            watched = getattr(self.model, "monitor", ("val/loss", "min"))
+            callbacks += [BestCheckpoint(run.checkpoints, *watched)] if watched else []
+            callbacks += [LastCheckpoint(run.last)]
         return callbacks
 
     def _loggers(self, run: runs.RunFolder, own: Any) -> list[Any] | bool:
@@ -272,8 +273,19 @@ def main(args: list[str] | None = None) -> CLI:
         )
     except (UserError, MisconfigurationException) as error:
         raise SystemExit(_fail(str(error))) from None
+    except ValueError as error:
+        if (own := _user_error_behind(error)) is None:
+            raise
+        raise SystemExit(_fail(str(own))) from None
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None  # for a scheduler or a sweep: this is not finished
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """What a class said that jsonargparse was to make for an argument, such as a pseudo-anomaly for a model."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _missing(own: list[Callback], extra: list[Callback]) -> list[Callback]:

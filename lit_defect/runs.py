@@ -203,7 +203,7 @@ def resolve_checkpoint(name: str, experiment_dir: Path, run_id: str | None) -> P
     """The file behind `--ckpt_path`: `best` and `last` mean the newest run's own.
 
     Args:
-        name: `best`, `last` or a file.
+        name: `best`, `last` or a file; of a finished run whose task chooses no best state, `best` is the last.
         experiment_dir: folder of the experiment's runs.
         run_id: a certain run, or None for the newest one that has such a checkpoint.
 
@@ -217,9 +217,11 @@ def resolve_checkpoint(name: str, experiment_dir: Path, run_id: str | None) -> P
         return path
     runs = [RunFolder(experiment_dir / run_id)] if run_id else list_runs(experiment_dir)
     for run in runs:
-        path = getattr(run, name)
-        if path.is_file():
-            return path
+        found: Path = getattr(run, name)
+        if found.is_file():
+            return found
+        if run.last.is_file() and run.record().get("status") == "finished":
+            return run.last
     where = experiment_dir / run_id if run_id else experiment_dir
     raise UserError(
         f"--ckpt_path {name}: no run in {where} has a checkpoints/{name}.ckpt; "

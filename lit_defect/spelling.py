@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
+from lit_defect import anomalies
 from lit_defect.errors import UserError
 
 _NOT_OPTIONS = {"CACHE", "RUN_ID"}  # variables of ours that stand for no option
@@ -59,6 +60,11 @@ def _unknown_class(name: str, key: str) -> str:
     """What there is in place of a class that does not exist."""
     if key in ("model", "data"):
         known = sorted(_classes(LightningModule if key == "model" else LightningDataModule))
+    elif "anomaly" in key:
+        known = sorted(_anomalies())
+    else:
+        known = []
+    if known:
         return f"--{key} {name}: no such class{_hint(name, known)}\n  there is: {', '.join(known)}"
     kinds = _every_class(Callback) | _every_class(Logger) | _every_class(Strategy)
     return f"{key}: no such class {name}{_hint(name, kinds)}"
@@ -152,13 +158,15 @@ def _nearest(key: str, written: str, parser: Any) -> str:
     options |= {option.partition(".")[0] for option in options}
     if full := difflib.get_close_matches(key, options, n=1, cutoff=0.7):
         return f"; did you mean {full[0]}?"
-    base: tuple[type, ...] = (LightningModule, LightningDataModule)
-    if "model." in written:
-        base = (LightningModule,)
+    kinds = [*_classes(LightningModule).values(), *_classes(LightningDataModule).values(), *_anomalies().values()]
+    if "anomaly." in written:
+        kinds = [*_anomalies().values()]
+    elif "model." in written:
+        kinds = [*_classes(LightningModule).values()]
     elif "data." in written:
-        base = (LightningDataModule,)
-    names = {name for kind in base for known in _classes(kind).values() for name in _parameters(known)}
+        kinds = [*_classes(LightningDataModule).values()]
     prefix, _, last = key.rpartition(".")
+    names = {name for known in kinds for name in _parameters(known)} - {last}  # which another class may have
     return _hint(last, names, prefix)
 
 
@@ -192,6 +200,16 @@ def _classes(base: type) -> dict[str, type]:
         if known.__module__.startswith("lit_defect.") and not known.__subclasses__():
             found[known.__name__] = known
     return found
+
+
+def _anomalies() -> dict[str, type]:
+    """The pseudo-anomalies by name."""
+    known = {name: kind for name, kind in vars(anomalies).items() if isinstance(kind, type)}
+    return {
+        name: kind
+        for name, kind in known.items()
+        if issubclass(kind, anomalies.PseudoAnomaly) and not inspect.isabstract(kind)
+    }
 
 
 def _parameters(known: type) -> set[str]:

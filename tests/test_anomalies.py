@@ -12,6 +12,7 @@ from lit_defect.anomalies import (
     CutPaste3Way,
     CutPasteScar,
     LocalPseudoAnomaly,
+    MixedAnomaly,
     PerlinAnomaly,
     PoissonPatch,
     PseudoAnomalies,
@@ -23,6 +24,16 @@ from lit_defect.anomalies import (
 from lit_defect.errors import UserError
 
 KINDS = [LocalPseudoAnomaly, CutPaste, CutPasteScar, CutPaste3Way, PerlinAnomaly, PoissonPatch]
+
+
+class Mixed(MixedAnomaly):
+    """Two makers that take the same settings."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__([LocalPseudoAnomaly(**settings), PerlinAnomaly(**settings)])  # type: ignore[arg-type]
+
+
+EVERY = [*KINDS, Mixed]
 SCOPES = ["image", "patch", "off"]
 
 
@@ -44,7 +55,7 @@ def sources(images: Tensor, made: PseudoAnomalies) -> Tensor:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 class TestEveryKind:
     def test_masks_are_what_differs(self, kind: type[PseudoAnomaly], scope: str) -> None:
         images = photographs(60, 84)
@@ -135,7 +146,7 @@ class TestEveryKind:
             assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_refuses_bad_pictures(kind: type[PseudoAnomaly]) -> None:
     make, images = kind(), photographs()
     for value in (torch.nan, 1.5, -0.1, torch.inf):
@@ -148,7 +159,7 @@ def test_refuses_bad_pictures(kind: type[PseudoAnomaly]) -> None:
             make(wrong, seeded())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize(
     ("wrong", "value"), [("ssim_threshold", 0.0), ("ssim_threshold", 1.2), ("candidates", 0), ("ssim_scope", "box")]
 )
@@ -250,7 +261,7 @@ def test_is_configured_by_class_path(kind: type[PseudoAnomaly]) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_the_device_changes_nothing(kind: type[PseudoAnomaly], scope: str) -> None:
     images = photographs(96, 128)
     here = kind(ssim_scope=scope)(images, seeded())

@@ -406,3 +406,11 @@ def test_freeze_and_unfreeze_follow_each_other():
     assert trained_names(backbone) == [name for name in everything if not name.startswith(("conv1.", "bn1."))]
     assert backbone.model.layer1[0].bn1.training
     assert not backbone.model.bn1.training
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_network_built_for_another_size_says_so(name):
+    network, images = Backbone(name, image_size=64).eval(), torch.rand(1, 3, 48, 64)
+    for use in (network.features, lambda given: network.maps(given, [16])):
+        with pytest.raises(UserError, match=rf"{name} is built .*64x64.* 48x64: set model.init_args.image_size"):
+            use(images)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from lit_defect.errors import UserError
@@ -152,3 +154,30 @@ def test_a_failed_fit_leaves_nothing_fitted():
     with pytest.raises(UserError, match="k = 5"):
         detector.fit([normal(4)])
     assert not detector.fitted
+
+
+def test_the_combination_weighs_whole_and_place_by_their_spread_on_unseen_pictures():
+    """Against z-scores of the logarithms by scipy."""
+    detector = fitted()
+    unseen, _ = detector(*normal(30, seed=2), SIZE)
+    scores, _ = detector(*normal(6, seed=1), SIZE)
+    plain = (scores["gaussian"].log() + scores["map_max"].log()) / 2
+    torch.testing.assert_close(scores["combined"], plain)  # until it is calibrated
+    detector.calibrate(unseen["gaussian"], unseen["map_max"])
+    scores, _ = detector(*normal(6, seed=1), SIZE)
+    by_hand = [
+        stats.zmap(np.log(scores[name].double()), np.log(unseen[name].double()), ddof=1)
+        for name in ("gaussian", "map_max")
+    ]
+    np.testing.assert_allclose(scores["combined"], np.mean(by_hand, axis=0), rtol=1e-4)
+    again = Detector(neighbours=3, dimensions=4)
+    again.load_state_dict(detector.state_dict())
+    torch.testing.assert_close(again(*normal(6, seed=1), SIZE)[0]["combined"], scores["combined"])
+
+
+@pytest.mark.parametrize("values", [[3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0], [2.0, 5.0]])
+def test_pictures_that_tell_nothing_of_the_spread_leave_the_combination_finite(values):
+    detector = fitted()
+    detector.calibrate(torch.tensor(values), torch.tensor(values))
+    scores, _ = detector(*normal(6, seed=1), SIZE)
+    assert scores["combined"].isfinite().all()

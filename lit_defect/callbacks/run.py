@@ -213,7 +213,10 @@ class LastCheckpoint(Checkpoint):
         return [bool(flag) for flag in trainer.strategy.reduce(raised, reduce_op="max")]  # type: ignore[union-attr]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the epoch and its validation; stop when told so."""
+        """Save after the epoch and its validation, with what the task adds at the end; stop when told so."""
+        complete = getattr(pl_module, "complete", None)
+        if complete is not None:
+            complete()  # EarlyStopping may have ended the training just now, after the task's own hook
         if not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
         if self._agree(trainer, [self._terminated])[0]:

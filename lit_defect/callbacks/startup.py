@@ -59,7 +59,7 @@ class EpochLines(Callback):
         if not trainer.is_global_zero or (now - self._shown_at < 10 and not last):
             return
         self._shown_at = now
-        monitored = getattr(pl_module, "monitor", ("",))[0]
+        monitored = (getattr(pl_module, "monitor", None) or ("",))[0]
         metrics = trainer.callback_metrics
         shown = [key for key in dict.fromkeys(("train/loss", "val/loss", monitored)) if key in metrics]
         figures = "  ".join(f"{key} {float(metrics[key]):.4g}" for key in shown)

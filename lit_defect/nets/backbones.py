@@ -90,7 +90,11 @@ class Backbone(nn.Module):
         """Normalised images (B, 3, H, W) -> the last map as the network lays it out.
 
         (B, C, h, w) for most, (B, h, w, C) for Swin, (B, N, C) for the tokens of a ViT.
+
+        Raises:
+            UserError: the network is built for pictures of another size.
         """
+        self._check_size(images)
         return self.model.forward_features(images)
 
     def pool(self, feature_map: Tensor) -> Tensor:
@@ -121,13 +125,25 @@ class Backbone(nn.Module):
             and in this layout whatever the network's own; h and w are about H / stride and W / stride, as
             the network's padding has it.
         Raises:
-            UserError: the network has no layer of a stride; the message names those that it has.
+            UserError: the network has no layer of a stride; the message names those that it has. Or it is built
+                for pictures of another size.
         """
+        self._check_size(images)
         places = self._places(strides)
         ascending = sorted(set(places))
         last, taken = self.model.forward_intermediates(images, indices=ascending, output_fmt="NCHW")
         found = dict(zip(ascending, taken, strict=True))
         return self.pool(last), [found[place] for place in places]
+
+    def _check_size(self, images: Tensor) -> None:
+        patches: Any = getattr(self.model, "patch_embed", None)
+        height, width = images.shape[-2:]
+        if getattr(patches, "strict_img_size", False) and (height, width) != tuple(patches.img_size):
+            wanted = "x".join(map(str, patches.img_size))
+            raise UserError(
+                f"backbone: {self.name} is built for pictures of {wanted}, and these are {height}x{width}: "
+                "set model.init_args.image_size to the size that they are to have"
+            )
 
     def map_layers(self, strides: Sequence[int] = (8, 16, 32)) -> list[str]:
         """Names of the layers whose maps `maps` gives, such as `layer2`; raises what `maps` raises."""

@@ -2,8 +2,11 @@
 
     features (B, D) --> gaussian, knn, kde      one number for a picture
     maps            --> grid (B, h, w)          one number for a place; smoothed, its maximum is `map_max`
+    gaussian, map_max --> combined              the picture as a whole and its strangest place, together
 
-Which of the four is reported first is the caller's choice; all cost next to nothing beside the network.
+`combined` is the mean of the two scores' logarithms, each less its mean over good pictures that were not fitted to,
+and divided by its standard deviation there. Which score is reported first is the caller's choice; all cost next to
+nothing beside the network.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from lit_defect.scoring.density import GaussianDensity, KernelDensity
 from lit_defect.scoring.maps import LocalGaussian, Maps, Positions, upsample_maps
 from lit_defect.scoring.neighbours import NearestNeighbours
 
-SCORES = ("gaussian", "knn", "kde", "map_max")
+SCORES = ("gaussian", "knn", "kde", "map_max", "combined")
 
 
 class Detector(nn.Module):
@@ -30,6 +33,9 @@ class Detector(nn.Module):
         dimensions: at most so many of each map's channels, by random projection.
         smoothing: standard deviation of the map's smoothing, as a share of the picture's longer side.
     """
+
+    usual: Tensor  # (2,) mean of the logarithms of gaussian and map_max over good pictures
+    spread: Tensor  # (2,) their standard deviation
 
     def __init__(
         self,
@@ -44,6 +50,8 @@ class Detector(nn.Module):
         self.kde = KernelDensity()
         self.local = LocalGaussian(positions, dimensions)
         self.smoothing = smoothing
+        self.register_buffer("usual", torch.zeros(2))
+        self.register_buffer("spread", torch.ones(2))
 
     @property
     def fitted(self) -> bool:
@@ -97,8 +105,32 @@ class Detector(nn.Module):
         grid = self.local(maps)
         highest = self.enlarge(grid, size).amax((1, 2))
         scores = {"gaussian": self.gaussian(features), "knn": self.knn(features), "kde": self.kde(features)}
-        return scores | {"map_max": highest}, grid
+        return scores | {"map_max": highest, "combined": self.combine(scores["gaussian"], highest)}, grid
+
+    def combine(self, gaussian: Tensor, map_max: Tensor) -> Tensor:
+        """The two scores (B,) -> their combination (B,)."""
+        return ((_logarithms(gaussian, map_max) - self.usual) / self.spread).mean(dim=1)
+
+    @torch.no_grad()
+    def calibrate(self, gaussian: Tensor, map_max: Tensor) -> None:
+        """Give both scores equal weight in `combined`; without this their logarithms count as they are.
+
+        Args:
+            gaussian: (n,) of good pictures that were not fitted to; fewer than three change nothing.
+            map_max: (n,) likewise.
+        """
+        if len(gaussian) < 3:
+            return
+        logs = _logarithms(gaussian, map_max)
+        spread = logs.std(dim=0)
+        self.usual.copy_(logs.mean(dim=0))
+        self.spread.copy_(torch.where(spread > 0, spread, 1.0))
 
     def enlarge(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
         """Grid (B, h, w) -> smoothed map (B, H, W)."""
         return upsample_maps(grid, size, self.smoothing * max(size))
+
+
+def _logarithms(gaussian: Tensor, map_max: Tensor) -> Tensor:
+    """(B,), (B,) -> (B, 2); distances of 0, as blank pictures have, stay finite."""
+    return torch.stack([gaussian, map_max], dim=1).clamp_min(1e-6).log()

@@ -2,7 +2,8 @@
 
 A subclass turns pictures into features and feature maps (`embed`) and trains what does so. At the end of the
 training a `Detector` is fitted to the plain normal training pictures, and each score gets the threshold that the
-allowed share of the good validation pictures reaches. Nothing is chosen on defective pictures.
+allowed share of the good validation pictures reaches. Nothing is chosen on defective pictures: the last state is
+the result.
 """
 
 from __future__ import annotations
@@ -15,23 +16,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
 from lit_defect.errors import UserError
 from lit_defect.metrics.anomaly import threshold_for_overkill
 from lit_defect.metrics.localization import BinnedPixelMetrics, PixelMetrics
-from lit_defect.reporting.maps import Map, overlay, write_map
+from lit_defect.reporting.maps import Map
 from lit_defect.runs import keep_previous
 from lit_defect.scoring.detector import SCORES, Detector
-from lit_defect.tasks.anomaly_report import AnomalyEvaluation, Shown, write_report
+from lit_defect.tasks.anomaly_maps import MapWriter
+from lit_defect.tasks.anomaly_report import AnomalyEvaluation, Shown, latency, write_report
 from lit_defect.tasks.base import Batch, DefectTask
+from lit_defect.tasks.processes import joined
 from lit_defect.tasks.views import resize, unit_range
 
-_TIFF_RANGE = 16  # white, in multiples of the map's threshold
 _TIMED = 30  # single pictures that the latency is measured on
 
 
@@ -41,7 +41,8 @@ class AnomalyTask(DefectTask):
     Args:
         image_size: side or (height, width) that pictures are resized to on the device; null takes them as
             the data module gives them.
-        score: which one is reported first: `gaussian`, `knn`, `kde` or `map_max`. All four are computed.
+        score: which one is reported first: `gaussian`, `knn`, `kde`, `map_max`, or `combined` of the first and the
+            last. All are computed.
         neighbours: k of the score `knn`.
         map_strides: which feature maps the anomaly map is made of, by their stride in pixels; null for 8, 16, 32.
         map_positions: one Gaussian for each place (`aligned`) or for all (`shared`); `auto` leaves it to the task.
@@ -57,7 +58,7 @@ class AnomalyTask(DefectTask):
         UserError: an option out of range.
     """
 
-    thresholds: Tensor  # (4,) on each of SCORES; nan without validation pictures
+    thresholds: Tensor  # (5,) on each of SCORES; nan without validation pictures
     minutes: Tensor  # () of training, over all its parts
     detector: Detector
 
@@ -65,7 +66,7 @@ class AnomalyTask(DefectTask):
         self,
         *,
         image_size: int | tuple[int, int] | None = None,
-        score: Literal["gaussian", "knn", "kde", "map_max"] = "gaussian",
+        score: Literal["gaussian", "knn", "kde", "map_max", "combined"] = "gaussian",
         neighbours: int = 5,
         map_strides: list[int] | None = None,
         map_positions: Literal["auto", "aligned", "shared"] = "auto",
@@ -77,15 +78,19 @@ class AnomalyTask(DefectTask):
         overlays: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if not 0 <= allowed_overkill < 1:
-            raise UserError(f"model.init_args.allowed_overkill = {allowed_overkill}: expected a share, 0 <= s < 1")
-        if not 0 <= smoothing < 1:
-            raise UserError(f"model.init_args.smoothing = {smoothing}: expected a share, 0 <= s < 1")
+        super().__init__(monitor=None, **kwargs)
+        for key, share in (("allowed_overkill", allowed_overkill), ("smoothing", smoothing)):
+            if not 0 <= share < 1:
+                raise UserError(f"model.init_args.{key} = {share}: expected a share, 0 <= s < 1")
+        for key, number in (("neighbours", neighbours), ("map_dimensions", map_dimensions)):
+            if number < 1:
+                raise UserError(f"model.init_args.{key} = {number}: expected at least 1")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise UserError(f"model.init_args.image_size = {image_size}: expected pixels, at least 1")
         self.score = score
         self.neighbours = neighbours
-        self.map_strides = tuple(map_strides or (8, 16, 32))
+        self.map_strides = (8, 16, 32) if map_strides is None else tuple(map_strides)
         self.map_positions = map_positions
         self.map_dimensions = map_dimensions
         self.smoothing = smoothing
@@ -98,7 +103,7 @@ class AnomalyTask(DefectTask):
         self._pixels: PixelMetrics | BinnedPixelMetrics | None = None
         self._evaluation: AnomalyEvaluation
         self._since = 0.0
-        self._saturated = 0
+        self._maps: MapWriter | None = None
 
     # --- what a subclass provides ---
 
@@ -175,12 +180,15 @@ class AnomalyTask(DefectTask):
     # --- fitting ---
 
     def on_train_start(self) -> None:
-        """Start the clock; a resumed run may go on within an epoch, which has no start then."""
-        self._since = time.monotonic()
+        """Begin; a resumed run may go on within an epoch, which has no start then."""
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
-        """Start the clock after a validation."""
+        """Start the clock after a validation; forget scores that were fitted to other weights."""
         self._since = time.monotonic()
+        if self.detector.fitted:
+            self.detector = self.make_detector().to(self.device)
+            self.thresholds.fill_(torch.nan)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Count the time of the step, so that a checkpoint within an epoch knows it."""
@@ -189,10 +197,19 @@ class AnomalyTask(DefectTask):
         self._since = now
 
     def on_train_epoch_end(self) -> None:
-        """Fit the scores when the training is over, before the last checkpoint is written."""
+        """Fit the scores if the training ends here, before a checkpoint is written."""
+        self.complete()
+
+    def complete(self) -> None:
+        """Fit the scores if the training is over; `LastCheckpoint` asks again when EarlyStopping has judged."""
         trainer = self.trainer
         ended = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if ended or trainer.should_stop:
+        if (ended or trainer.should_stop) and not self.detector.fitted:
+            self._fit_detector()
+
+    def on_train_end(self) -> None:
+        """Fit the scores where nobody has."""
+        if not self.detector.fitted:
             self._fit_detector()
 
     @torch.no_grad()
@@ -208,7 +225,7 @@ class AnomalyTask(DefectTask):
                 yield self.embed(self.pixels(batch["image"]))
 
         def gather(part: Tensor) -> Tensor:  # of all processes, in the order of the split
-            return _joined(part)[_joined(torch.cat(order)).argsort()]
+            return joined(part)[joined(torch.cat(order)).argsort()]
 
         def add_up(part: Tensor) -> Tensor:
             total: Any = self.trainer.strategy.reduce(part.clone(), reduce_op="sum")
@@ -225,15 +242,19 @@ class AnomalyTask(DefectTask):
         self.train(training)
 
     def _fit_thresholds(self) -> None:
-        """Of each score, what the allowed share of good validation pictures reaches."""
+        """Of each score, what the allowed share of good validation pictures reaches; the weights of `combined`."""
         parts = []
         for batch in self.data.loader("val"):
             found, _ = self(batch["image"])
             good = (batch["label"] == self.data.normal_class).to(self.device)
-            parts.append(torch.stack([found[name] for name in SCORES], dim=1)[good])  # (B, 4)
+            parts.append(torch.stack([found[name] for name in SCORES], dim=1)[good])  # (B, 5)
         rows = torch.cat(parts)
-        rows = _joined(rows) if self.trainer.world_size > 1 else rows
-        limits = [threshold_for_overkill(column.cpu().numpy(), self.allowed_overkill) for column in rows.unbind(1)]
+        rows = joined(rows) if self.trainer.world_size > 1 else rows
+        columns = dict(zip(SCORES, rows.unbind(1), strict=True))
+        pair = columns["gaussian"], columns["map_max"]
+        self.detector.calibrate(*pair)
+        columns["combined"] = self.detector.combine(*pair)  # as it will be from now on
+        limits = [threshold_for_overkill(column.cpu().numpy(), self.allowed_overkill) for column in columns.values()]
         self.thresholds.copy_(torch.tensor(limits, dtype=torch.float64))
 
     def _begin(self, stage: str) -> None:
@@ -290,48 +311,35 @@ class AnomalyTask(DefectTask):
     def on_predict_start(self) -> None:
         """Make room for the maps; those of an earlier prediction are kept under a number."""
         self._begin("predict")
-        self._folder = Path(self.trainer.default_root_dir) / "predict_maps"
-        self._saturated = 0
-        if self.maps != "off" and self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
-            keep_previous(self._folder)
+        folder = Path(self.trainer.default_root_dir) / "predict_maps"
+        self._maps = None
+        if self.maps != "off" and not getattr(self.trainer, "fast_dev_run", False):
+            if self.trainer.is_global_zero:
+                keep_previous(folder)
+            limit = float(self.thresholds[SCORES.index("map_max")])
+            self._maps = MapWriter(folder, self.maps, self.overlays, limit if math.isfinite(limit) else None)
         self.trainer.strategy.barrier("maps of an earlier prediction kept")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Scores (B,) by name; each picture's map and overlay go to the run's folder `predict_maps`."""
         grid = self._evaluate(batch, "predict")
-        scores = {name: value.cpu() for name, value in self._evaluated[-1].items() if name in SCORES}
-        if self.maps == "off" or getattr(self.trainer, "fast_dev_run", False):
-            return scores
-        for position, name, cells in zip(batch["index"].tolist(), batch["name"], grid, strict=True):
-            picture, _ = self.data.original("predict", position)
-            scored = self.detector.enlarge(cells[None], (picture.shape[0], picture.shape[1]))[0].cpu().numpy()
-            place = self._folder / name
-            self._saturated += write_map(
-                place.with_name(f"{place.name}.{self.maps}"), scored, full_scale=self._full_scale()
-            )
-            if self.overlays:
-                limit = self._pixel_limit()
-                laid = overlay(picture, scored, scale=(0.5 * limit, 2 * limit) if limit else None, threshold=limit)
-                Image.fromarray(laid).save(place.with_name(f"{place.name}.overlay.png"))
-        return scores
-
-    def _pixel_limit(self) -> float | None:
-        """A picture is rejected by `map_max` where a place of its map reaches this."""
-        limit = float(self.thresholds[SCORES.index("map_max")])
-        return limit if math.isfinite(limit) else None
-
-    def _full_scale(self) -> float:
-        """The white of a TIFF: far above what is normal, the same for all pictures of one checkpoint."""
-        return _TIFF_RANGE * (self._pixel_limit() or 1.0)
+        if self._maps is not None:
+            for position, name, cells in zip(batch["index"].tolist(), batch["name"], grid, strict=True):
+                picture, _ = self.data.original("predict", position)
+                scored = self.detector.enlarge(cells[None], (picture.shape[0], picture.shape[1]))[0]
+                self._maps.write(name, picture, scored.cpu().numpy())
+        return {name: value for name, value in self._evaluated[-1].items() if name in SCORES}
 
     def on_predict_epoch_end(self) -> None:
         """Keep the scores of all processes."""
         self._keep_result("predict")
-        count: Any = torch.tensor(self._saturated, device=self.device)
+        if self._maps is None:
+            return
+        count: Any = torch.tensor(self._maps.saturated, device=self.device)
         saturated = int(self.trainer.strategy.reduce(count, reduce_op="sum"))  # type: ignore[arg-type]
         if saturated:
             rank_zero_warn(
-                f"{saturated} pixels score above {self._full_scale():g}, the white of the TIFFs, and were held "
+                f"{saturated} pixels score above {self._maps.full_scale:g}, the white of the TIFFs, and were held "
                 "there; --model.maps npy keeps every score"
             )
 
@@ -373,7 +381,9 @@ class AnomalyTask(DefectTask):
             about = {**seeds, **self.about(), "category": category, "training_minutes": round(float(self.minutes), 2)}
         near = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
         with self.trainer.precision_plugin.forward_context():  # as the scores were computed
-            about |= {"latency_ms": self._latency(loader)} if about else {}
+            if about:
+                first = range(min(_TIMED, len(self._evaluation.samples)))
+                about["latency_ms"] = latency(self._map_of, (loader.batch([place])["image"] for place in first))
             write_report(folder, stage, self._evaluation, about, near, look)
 
     @torch.no_grad()
@@ -382,23 +392,3 @@ class AnomalyTask(DefectTask):
         _, grid = self(image)
         size = self.image_size or (image.shape[-2], image.shape[-1])
         return self.detector.enlarge(grid, size)[0].cpu().numpy()
-
-    @torch.no_grad()
-    def _latency(self, loader: Any) -> dict[str, float]:
-        """Milliseconds from a decoded picture to its scores and map, one picture at a time."""
-        count = min(_TIMED, len(self._evaluation.samples))
-        times = []
-        for position in [0, 0, 0, *range(count)]:
-            image = loader.batch([position])["image"]
-            start = time.perf_counter()
-            self._map_of(image)
-            times.append(1000 * (time.perf_counter() - start))
-        middle, late = np.quantile(times[3:], (0.5, 0.95))
-        return {"median": round(float(middle), 2), "p95": round(float(late), 2)}
-
-
-def _joined(part: Tensor) -> Tensor:
-    """(n, ...) of each process -> (N, ...) of all, by rank."""
-    from torchmetrics.utilities.distributed import gather_all_tensors
-
-    return torch.cat(gather_all_tensors(part.contiguous()))

@@ -28,7 +28,8 @@ class DefectTask(LightningModule):
         weight_decay: decay of weights; norms and biases have none.
         schedule: `cosine` falls to zero over the whole training, `constant` does not; both after the warm-up.
         warmup: share of all optimizer steps over which the learning rate rises from zero.
-        monitor: logged value that chooses the best checkpoint; smaller is better for losses and errors.
+        monitor: logged value that chooses the best checkpoint; smaller is better for losses and errors. None where
+            the last state is the result.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class DefectTask(LightningModule):
         weight_decay: float = 0.01,
         schedule: Literal["cosine", "constant"] = "cosine",
         warmup: float = 0.05,
-        monitor: str = "val/loss",
+        monitor: str | None = "val/loss",
     ) -> None:
         super().__init__()
         if not lr > 0:
@@ -51,10 +52,9 @@ class DefectTask(LightningModule):
         self.weight_decay = weight_decay
         self.schedule = schedule
         self.warmup = warmup
-        self.monitor = (
-            monitor,
-            "min" if any(word in monitor for word in _LESS_IS_BETTER) else "max",
-        )
+        self.monitor: tuple[str, str] | None = None
+        if monitor is not None:
+            self.monitor = (monitor, "min" if any(word in monitor for word in _LESS_IS_BETTER) else "max")
         self._evaluated: list[dict[str, Tensor]] = []
 
     def setup(self, stage: str) -> None:

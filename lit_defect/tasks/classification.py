@@ -163,7 +163,7 @@ class DefectClassifier(DefectTask):
 
     def _check_monitor(self, labels: np.ndarray) -> None:
         """Refuse to watch a figure that validation cannot give, before the first epoch and not after it."""
-        key = self.monitor[0]
+        key = self.monitor[0] if self.monitor else ""
         if not key.startswith("val/"):
             return
         names = list(self.class_names or ())

@@ -13,6 +13,7 @@ Only normal pictures are trained on; nothing is chosen on defective ones. The la
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cached_property
 from itertools import pairwise
@@ -31,6 +32,7 @@ from lit_defect.nets.gradcam import grad_cam
 from lit_defect.tasks.anomaly import AnomalyTask
 from lit_defect.tasks.anomaly_report import write_preview
 from lit_defect.tasks.base import Batch
+from lit_defect.tasks.processes import joined_with_gradient
 from lit_defect.tasks.views import Pose, contrastive_views
 
 Loss = Literal["ntxent", "ntxent_hard", "one_class", "classifier", "none"]
@@ -60,7 +62,6 @@ class SimCLR(AnomalyTask):
         pose: `fixed`, `flips` or `free`: which views show the same product. `auto` knows MVTec AD's categories
             and takes others as fixed.
         channels_last: memory format of the network.
-        monitor: logged value that chooses `best.ckpt`; `epoch` keeps the last state, in which the scores are fitted.
         kwargs: sizes, scores, maps and thresholds as for `AnomalyTask`, the schedule as for `DefectTask`.
 
     Raises:
@@ -83,10 +84,15 @@ class SimCLR(AnomalyTask):
         optimizer: str = "momentum",
         lr: float = 0.03,
         weight_decay: float = 3e-5,
-        monitor: str = "epoch",
         **kwargs: Any,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr=lr, weight_decay=weight_decay, monitor=monitor, **kwargs)
+        super().__init__(optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
+        if not 0 < temperature < math.inf:
+            raise UserError(f"model.init_args.temperature = {temperature}: expected a number > 0")
+        if not 0 <= beta < math.inf:
+            raise UserError(f"model.init_args.beta = {beta}: expected a number >= 0")
+        if min(projection) < 1:
+            raise UserError(f"model.init_args.projection = {list(projection)}: expected two widths, at least 1")
         self.save_hyperparameters(ignore=["anomaly"], logger=False)
         self.backbone_name = backbone
         self.weights = weights
@@ -215,8 +221,11 @@ class SimCLR(AnomalyTask):
         """Look at the first pseudo-anomalies before anything is trained on them.
 
         Raises:
-            UserError: the SSIM gate rejects all of them, or a picture holds values that are not numbers.
+            UserError: the SSIM gate rejects all of them, a picture holds values that are not numbers, or a batch of
+                `ntxent` has nothing to compare.
         """
+        if self.loss_name == "ntxent" and self.data.batch_size * self.trainer.world_size < 2:
+            raise UserError("data.batch_size = 1: the loss ntxent tells pictures of a batch apart, so it needs 2")
         if self.loss_name in ("none", "ntxent"):
             return
         positions = list(range(0, len(self.data.samples["train"]), max(1, len(self.data.samples["train"]) // _PROBED)))
@@ -249,7 +258,7 @@ class SimCLR(AnomalyTask):
         """Of one batch; `shared` joins those of all processes, whose sizes must then be equal."""
         images = self.pixels(batch["image"])
         _check_finite(images, batch["name"])
-        every = self._of_all if shared and self.trainer.world_size > 1 else _own
+        every = joined_with_gradient if shared and self.trainer.world_size > 1 else _own
         source = every(batch["index"], 0)
         if self.loss_name == "ntxent":
             return ntxent(every(self._twins(images), 1), temperature=self.temperature, source=source)
@@ -285,11 +294,6 @@ class SimCLR(AnomalyTask):
 
     def _project(self, images: Tensor) -> Tensor:
         return self.projection(self.network.features(self._prepare(images)))
-
-    def _of_all(self, part: Tensor, dim: int) -> Tensor:
-        """What every process has, joined along `dim`; gradients flow back to where it came from."""
-        parts: Any = self.all_gather(part.contiguous(), sync_grads=part.requires_grad)  # (W, *part.shape)
-        return torch.cat(parts.unbind(), dim=dim)
 
     def on_validation_epoch_start(self) -> None:
         """The same pseudo-anomalies and views of the validation pictures after each epoch."""
