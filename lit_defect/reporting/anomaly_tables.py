@@ -9,13 +9,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-_COLUMNS = (
-    ("auroc", "AUROC", False),
-    ("average_precision", "average precision", False),
-    ("f1_max", "best F1", False),
-    ("escape_rate", "escapes", True),
-    ("overkill_rate", "overkill", True),
+_COLUMNS = (  # narrow enough for a terminal of 80 characters; the JSON has all figures
+    ("auroc", "AUROC", False, True),
+    ("average_precision", "AP", False, False),
+    ("escape_rate", "escapes", True, True),
+    ("overkill_rate", "overkill", True, True),
 )
+"""Name in the result, name for people, whether it is shown in percent, and with its interval."""
 _PIXEL = (
     ("pixel_auroc", "pixel AUROC"),
     ("aupro", "AUPRO"),
@@ -31,29 +31,34 @@ def anomaly_table(result: Mapping[str, Any], title: str) -> Table:
     names = [main, *(name for name in result["image"] if name != main)]
     table = Table(title=title, title_justify="left", caption=_caption(result), caption_justify="left")
     table.add_column("score")
-    for _, label, _ in _COLUMNS:
-        table.add_column(label, justify="right")
+    for _, label, _, _ in _COLUMNS:
+        table.add_column(label, justify="right", no_wrap=True)
     for name in names:
-        cells = [_cell(result["image"][name][key], percent) for key, _, percent in _COLUMNS]
-        table.add_row(name, *cells, style="bold" if name == main else None)
-    fresh = result.get("without_near_duplicates")
-    if fresh:
-        cells = [_cell(fresh["image"][main][key], percent) for key, _, percent in _COLUMNS]
-        table.add_section()
-        table.add_row(f"{main}, {fresh['n']} pictures without near-duplicate", *cells)
+        table.add_row(name, *_cells(result["image"][name]), style="bold" if name == main else None)
     return table
 
 
-def _cell(entry: Mapping[str, Any], percent: bool) -> str:
-    """Value and interval, as `0.912 (0.88 to 0.94)`."""
+def _cells(figures: Mapping[str, Any]) -> list[str]:
+    return [_cell(figures[key], percent, limits) for key, _, percent, limits in _COLUMNS]
+
+
+def _cell(entry: Mapping[str, Any], percent: bool, limits: bool) -> str:
+    """Value and interval, as `0.912 (.88 to .94)` or `50 % (39 to 61)`."""
     value = entry["value"]
     if value is None or math.isnan(value):
         return "-"
-    shown = f"{100 * value:.1f} %" if percent else f"{value:.3f}"
+    shown = f"{100 * value:.0f} %" if percent else f"{value:.3f}"
     low, high = entry.get("low"), entry.get("high")
-    if low is None or high is None:
+    if not limits or low is None or high is None:
         return shown
-    return f"{shown} ({100 * low:.0f} to {100 * high:.0f})" if percent else f"{shown} ({low:.3f} to {high:.3f})"
+    if percent:
+        return f"{shown} ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{shown} ({_short(low)} to {_short(high)})"
+
+
+def _short(share: float) -> str:
+    """.88, or 1."""
+    return f"{share:.2f}".removeprefix("0").removesuffix(".00")
 
 
 def _caption(result: Mapping[str, Any]) -> str:
@@ -73,6 +78,9 @@ def _caption(result: Mapping[str, Any]) -> str:
         lines.append(f"AUROC by kind of defect: {shown}{more}")
     if first["threshold"] is None:
         lines.append("no threshold, as there are no validation pictures: set data.val_fraction")
+    if fresh := result.get("without_near_duplicates"):
+        auroc = _cell(fresh["image"][result["score"]]["auroc"], percent=False, limits=True)
+        lines.append(f"AUROC without the pictures that have a near-duplicate elsewhere: {auroc}, {fresh['n']} pictures")
     if latency := result.get("latency_ms"):
         lines.append(f"{latency['median']:g} ms a picture, one at a time (95 % within {latency['p95']:g} ms)")
     return "\n".join(lines)

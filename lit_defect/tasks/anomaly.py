@@ -136,7 +136,7 @@ class AnomalyTask(DefectTask):
         data, name = self.data, type(self).__name__
         if data is None:
             raise UserError(f"{name} takes its pictures from a data module: pass datamodule=")
-        if data.normal_class is None:
+        if stage != "predict" and data.normal_class is None:  # new pictures need no data set beside them
             raise UserError(f"{name} learns what is normal, and this data module has no good class")
         if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
             raise UserError(f"trainer.precision = {self.trainer.precision}: take 32-true, bf16-mixed or 16-mixed")
@@ -350,11 +350,12 @@ class AnomalyTask(DefectTask):
         samples = self.data.samples[stage]
         positions = found["index"].tolist()
         labels = found["label"].numpy()
+        normal = self.data.normal_class if (labels >= 0).any() else 0
         pixel = {} if self._pixels is None else {key: float(value) for key, value in self._pixels.compute().items()}
         self._evaluation = AnomalyEvaluation(
             samples=[samples[position] for position in positions],
             positions=positions,
-            is_defect=labels != self.data.normal_class,
+            is_defect=labels != normal,
             known=bool((labels >= 0).all()),
             scores={name: found[name].double().numpy() for name in SCORES},
             thresholds=dict(zip(SCORES, self.thresholds.tolist(), strict=True)),
