@@ -330,6 +330,7 @@ def _quiet() -> None:
         r".*Found .* module\(s\) in eval mode at the start of training.*",
         r".*`LightningModule.configure_optimizers` returned `None`.*",  # as a task does that trains nothing
         r".*`training_step` returned `None`.*",
+        r".*Total length of `list` across ranks is zero.*",  # no validation split
         r".*LeafSpec.*is deprecated.*",
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
         r".*'pin_memory' argument is set as true but no accelerator is found.*",

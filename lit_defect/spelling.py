@@ -196,9 +196,10 @@ def _classes(base: type) -> dict[str, type]:
     found: dict[str, type] = {}
     known: type
     for known in base.__subclasses__():
-        found |= _classes(known)
-        if known.__module__.startswith("lit_defect.") and not known.__subclasses__():
+        below = _classes(known)
+        if known.__module__.startswith("lit_defect.") and not below:  # a base of several is no choice
             found[known.__name__] = known
+        found |= below
     return found
 
 

@@ -272,7 +272,8 @@ def map_of(task: SimCLR, path: Path) -> np.ndarray:
 def test_without_validation_nothing_is_decided(lit_defect, config, folder, capsys):
     words = ("--config", config(data={"val_fraction": 0.0}), "--run_id", "one")
     lit_defect("fit", *words, "--test_after_fit", "true")
-    assert "no threshold, as there are no validation pictures: set data.val_fraction" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no threshold, as there are no validation pictures: set data.val_fraction" in shown
     assert {line["prediction"] for line in rows(folder / "test_predictions.csv")} == {""}
     record = json.loads((folder / "test_metrics.json").read_text())
     assert record["image"]["gaussian"]["threshold"] is None
