@@ -256,6 +256,8 @@ def shown_by_hooks(backbone: Backbone, layers: list[str], images: torch.Tensor) 
 @pytest.mark.parametrize(("name", "layers", "shapes"), MAPS, ids=[m[0] for m in MAPS])
 def test_maps_are_what_the_layers_give_and_come_with_the_features(name, layers, shapes):
     backbone = make(name).eval()
+    if not hasattr(backbone.model, "forward_intermediates"):
+        pytest.skip("this timm shows no maps of it")  # VGG before 1.0.22, DenseNet before 1.0.31
     images = images_for(backbone)
     strides = [stride for _, stride in shapes]
     assert backbone.map_layers(strides) == layers

@@ -159,7 +159,9 @@ class Backbone(nn.Module):
         """Position among `_layers` of the last layer of each stride."""
         last = {stride: place for place, (stride, _) in enumerate(self._layers)}
         if not last:
-            raise UserError(f"backbone: timm gives no maps of {self.name}; choose another, such as resnet18.")
+            raise UserError(
+                f"backbone: timm gives no maps of {self.name}; choose another, such as resnet18, or a newer timm."
+            )
         missing = [stride for stride in strides if stride not in last]
         if missing or not strides:
             raise UserError(
