@@ -212,7 +212,7 @@ def _draw(folder: Path, stage: str, evaluation: AnomalyEvaluation, result: dict[
     drawn = {f"{stage}_scores": score_histogram_figure(scores, defect, limit, LABELS[main])}
     if defect.any() and not defect.all():
         entry = result["image"][main]
-        curves = [(main, defect, scores)]
+        curves = [("defective", defect, scores)]
         drawn[f"{stage}_roc"] = roc_figure(curves, entry["auroc"])
         drawn[f"{stage}_precision_recall"] = precision_recall_figure(curves, entry["average_precision"])
         if len(entry["auroc_by_type"]) > 1:
@@ -233,7 +233,7 @@ def _galleries(figures: Path, stage: str, evaluation: AnomalyEvaluation, look: L
     threshold = evaluation.thresholds[evaluation.score]
     if math.isnan(threshold):  # without one: the worst of either kind, around the median of all
         threshold = float(np.median(scores))
-    chosen = choose(scores, defect, threshold, _SHOWN)
+    chosen = choose(scores, defect, threshold, len(scores))
     pixel_limit = evaluation.thresholds["map_max"]
     limit = None if math.isnan(pixel_limit) else pixel_limit
     named = {
@@ -243,7 +243,7 @@ def _galleries(figures: Path, stage: str, evaluation: AnomalyEvaluation, look: L
         "grad_cam": (chosen.found, "grad_cam", "What the Gaussian score of the whole picture rests on (Grad-CAM)"),
     }
     tiles = {
-        name: [_tile(evaluation, int(row), threshold, look, how) for row in rows]
+        name: [_tile(evaluation, row, threshold, look, how) for row in _one_of_each_part(evaluation, rows)]
         for name, (rows, how, _) in named.items()
     }
     tiles["grad_cam"] = [tile for tile in tiles["grad_cam"] if tile.scores is not None]
@@ -262,6 +262,15 @@ def _galleries(figures: Path, stage: str, evaluation: AnomalyEvaluation, look: L
         drawn.save(path)
         written.append(path)
     return written
+
+
+def _one_of_each_part(evaluation: AnomalyEvaluation, rows: npt.NDArray[np.int64]) -> list[int]:
+    """The first picture of each of the first few parts: one part photographed six times shows nothing new."""
+    first: dict[str, int] = {}
+    for row in rows.tolist():
+        sample = evaluation.samples[row]
+        first.setdefault(sample.group or sample.name, row)
+    return list(first.values())[:_SHOWN]
 
 
 def _tile(evaluation: AnomalyEvaluation, row: int, threshold: float, look: Look, how: Any) -> AnomalyTile:
