@@ -329,7 +329,6 @@ def _quiet() -> None:
         r".*is not currently supported for.*_pin_memory.*",
         r".*Found .* module\(s\) in eval mode at the start of training.*",
         r".*`LightningModule.configure_optimizers` returned `None`.*",  # as a task does that trains nothing
-        r".*`training_step` returned `None`.*",
         r".*Total length of `list` across ranks is zero.*",  # no validation split
         r".*LeafSpec.*is deprecated.*",
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",

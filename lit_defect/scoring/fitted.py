@@ -69,5 +69,5 @@ def check_rows(x: Tensor, *, least: int, fitted: str) -> None:
     if not x.isfinite().all():
         raise UserError(
             f"{fitted}: features of the training pictures are not finite. The training has diverged: lower the "
-            "learning rate (optimizer.init_args.lr) or train with precision 32"
+            "learning rate (model.init_args.lr) or train with precision 32"
         )

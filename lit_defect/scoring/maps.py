@@ -14,6 +14,7 @@ al., Semi-orthogonal embedding for efficient unsupervised anomaly segmentation, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -226,7 +227,7 @@ class _Sums:
         if not x.isfinite().all():
             raise UserError(
                 "the feature maps of the training pictures are not finite. The training has diverged: lower the "
-                "learning rate (optimizer.init_args.lr) or train with precision 32"
+                "learning rate (model.init_args.lr) or train with precision 32"
             )
         if self.origin is None or self.moments is None:
             self.origin = x.mean(dim=(0, 1, 2))
@@ -306,6 +307,8 @@ def upsample_maps(maps: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     return (down @ maps.double() @ across.T).float()
 
 
+@lru_cache(maxsize=64)  # pictures of one size share it
+@torch.inference_mode(False)
 def _resampling(n: int, size: int, sigma: float) -> Tensor:
     """(size, n) float64: what each of n values gives to each of `size` values, enlarged and smoothed."""
     unit = torch.eye(n, dtype=torch.float64)[:, None]  # (n, 1, n)

@@ -26,7 +26,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(_count())]
+        parts = [
+            torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())
+        ]
         distributed.all_gather(parts, part.contiguous())
         return torch.stack(parts)
 
@@ -35,7 +37,3 @@ class _Gather(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total[distributed.get_rank()]
-
-
-def _count() -> int:
-    return distributed.get_world_size()
