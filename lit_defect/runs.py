@@ -13,6 +13,7 @@ No torch here, so that reports and sweeps start quickly.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -95,6 +96,14 @@ class RunFolder:
         try:
             return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError):
+            return {}
+
+    def splits(self) -> dict[str, str]:
+        """Split by sample name, as the run has written it in `splits.csv`; empty when there is none."""
+        try:
+            with (self.path / "splits.csv").open(newline="", encoding="utf-8") as lines:
+                return {row["name"]: row["split"] for row in csv.DictReader(lines)}
+        except OSError:
             return {}
 
     def update(self, **changes: Any) -> None:

@@ -288,6 +288,27 @@ def test_predict_root_needs_no_training_data(root, tmp_path):
     assert len({module.sample_key(sample) for sample in module.samples["predict"]}) == 2
 
 
+@pytest.mark.parametrize(
+    ("split", "shown"), [("test", ["test"]), ("val", ["val"]), ("train", ["train"]), ("all", ["train", "val", "test"])]
+)
+def test_predict_runs_over_the_split_that_was_asked_for_in_its_order(make, split, shown):
+    module = make("predict", predict_split=split, with_masks=True)
+    assert names(module.predict_dataloader()) == [s.name for part in shown for s in module.samples[part]]
+    assert all("mask" in batch for batch in module.predict_dataloader())
+    assert module.predict_split == module.hparams["predict_split"] == split
+
+
+def test_new_pictures_go_before_the_split_to_predict(make, tmp_path):
+    save(np.full((9, 9), 7, np.uint8), tmp_path / "new" / "one.png")
+    module = make("predict", predict_root=str(tmp_path / "new"), predict_split="all")
+    assert names(module.predict_dataloader()) == ["one.png"]
+
+
+def test_an_empty_split_to_predict_is_called_by_its_name(make):
+    with pytest.raises(DataError, match=r"no samples in the val split: set data\.val_fraction"):
+        make("predict", predict_split="val", val_fraction=0.0).predict_dataloader()
+
+
 def test_sample_key_changes_with_whatever_changes_the_pixels(make, root):
     plain = make()
     sample = plain.samples["train"][0]
@@ -428,6 +449,7 @@ def test_checkpoints_open_with_weights_only_and_overfitting_repeats_its_batches(
     [
         ({"cache": "disc"}, r"data.cache is 'disc'; expected 'off' or 'ram' or 'disk'"),
         ({"test": "train"}, r"data.test is 'train'"),
+        ({"predict_split": "training"}, r"data.predict_split is 'training'; expected 'test' or 'val' or"),
         ({"image_size": (8, 8, 3)}, r"expected a side or \[height, width\]"),
         ({"split_file": "s.csv", "folds": 3}, r"leave data.folds and data.shots out"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,7 +43,7 @@ class SeenPictures(Callback):
         file = self.run.path / "splits.csv"
         if not file.is_file() or getattr(data, "test", None) == "mirrored_train":
             return
-        before = read_splits(file)
+        before = self.run.splits()
         for split in splits:
             names = [sample.name for sample in getattr(data, "samples", {}).get(split, ())]
             seen = sorted(name for name in names if before.get(name) in _USED_BEFORE[split])
@@ -62,12 +61,6 @@ class SeenPictures(Callback):
                     f"{text}. Repeat the run's own split by --data.split_file {file}, or set data.seed and the "
                     "fractions as in its config.yaml"
                 )
-
-
-def read_splits(file: Path) -> dict[str, str]:
-    """Split by sample name, as the run has written it."""
-    with file.open(newline="", encoding="utf-8") as lines:
-        return {row["name"]: row["split"] for row in csv.DictReader(lines)}
 
 
 def _of_another_place(run: RunFolder, config: Mapping[str, Any]) -> bool:

@@ -2,33 +2,26 @@
 
     python -m lit_defect.reporting.contrastive RUNS... [--score NAME] [--csv FILE]
 
-1. Each run folder (or every one below a folder) gives its `test_metrics.json` and `config.yaml`.
-2. Runs that differ in nothing but seeds and category make one row. Where runs on the same category differ in an
-   option, that option's value becomes part of the row's name; options that only go with the category do not.
-3. A cell is the mean over seeds ± the standard deviation. The mean over categories is taken within each seed
-   first, so that its t interval tells how the whole row would move with other seeds.
+How runs become rows is told in seeds.py. A cell is the mean over seeds ± the standard deviation. The mean over
+categories is taken within each seed first, so that its t interval tells how the whole row would move with other seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
-import os
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lit_defect.errors import UserError
-from lit_defect.metrics.intervals import t_interval
+from lit_defect.reporting import seeds
+from lit_defect.reporting.seeds import Line, Run, Spread
 from lit_defect.reporting.tables import markdown_table
-from lit_defect.runs import RunFolder, flatten
 
 OBJECTS = (
     "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush", "transistor", "zipper"
@@ -77,104 +70,20 @@ FIGURES = {
     "minutes": "minutes",
 }
 
-# Options that say where, how fast or from which seed, not what is computed.
-_INCIDENTAL = (
-    "config", "run_id", "resume", "runs_dir", "wandb", "ckpt_path", "weights_only", "test_after_fit", "experiment",
-    "seed_everything", "data.init_args.seed", "data.init_args.category", "data.init_args.root",
-    "data.init_args.num_workers", "data.init_args.cache", "data.init_args.eval_batch_size", "data.init_args.download",
-    "model.init_args.score", "model.init_args.maps", "model.init_args.overlays", "model.init_args.channels_last",
-    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.logger",
-    "trainer.callbacks", "trainer.enable_", "trainer.log_every_n_steps", "trainer.default_root_dir",
-)  # fmt: skip
+_INCIDENTAL = (*seeds.INCIDENTAL, "model.init_args.score", "model.init_args.maps", "model.init_args.overlays")
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one run folder says.
-
-    Attributes:
-        path: the folder.
-        category: of the data set, or the data set's name.
-        method: loss, pseudo-anomaly, network and image score.
-        seeds: of training and of the split.
-        figures: by the keys of `FIGURES`; nan where undefined.
-        options: the configuration, flat, without what is incidental.
-    """
-
-    path: Path
-    category: str
-    method: str
-    seeds: tuple[Any, Any]
-    figures: dict[str, float]
-    options: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean over seeds with standard deviation and 95 % t interval (nan for one); `seeds` says over how many."""
-
-    mean: float = math.nan
-    sd: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    seeds: int = 0
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """The spread of the finite ones of these values."""
-        finite = [value for value in values if math.isfinite(value)]
-        if not finite:
-            return cls()
-        mean = t_interval(finite)
-        sd = float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
-        return cls(mean.value, sd, mean.low, mean.high, len(finite))
-
-    def text(self, factor: float = 1.0, digits: int = 3) -> str:
-        """`0.943 ± 0.002`, `0.943` for one seed, `-` for none."""
-        if not self.seeds:
-            return "-"
-        mean = f"{factor * self.mean:.{digits}f}"
-        return mean if math.isnan(self.sd) else f"{mean} ± {factor * self.sd:.{digits}f}"
-
-    def limits(self, factor: float = 1.0, digits: int = 3) -> str:
-        """`0.938 to 0.948`, within [0, 1]; empty for one seed."""
-        if math.isnan(self.low):
-            return ""
-        low, high = (factor * min(1.0, max(0.0, end)) for end in (self.low, self.high))
-        return f"{low:.{digits}f} to {high:.{digits}f}"
-
-
-@dataclass(frozen=True)
-class Row:
+class Row(seeds.Row):
     """Runs of one configuration, by category."""
-
-    name: str
-    runs: dict[str, list[Run]] = field(default_factory=dict)
-
-    def spread(self, category: str, figure: str) -> Spread:
-        """Of a figure over the seeds of a category."""
-        return Spread.of(run.figures[figure] for run in self.runs.get(category, []))
 
     def objects(self) -> list[str]:
         """Those of `OBJECTS` for which this row has a figure."""
         return [name for name in OBJECTS if self.spread(name, "auroc").seeds]
 
     def mean_of_objects(self) -> Spread:
-        """Over the seeds, of the mean image AUROC over `objects()`.
-
-        Only seeds that have them all count; where there is none, the mean of the categories' means, without spread.
-        """
-        names = self.objects()
-        if not names:
-            return Spread()
-        by_seed = [
-            {run.seeds: run.figures["auroc"] for run in self.runs[name] if math.isfinite(run.figures["auroc"])}
-            for name in names
-        ]
-        shared = set.intersection(*(set(values) for values in by_seed))
-        if not shared:
-            return Spread(float(np.mean([self.spread(name, "auroc").mean for name in names])), seeds=1)
-        return Spread.of(float(np.mean([values[seeds] for values in by_seed])) for seeds in sorted(shared, key=str))
+        """Over the seeds, of the mean image AUROC over `objects()`; see `seeds.Row.spread_over`."""
+        return self.spread_over(self.objects(), "auroc")
 
 
 def read_runs(folders: Iterable[Path | str], score: str | None = None) -> list[Run]:
@@ -187,39 +96,12 @@ def read_runs(folders: Iterable[Path | str], score: str | None = None) -> list[R
     Raises:
         UserError: a folder without evaluated runs, a file of another kind, or a score that a run does not have.
     """
-    found: dict[Path, None] = {}
-    for folder in map(Path, folders):
-        files = [file for pattern in ("", "*/", "*/*/") for file in folder.glob(f"{pattern}test_metrics.json")]
-        if not files:
-            raise UserError(f"{folder}: no test_metrics.json here or below; evaluate the run first, by the verb `test`")
-        found |= dict.fromkeys(file.parent.resolve() for file in sorted(files))
-    return [_read(path, score) for path in found]
+    return [_read(path, score) for path in seeds.find_runs(folders)]
 
 
 def group(runs: Sequence[Run]) -> list[Row]:
-    """Rows of runs that compute the same, in the order of their first run.
-
-    Raises:
-        UserError: two runs of one row and category have the same seeds; counted twice, they would feign precision.
-    """
-    by_method: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        by_method[run.method].append(run)
-    rows: dict[str, Row] = {}
-    for method, same in by_method.items():
-        varied = _varied_options(same)
-        for run in same:
-            values = [f"{key.rpartition('.')[2]}={run.options.get(key, '-')}" for key in varied]
-            name = ", ".join([method, *values])
-            others = rows.setdefault(name, Row(name)).runs.setdefault(run.category, [])
-            for other in others:
-                if other.seeds == run.seeds:
-                    raise UserError(
-                        f"{other.path} and {run.path} are the same experiment with the same seeds, "
-                        f"{run.seeds[0]} for training and {run.seeds[1]} for the split: give one of them only"
-                    )
-            others.append(run)
-    return list(rows.values())
+    """Rows of runs that compute the same; see `seeds.group_runs`."""
+    return seeds.group_runs(runs, Row)
 
 
 def object_table(rows: Sequence[Row]) -> str:
@@ -263,26 +145,16 @@ def comparison_table(rows: Sequence[Row]) -> str:
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write every cell on a line: data, configuration, figure, mean, sd, low, high, seeds, source."""
-    lines: list[tuple[str, str, str, Spread, str]] = []
+    lines: list[Line] = []
     for row in rows:
         for category in sorted(row.runs):
-            lines += [(category, row.name, key, row.spread(category, key), "") for key in FIGURES]
+            lines += [Line(category, row.name, key, row.spread(category, key)) for key in FIGURES]
         if names := row.objects():
-            lines.append((f"mean of {len(names)} objects", row.name, "auroc", row.mean_of_objects(), ""))
+            lines.append(Line(f"mean of {len(names)} objects", row.name, "auroc", row.mean_of_objects()))
     for p in PUBLISHED:
         values = [*zip(OBJECTS, p.auroc, strict=True), (f"mean of {len(OBJECTS)} objects", p.mean)]
-        lines += [(name, p.name, "auroc", Spread(value / 100, seeds=1), p.source) for name, value in values]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("data", "configuration", "figure", "mean", "sd", "low", "high", "seeds", "source"))
-        for category, name, key, spread, source in lines:
-            if spread.seeds:
-                numbers = (spread.mean, spread.sd, spread.low, spread.high)
-                cells = ("" if math.isnan(x) else f"{x:.6g}" for x in numbers)
-                writer.writerow((category, name, key, *cells, "" if source else spread.seeds, source))
-    temporary.replace(path)
+        lines += [Line(name, p.name, "auroc", Spread(value / 100, seeds=1), p.source) for name, value in values]
+    seeds.write_lines(lines, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -308,11 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _read(path: Path, score: str | None) -> Run:
-    file = path / "test_metrics.json"
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON: {error}") from None
+    file, result = path / "test_metrics.json", seeds.read_metrics(path)
     try:
         name = score or result["score"]
         known = list(result["image"])
@@ -321,14 +189,13 @@ def _read(path: Path, score: str | None) -> Run:
         raise UserError(f"{file} does not hold the metrics of anomaly detection") from None
     if not figures:
         raise UserError(f"{file} has no image score {name!r}, but {', '.join(known)}; choose by --score")
-    options = flatten(RunFolder(path).config())
     return Run(
         path=path,
         category=str(result.get("category") or "-"),
         method=f"{_method(result)}, {name}",
         seeds=(result.get("training_seed"), result.get("split_seed")),
         figures=figures,
-        options={key: str(value) for key, value in options.items() if not key.startswith(_INCIDENTAL)},
+        options=seeds.read_options(path, _INCIDENTAL),
     )
 
 
@@ -356,18 +223,6 @@ def _method(result: Mapping[str, Any]) -> str:
     return ", ".join(
         ["not trained" if loss == "none" else loss, *([str(anomaly).rpartition(".")[2]] if anomaly else []), network]
     )
-
-
-def _varied_options(runs: Sequence[Run]) -> list[str]:
-    """Options in which runs on the same category differ: they tell experiments apart."""
-    by_category: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        by_category[run.category].append(run)
-    keys = {key for run in runs for key in run.options}
-    return sorted(
-        key for key in keys
-        if any(len({run.options.get(key) for run in same if run.options}) > 1 for same in by_category.values())
-    )  # fmt: skip
 
 
 def _verdict(row: Row) -> str:

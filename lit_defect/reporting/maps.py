@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +24,7 @@ from PIL import Image
 from scipy import ndimage
 
 from lit_defect.errors import UserError
+from lit_defect.reporting.files import whole_file
 from lit_defect.reporting.gallery import overlay_heat
 from lit_defect.reporting.sheets import Picture
 
@@ -65,7 +64,7 @@ def write_map(path: Path, scores: ArrayLike, *, full_scale: float | None = None)
     if np.isnan(values).any():
         raise UserError(f"{path}: the score map contains nan; the training diverged, or the picture holds nan")
     if suffix == ".npy":
-        with _whole(path) as file:
+        with whole_file(path) as file:
             np.save(file, values, allow_pickle=False)
         return 0
     if full_scale is None:
@@ -172,7 +171,7 @@ def _write_tiff(path: Path, values: Map, full_scale: float) -> int:
     saturated = int(((values < 0) | (values > full_scale)).sum())
     levels = np.rint(np.clip(values.astype(np.float64) / full_scale, 0, 1) * LEVELS).astype(np.uint16)
     description = {"kind": _KIND, "full_scale": full_scale, "levels": LEVELS, "saturated": saturated}
-    with _whole(path) as file:
+    with whole_file(path) as file:
         tags = {_DESCRIPTION: json.dumps(description)}
         Image.fromarray(levels).save(file, format="TIFF", compression="tiff_adobe_deflate", tiffinfo=tags)
     return saturated
@@ -184,17 +183,3 @@ def _read_tiff(path: Path) -> tuple[NDArray[Any], float]:
         if description.get("kind") != _KIND:
             raise ValueError("its ImageDescription tells no scale")
         return np.asarray(image), float(description["full_scale"])
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

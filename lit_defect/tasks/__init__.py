@@ -2,5 +2,8 @@
 
 from lit_defect.tasks.classification import DefectClassifier
 from lit_defect.tasks.contrastive import SimCLR
+from lit_defect.tasks.label_autoencoder import MaskAutoencoder
+from lit_defect.tasks.refinement import DDPMRefiner
+from lit_defect.tasks.segmentation import Segmenter
 
-__all__ = ["DefectClassifier", "SimCLR"]
+__all__ = ["DDPMRefiner", "DefectClassifier", "MaskAutoencoder", "Segmenter", "SimCLR"]

@@ -1,0 +1,199 @@
+"""The reverse process that repairs a label map (Ando, section 4), with the choices that others have made since.
+
+`joint`: labels and picture are one state, both denoised (Ando).
+`replace`: the same, but before each step the picture's channels are the picture noised to that step (after RePaint,
+    Lugmayr et al., CVPR 2022).
+`concat`: the state is the labels alone, and the network sees the clean picture beside it (Wolleb et al., MIDL 2022;
+    SegRefiner, NeurIPS 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from lit_defect.diffusion.labels import VOID, LabelInput, draw_normal, encode, one_hot
+from lit_defect.diffusion.process import ForwardProcess, Prediction, uniform_steps
+from lit_defect.diffusion.samplers import Sampler
+from lit_defect.diffusion.spaces import Space
+
+Conditioning = Literal["joint", "replace", "concat"]
+Network = Callable[[Tensor, Tensor], Tensor]
+"""(input (B, C, h, w), step (B,)) -> answer (B, C', h, w)."""
+
+
+class Refined(NamedTuple):
+    """What a chain has come to: its last label state, and the x_0 that its first call gave; (B, channels, h, w)."""
+
+    final: Tensor
+    first: Tensor
+
+
+class Example(NamedTuple):
+    """One training batch: what the network sees, at which step, the state within, and the true x_0."""
+
+    inputs: Tensor
+    t: Tensor
+    state: Tensor
+    x0: Tensor
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How label maps are refined, and what a network is trained on to do so.
+
+    Attributes:
+        process: the forward process.
+        sampler: which steps are done, and how.
+        space: where states live.
+        conditioning: how the picture comes in (the table above).
+        start: `clean` starts the reverse process from the label map itself (Ando), `noised` from the map noised to
+            the first step (img2img).
+        prediction: what the network answers: the noise, x_0, v, or class scores (`logits`) whose softmax is x_0.
+        label_input: how probabilities become a label map.
+    """
+
+    process: ForwardProcess
+    sampler: Sampler
+    space: Space
+    conditioning: Conditioning
+    start: Literal["clean", "noised"]
+    prediction: Prediction
+    label_input: LabelInput
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the network sees."""
+        return self.space.channels + self.space.image_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that it answers."""
+        return self.space.channels if self.conditioning == "concat" else self.in_channels
+
+    # --- refining ---
+
+    @torch.no_grad()
+    def refine(
+        self, network: Network, probabilities: Tensor | None, images: Tensor, streams: list[Generator]
+    ) -> Refined:
+        """Reverse process from the label map of a first stage.
+
+        Args:
+            network: the denoiser.
+            probabilities: (B, n, H, W) of the first stage; None starts from noise.
+            images: (B, 3, H, W) in [-1, 1].
+            streams: random stream of each picture (`labels.generators`).
+        """
+        picture = self.space.image(images)
+        first_step = self.sampler.timesteps[0]
+        state = self._start(probabilities, picture, first_step, streams)
+        scheduler, first = self.sampler.begin(), None
+        for t in self.sampler.timesteps:
+            steps = torch.full((len(images),), t, device=images.device)
+            if self.conditioning == "replace":
+                state = self._replace(state, picture, steps, draw_normal(picture.shape[1:], streams, picture))
+            x0 = self._x0(network(self._inputs(state, picture), steps).float(), state, steps)
+            first = self._labels(x0) if first is None else first
+            state = self.sampler.step(scheduler, x0, t, state, streams)
+        final = self._labels(state)
+        return Refined(final, final if first is None else first)
+
+    def _start(self, probabilities: Tensor | None, picture: Tensor, t: int, streams: list[Generator]) -> Tensor:
+        """The state that the chain leaves from, at step t."""
+        if probabilities is None:
+            size = picture.shape[-2:]
+            labels = draw_normal((self.space.channels, *size), streams, picture)
+            if self.conditioning == "concat":
+                return labels
+            return torch.cat([labels, draw_normal(picture.shape[1:], streams, picture)], dim=1)
+        state = self.space.encode(encode(probabilities, self.label_input, streams))
+        if self.conditioning != "concat":
+            state = torch.cat([state, picture], dim=1)
+        if self.start == "clean":
+            return state
+        steps = torch.full((len(state),), t, device=state.device)
+        return self.process.add_noise(state, draw_normal(state.shape[1:], streams, state), steps)
+
+    def _x0(self, output: Tensor, state: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that an answer means, within the limits of the space."""
+        if self.prediction == "logits":
+            shares = 2 * self._labels(output).softmax(1) - 1
+            output = torch.cat([shares, output[:, self.space.channels :]], dim=1)
+        limit = self.space.limit
+        return self.process.x0_of(output, state, t, self.prediction).clamp(-limit, limit)
+
+    def _labels(self, state: Tensor) -> Tensor:
+        return state[:, : self.space.channels]
+
+    def _inputs(self, state: Tensor, picture: Tensor) -> Tensor:
+        return torch.cat([state, picture], dim=1) if self.conditioning == "concat" else state
+
+    def _replace(self, state: Tensor, picture: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return torch.cat([self._labels(state), self.process.add_noise(picture, noise, t)], dim=1)
+
+    # --- training ---
+
+    def example(self, labels: Tensor, images: Tensor, probabilities: Tensor | None) -> Example:
+        """Draw steps and states to train on; randomness from torch's global generator.
+
+        With `probabilities` the states are those that a chain from the first stage's map passes through if the
+        network is right (`ForwardProcess.bridge`): half of the batch at its first step, the rest anywhere below. (Fu
+        et al., MELBA 2023:016, recycle the network's own predictions to the same end: train on what will be met.)
+        Without, the states are the noised truth at any step (Ando).
+
+        Args:
+            labels: (B, H, W) class ids, 255 for void.
+            images: (B, 3, H, W) in [-1, 1].
+            probabilities: (B, n, H, W) of the first stage, or None.
+        """
+        count, device = len(labels), images.device
+        picture = self.space.image(images)
+        x0 = self.space.encode(one_hot(labels, self.space.classes))
+        if self.conditioning != "concat":
+            x0 = torch.cat([x0, picture], dim=1)
+        noise = torch.randn_like(x0)
+        if probabilities is None:
+            t = uniform_steps(count, self.process.train_steps, device)
+            state = self.process.add_noise(x0, noise, t)
+        else:
+            first = torch.full((count,), self.sampler.timesteps[0], device=device)
+            t = uniform_steps(count, self.sampler.timesteps[0] + 1, device)
+            t = torch.where(torch.rand(count, device=device) < 0.5, first, t)
+            left = self.space.encode(encode(probabilities, self.label_input))
+            if self.conditioning != "concat":
+                left = torch.cat([left, picture], dim=1)
+            if self.start == "noised":
+                left = self.process.add_noise(left, torch.randn_like(left), first)
+            state = self.process.bridge(left, x0, first, t, noise, self.sampler.eta)
+        if self.conditioning == "replace":
+            state = self._replace(state, picture, t, torch.randn_like(picture))
+        return Example(self._inputs(state, picture), t, state, x0)
+
+    def loss(self, output: Tensor, example: Example, labels: Tensor) -> Tensor:
+        """Mean over all places that are not void: squared error of the target (Ho et al., eq. 14), or cross-entropy.
+
+        Args:
+            output: the network's answer to `example.inputs`.
+            example: what it was asked.
+            labels: (B, H, W) class ids, 255 for void.
+        """
+        output, channels = output.float(), self.space.channels
+        valid = (labels != VOID).float().unsqueeze(1)
+        if self.space.factor > 1:  # a place of a latent counts by its share of pixels that are not void
+            valid = F.avg_pool2d(valid, self.space.factor)
+        target = self.process.target(example.state, example.x0, example.t, self.prediction)
+        if self.prediction == "logits":
+            terms = F.cross_entropy(output[:, :channels], labels, ignore_index=VOID, reduction="none").unsqueeze(1)
+        else:
+            terms = (output[:, :channels] - target[:, :channels]).square() * valid
+        total, weight = terms.sum(), valid.expand_as(terms).sum()
+        if output.shape[1] > channels:
+            terms = (output[:, channels:] - target[:, channels:]).square()
+            total, weight = total + terms.sum(), weight + terms.numel()
+        return total / weight.clamp(min=1)

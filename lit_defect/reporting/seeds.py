@@ -1,0 +1,232 @@
+"""Runs that differ in nothing but their seeds: read, put into rows, averaged, written as a table.
+
+1. Each run folder (or every one below a folder) gives its `test_metrics.json` and `config.yaml`.
+2. Runs that differ in nothing but seeds and category make one row. Where runs on the same category differ in an
+   option, that option's value becomes part of the row's name; options that only go with the category do not.
+3. A cell is the mean over seeds, with standard deviation and t interval.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from lit_defect.errors import UserError
+from lit_defect.metrics.intervals import t_interval
+from lit_defect.reporting.files import whole_file
+from lit_defect.runs import RunFolder, flatten
+
+# Options that say where, how fast or from which seed, not what is computed.
+INCIDENTAL = (
+    "config", "run_id", "resume", "runs_dir", "wandb", "ckpt_path", "weights_only", "test_after_fit", "experiment",
+    "seed_everything", "data.init_args.seed", "data.init_args.category", "data.init_args.root",
+    "data.init_args.num_workers", "data.init_args.cache", "data.init_args.eval_batch_size", "data.init_args.download",
+    "model.init_args.channels_last", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "trainer.logger", "trainer.callbacks", "trainer.enable_", "trainer.log_every_n_steps", "trainer.default_root_dir",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run folder says.
+
+    Attributes:
+        path: the folder.
+        category: of the data set, or the data set's name.
+        method: what was run, in words.
+        seeds: of training and of the split.
+        figures: by name; nan where undefined.
+        options: the configuration, flat, without what is incidental.
+    """
+
+    path: Path
+    category: str
+    method: str
+    seeds: tuple[Any, Any]
+    figures: Mapping[str, float]
+    options: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds with standard deviation and 95 % t interval (nan for one); `seeds` says over how many."""
+
+    mean: float = math.nan
+    sd: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    seeds: int = 0
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """The spread of the finite ones of these values."""
+        finite = [value for value in values if math.isfinite(value)]
+        if not finite:
+            return cls()
+        mean = t_interval(finite)
+        sd = float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
+        return cls(mean.value, sd, mean.low, mean.high, len(finite))
+
+    def text(self, factor: float = 1.0, digits: int = 3, *, sign: bool = False) -> str:
+        """`0.943 ± 0.002`, `0.943` for one seed, `-` for none; `sign` writes `+` as well."""
+        if not self.seeds:
+            return "-"
+        mean = f"{factor * self.mean:{'+' if sign else ''}.{digits}f}"
+        return mean if math.isnan(self.sd) else f"{mean} ± {factor * self.sd:.{digits}f}"
+
+    def limits(self, factor: float = 1.0, digits: int = 3, *, sign: bool = False) -> str:
+        """`0.938 to 0.948`, within [0, 1], or with `sign` `-0.012 to +0.020`, within [-1, 1]; empty for one seed."""
+        if math.isnan(self.low):
+            return ""
+        least = -1.0 if sign else 0.0
+        low, high = (factor * min(1.0, max(least, end)) for end in (self.low, self.high))
+        plus = "+" if sign else ""
+        return f"{low:{plus}.{digits}f} to {high:{plus}.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one configuration, by category."""
+
+    name: str
+    runs: dict[str, list[Run]] = field(default_factory=dict)
+
+    def values(self, category: str, figure: str) -> list[float]:
+        """A figure of the runs of a category, nan where undefined."""
+        return [run.figures.get(figure, math.nan) for run in self.runs.get(category, [])]
+
+    def spread(self, category: str, figure: str) -> Spread:
+        """Of a figure over the seeds of a category."""
+        return Spread.of(self.values(category, figure))
+
+    def spread_over(
+        self, categories: Sequence[str], figure: str, mean: Callable[[Sequence[Run]], float] | None = None
+    ) -> Spread:
+        """Over the seeds, of a figure's mean over categories.
+
+        Only seeds that have them all count; where there is none, the mean of the categories' means, without spread.
+
+        Args:
+            categories: over which the mean is taken within each seed.
+            figure: name of the figure.
+            mean: of one seed's runs, one for each category; without it, all count the same.
+        """
+        if not categories:
+            return Spread()
+        by_seed = [
+            {run.seeds: run for run in self.runs[name] if math.isfinite(run.figures.get(figure, math.nan))}
+            for name in categories
+        ]
+        shared = sorted(set.intersection(*(set(runs) for runs in by_seed)), key=str)
+        if not shared:
+            return Spread(float(np.mean([self.spread(name, figure).mean for name in categories])), seeds=1)
+        of_seed = mean or (lambda runs: float(np.mean([run.figures[figure] for run in runs])))
+        return Spread.of(of_seed([runs[seeds] for runs in by_seed]) for seeds in shared)
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+class Line(NamedTuple):
+    """A line of the CSV; with a `source` it is a published figure, of unknown seeds."""
+
+    category: str
+    name: str
+    figure: str
+    spread: Spread
+    source: str = ""
+
+
+def find_runs(folders: Iterable[Path | str]) -> list[Path]:
+    """Run folders with test metrics; a folder that is none stands for all runs in it, or in the experiments in it.
+
+    Raises:
+        UserError: a folder without evaluated runs.
+    """
+    found: dict[Path, None] = {}
+    for folder in map(Path, folders):
+        files = [file for pattern in ("", "*/", "*/*/") for file in folder.glob(f"{pattern}test_metrics.json")]
+        if not files:
+            raise UserError(f"{folder}: no test_metrics.json here or below; evaluate the run first, by the verb `test`")
+        found |= dict.fromkeys(file.parent.resolve() for file in sorted(files))
+    return list(found)
+
+
+def read_metrics(path: Path) -> Any:
+    """What the `test_metrics.json` of a run folder says.
+
+    Raises:
+        UserError: it is no JSON.
+    """
+    file = path / "test_metrics.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}") from None
+
+
+def read_options(path: Path, incidental: tuple[str, ...] = INCIDENTAL) -> dict[str, str]:
+    """The configuration of a run folder, flat, without the options that begin with one of `incidental`."""
+    options = flatten(RunFolder(path).config())
+    return {key: str(value) for key, value in options.items() if not key.startswith(incidental)}
+
+
+def group_runs(runs: Sequence[Run], row: type[AnyRow]) -> list[AnyRow]:
+    """Rows of runs that compute the same, in the order of their first run.
+
+    Raises:
+        UserError: two runs of one row and category have the same seeds; counted twice, they would feign precision.
+    """
+    by_method: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_method[run.method].append(run)
+    rows: dict[str, AnyRow] = {}
+    for method, same in by_method.items():
+        varied = _varied_options(same)
+        for run in same:
+            values = [f"{key.rpartition('.')[2]}={run.options.get(key, '-')}" for key in varied]
+            name = ", ".join([method, *values])
+            others = rows.setdefault(name, row(name)).runs.setdefault(run.category, [])
+            for other in others:
+                if other.seeds == run.seeds:
+                    raise UserError(
+                        f"{other.path} and {run.path} are the same experiment with the same seeds, "
+                        f"{run.seeds[0]} for training and {run.seeds[1]} for the split: give one of them only"
+                    )
+            others.append(run)
+    return list(rows.values())
+
+
+def write_lines(lines: Iterable[Line], path: Path) -> None:
+    """Write a CSV: data, configuration, figure, mean, sd, low, high, seeds, source; without lines of no seeds."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("data", "configuration", "figure", "mean", "sd", "low", "high", "seeds", "source"))
+    for category, name, figure, spread, source in lines:
+        if spread.seeds:
+            numbers = (spread.mean, spread.sd, spread.low, spread.high)
+            cells = ("" if math.isnan(x) else f"{x:.6g}" for x in numbers)
+            writer.writerow((category, name, figure, *cells, "" if source else spread.seeds, source))
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _varied_options(runs: Sequence[Run]) -> list[str]:
+    """Options in which runs on the same category differ: they tell experiments apart."""
+    by_category: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_category[run.category].append(run)
+    keys = {key for run in runs for key in run.options}
+    return sorted(
+        key for key in keys
+        if any(len({run.options.get(key) for run in same if run.options}) > 1 for same in by_category.values())
+    )  # fmt: skip

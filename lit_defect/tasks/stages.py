@@ -1,0 +1,149 @@
+"""First stages of a refiner: a Segmenter's checkpoint, or probability maps that any program has written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_defect.errors import UserError
+from lit_defect.reporting.probabilities import HEADER, ProbabilityMaps
+from lit_defect.runs import RunFolder, run_of_checkpoint
+from lit_defect.tasks.base import Batch
+from lit_defect.tasks.segmentation import load_segmenter
+
+
+class FirstStage(nn.Module):
+    """Probabilities of a batch's pictures.
+
+    Attributes:
+        parameters_used: of its network; None where that is not known.
+    """
+
+    parameters_used: int | None = None
+
+    def stored(self, batch: Batch) -> Tensor | None:
+        """Maps (B, C, H, W) that are read; None where the network looks at the pictures itself."""
+        return None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] -> probabilities (B, C, H, W) float32; where nothing is stored."""
+        raise UserError("stored maps know nothing of new pictures")
+
+    def check(self, data: Any, splits: Sequence[str]) -> None:
+        """Look for what would go wrong later, in the splits of a data module that will be asked for."""
+
+
+class SegmenterStage(FirstStage):
+    """A trained Segmenter, frozen.
+
+    Args:
+        path: its checkpoint.
+        class_names: of the data.
+
+    Raises:
+        UserError: no such checkpoint, or other classes.
+    """
+
+    def __init__(self, path: Path, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.path = path
+        self.segmenter = load_segmenter(str(path))
+        if list(self.segmenter.names) != list(class_names):
+            raise UserError(
+                f"model.init_args.stage1: {path} names the classes {', '.join(self.segmenter.names)}; the data have "
+                f"{', '.join(class_names)}: choose the same classes in data, or a first stage trained on these"
+            )
+        self.parameters_used = sum(parameter.numel() for parameter in self.segmenter.parameters())
+
+    def train(self, mode: bool = True) -> SegmenterStage:
+        """It never trains."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] -> probabilities (B, C, H, W) float32."""
+        return self.segmenter.probabilities(images)
+
+    def check(self, data: Any, splits: Sequence[str]) -> None:
+        """Refuse to validate and test on what the first stage was trained on: its maps are too good there.
+
+        Raises:
+            UserError: such pictures.
+        """
+        run = run_of_checkpoint(self.path)
+        if run is None:
+            return
+        trained_on = (run.config().get("data") or {}).get("init_args") or {}
+        if str(Path(str(trained_on.get("root"))).expanduser().absolute()) != str(data.root):
+            return  # equal names may mean other pictures
+        before = run.splits()
+        for split in set(splits) & {"val", "test"}:
+            seen = [sample.name for sample in data.samples.get(split, ()) if before.get(sample.name) == "train"]
+            if seen:
+                raise UserError(
+                    f"{len(seen)} {split} pictures, such as {seen[0]}, were used to train the first stage in "
+                    f"{run.path}; its maps of them are too good. Take over its split by --data.split_file "
+                    f"{run.path / 'splits.csv'}, or set data.seed and the fractions as in its config.yaml"
+                )
+
+
+class StoredStage(FirstStage):
+    """Probability maps in a folder (`reporting/probabilities.py`).
+
+    Args:
+        folder: of the maps.
+        class_names: of the data.
+
+    Raises:
+        UserError: no such folder, or maps of other classes.
+    """
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.maps = ProbabilityMaps(folder, class_names)
+
+    def stored(self, batch: Batch) -> Tensor | None:
+        """(B, C, H, W) float32, on the device of the batch's pictures."""
+        maps = torch.stack([torch.from_numpy(self.maps.read(name)) for name in batch["name"]])
+        return maps.to(batch["image"].device)
+
+    def check(self, data: Any, splits: Sequence[str]) -> None:
+        """Read every map once.
+
+        Raises:
+            UserError: maps that are missing, of another size or number of classes, or no probabilities.
+        """
+        names = [sample.name for split in splits for sample in data.samples.get(split, ())]
+        sizes = None if data.image_size is None else [tuple(data.image_size)] * len(names)
+        self.maps.check(names, sizes)
+
+
+def first_stage(source: str, class_names: Sequence[str]) -> FirstStage:
+    """The first stage behind `source`: a folder of maps, a run folder of a Segmenter, or a checkpoint file.
+
+    Raises:
+        UserError: none of these, or one of other classes.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / HEADER).is_file():
+            return StoredStage(path, class_names)
+        if (path / "probabilities" / HEADER).is_file() and not (path / "checkpoints").is_dir():
+            return StoredStage(path / "probabilities", class_names)
+        run = RunFolder(path)
+        checkpoint = run.best if run.best.is_file() else run.last
+        if checkpoint.is_file():
+            return SegmenterStage(checkpoint, class_names)
+        if path.name != "checkpoints" or not any(path.glob("*.ckpt")):
+            return StoredStage(path, class_names)  # which says what is missing
+        raise UserError(f"model.init_args.stage1 = {source}: name one of the checkpoints in this folder, or the run's")
+    if not path.is_file():
+        raise UserError(
+            f"model.init_args.stage1 = {source}: there is no such file or folder. Expected the run folder or "
+            "checkpoint of a Segmenter, or a folder of probability maps (predict of a Segmenter writes one)"
+        )
+    return SegmenterStage(path, class_names)
