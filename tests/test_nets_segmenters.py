@@ -62,15 +62,15 @@ def unused(network, images):
 @pytest.mark.parametrize(
     ("architecture", "encoder", "multiple"),
     [
-        ("unet", "resnet18", 32),
+        ("unet", "tu-test_convnext", 32),
         ("UnetPlusPlus", "tu-test_resnet", 32),
         ("MAnet", "tu-test_resnet", 32),
-        ("linknet", "resnet18", 32),
+        ("linknet", "tu-test_resnet", 32),
         ("FPN", "tu-test_efficientnet", 32),
         ("pspnet", "resnet18", 8),
-        ("deeplabv3", "resnet18", 8),
+        ("deeplabv3", "tu-test_resnet", 8),
         ("DeepLabV3Plus", "resnet18", 16),
-        ("UPerNet", "tu-test_convnext", 32),
+        ("UPerNet", "tu-test_resnet", 32),
         ("segformer", "mit_b0", 32),
         ("DPT", "tu-test_vit", 32),
     ],
@@ -85,9 +85,9 @@ def test_every_architecture_takes_any_size_and_trains_every_parameter(architectu
 
 
 def test_pan_takes_pictures_of_128_and_names_smaller_ones(images):
-    network = make_segmenter("pan", "resnet18", None, classes=2)
+    network = make_segmenter("pan", "tu-test_resnet", None, classes=2)
     assert network(torch.rand(2, 3, 128, 140)).shape == (2, 2, 128, 140)
-    with pytest.raises(UserError, match="PAN with resnet18 takes pictures of 128x128 or more, not 80x112"):
+    with pytest.raises(UserError, match="PAN with tu-test_resnet takes pictures of 128x128 or more, not 80x112"):
         network(images)
 
 
@@ -142,15 +142,22 @@ def test_windows_that_do_not_fit_are_named():
 
 @pytest.mark.parametrize("architecture", ["deeplabv3", "deeplabv3plus", "upernet", "pan"])
 def test_a_batch_of_one_in_training_is_explained(architecture):
-    network = make_segmenter(architecture, "resnet18", None, classes=2)
+    network = make_segmenter(architecture, "tu-test_resnet", None, classes=2)
     one = torch.rand(1, 3, 128, 128)
     with pytest.raises(UserError, match=r"a batch of 1 picture .*data\.init_args\.batch_size"):
         network(one)
     assert network.eval()(one).shape == (1, 2, 128, 128)
 
 
+def test_an_encoder_that_does_not_run_is_named_when_it_is_built():
+    with pytest.raises(
+        UserError, match=r"PSPNet with tu-inception_v4 .*does not run on a picture of .*another encoder"
+    ):
+        make_segmenter("pspnet", "tu-inception_v4", None, classes=2)
+
+
 def test_unet_trains_on_a_batch_of_one():
-    assert make_segmenter("unet", "resnet18", None, classes=2)(torch.rand(1, 3, 64, 64)).requires_grad
+    assert make_segmenter("unet", "tu-test_resnet", None, classes=2)(torch.rand(1, 3, 64, 64)).requires_grad
 
 
 # --- wrong names and options ---

@@ -65,14 +65,19 @@ def write_run(
     metrics = {
         "task": "Segmenter" if alone else "DDPMRefiner", "class_names": list(names),
         "methods": {method: figures(value, classes, types, n) for method, value in found.items()},
-        **({"architecture": "unet", "encoder": "resnet34"} if alone else {"gain": gain, "preset": "paper"}),
+        **({"architecture": "unet", "encoder": "resnet34", "weights": "hub"} if alone else {"gain": gain}),
+        **({} if alone else {"preset": "" if "strength" in options else "paper"}),
         "network_calls": 1 if alone else 500, "ms_per_image": {name: 10.0 + seed for name in found},
         "training_seed": seed, "split_seed": 0,
     }  # fmt: skip
     (folder / "test_metrics.json").write_text(json.dumps(metrics))
+    model = {
+        "preset": "paper", "strength": None, "steps": None, "patch": 1,
+        "stage1": f"runs/unet/id{seed}/checkpoints/best.ckpt", **options,
+    }  # fmt: skip
     config = {
         "seed_everything": seed,
-        "model": {"init_args": {"strength": 0.5, "stage1": f"runs/unet/id{seed}/checkpoints/best.ckpt", **options}},
+        "model": {"init_args": {} if alone else model},
         "data": {"class_path": "PascalVOC", "init_args": {"root": "/somewhere/tiles", "classes": list(names[1:])}},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -146,7 +151,7 @@ def test_some_of_the_papers_classes_stand_beside_no_published_total(tmp_path: Pa
 def test_own_classes_and_kinds(tmp_path: Path) -> None:
     write_run(tmp_path, 0, names=("pore", "quartz", "clay"))
     write_run(tmp_path, 0, names=("background", "defect"), types=("crack", "hole"))
-    write_run(tmp_path, 0, {"segmenter": 0.6}, names=("background", "defect"), types=("crack", "hole"), strength=None)
+    write_run(tmp_path, 0, {"segmenter": 0.6}, names=("background", "defect"), types=("crack", "hole"))
     rows = group(read_runs([tmp_path / "000"])) + group(read_runs([tmp_path / "001"]))
     text = class_tables(rows)
     assert "| class: IoU, % | images |" in text
@@ -163,15 +168,15 @@ def test_every_method_has_a_line_and_a_shared_stage_1_only_one(tmp_path: Path) -
         values: dict[str, float | None] = {**VALUES, "refined": value}
         write_run(tmp_path, seed, values)
         write_run(tmp_path, seed, values, strength=0.75)
-        write_run(tmp_path, seed, {"segmenter": 0.53}, strength=None)
+        write_run(tmp_path, seed, {"segmenter": 0.53})
     text = method_table(group(read_runs([tmp_path])))
     head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
     found = [dict(zip(head[4:], line[4:], strict=True)) for line in lines]
-    ours = [f"DDPMRefiner, paper, strength={strength}" for strength in (0.5, 0.75)]
+    ours = ["DDPMRefiner, paper", "DDPMRefiner, paper, strength=0.75"]
     assert [line[:4] for line in lines] == [
         ["bird", ours[0], "stage 1", "3"],
         *(["bird", name, method, "3"] for name in ours for method in ("sampled", "one step", "refined")),
-        ["bird", "Segmenter, unet, resnet34", "segmenter", "3"],
+        ["bird", "Segmenter, unet, resnet34 (hub weights)", "segmenter", "3"],
     ]
     refined, expected = found[3], stats.ttest_1samp([1.0, 5.0, 9.0], 0).confidence_interval()
     assert refined["IoU per image, %"] == "55.0 ± 4.0"
@@ -190,9 +195,13 @@ def test_stage_1_of_each_seed_is_one_option_unless_its_experiment_differs(tmp_pa
     assert [(row.name, len(row.runs["bird"])) for row in group(read_runs([tmp_path]))] == [("DDPMRefiner, paper", 2)]
     write_run(tmp_path, 0, stage1="runs/deeplab/id9/checkpoints/best.ckpt")
     write_run(tmp_path, 0, stage1="elsewhere/maps")
+    write_run(tmp_path, 0, patch=2)
     names = [row.name for row in group(read_runs([tmp_path]))]
     paths = ["unet/best.ckpt", "deeplab/best.ckpt", "elsewhere/maps"]
-    assert names == [f"DDPMRefiner, paper, stage1={path}" for path in paths]
+    assert names == [
+        *(f"DDPMRefiner, paper, patch=1, stage1={path}" for path in paths),
+        "DDPMRefiner, paper, patch=2, stage1=unet/best.ckpt",
+    ]
 
 
 def test_undefined_figures_are_dashes(tmp_path: Path) -> None:
@@ -202,6 +211,21 @@ def test_undefined_figures_are_dashes(tmp_path: Path) -> None:
     assert len(method_table(rows).splitlines()) == 2  # no method has a figure
     write_run(tmp_path, 1)
     assert cells(class_tables(group(read_runs([tmp_path]))), "bird")[4:] == ["20", "50.0", "55.0", "+5.0", "", "1"]
+
+
+def test_a_refiner_without_stage_1_and_an_unknown_method_have_their_lines(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, 0, names=("background", "cat"))
+    metrics = json.loads((folder / "test_metrics.json").read_text())
+    del metrics["gain"], metrics["methods"]["stage1"]
+    metrics["methods"]["reconstruction"] = metrics["methods"].pop("sampled")
+    (folder / "test_metrics.json").write_text(json.dumps(metrics))
+    rows = group(read_runs([tmp_path]))
+    for name in ("cat", "all images"):
+        assert cells(class_tables(rows), name)[-5:] == ["-", "55.0", "-", "", "1"]
+    text = method_table(rows)
+    found = [line.split(" | ")[2:5] for line in text.splitlines()[2:]]
+    assert found == [["one step", "1", "52.0"], ["refined", "1", "55.0"], ["reconstruction", "1", "40.0"]]
+    assert "gain" not in text
 
 
 def test_csv_has_ours_and_the_published_figures(tmp_path: Path) -> None:

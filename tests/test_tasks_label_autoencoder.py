@@ -45,9 +45,9 @@ def fit(task, data, **settings):
     return trainer
 
 
-def test_it_learns_to_give_masks_back_that_it_has_not_seen(data, tmp_path):
-    task = MaskAutoencoder(**SMALL)
-    trainer = fit(task, data, epochs=40, default_root_dir=str(tmp_path / "run"))
+def test_it_learns_to_give_masks_back_that_it_has_not_seen(root, tmp_path):
+    task, data = MaskAutoencoder(**SMALL), make(root, val_fraction=0.0)
+    trainer = fit(task, data, epochs=60, default_root_dir=str(tmp_path / "run"))
     (figures,) = trainer.test(task, datamodule=data, verbose=False)
     assert figures["test/iou"] > 0.85
     assert task.class_names == ["background", "bird", "cat"]
@@ -60,6 +60,7 @@ def test_it_learns_to_give_masks_back_that_it_has_not_seen(data, tmp_path):
 def test_the_loss_is_cross_entropy_and_the_weighted_divergence_and_void_does_not_count(data, monkeypatch):
     task = MaskAutoencoder(**SMALL, kl=0.5, augment="none")
     fit(task, data)
+    monkeypatch.setattr(task, "log", lambda *_, **__: None)
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # the latents drawn are their means
     batch = next(iter(data.train_dataloader()))
     ids = batch["mask"]
@@ -141,15 +142,13 @@ def test_the_best_state_is_kept_and_not_the_last(data, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_end_with_the_same_scale(root, tmp_path):
-    runs = {}
+def test_two_processes_scale_the_latents_as_one_does(root, tmp_path):
+    scales = []
     for name, devices in (("alone", {"devices": 1}), ("pair", {"devices": 2, "strategy": "ddp_fork"})):
-        task = MaskAutoencoder(**SMALL, augment="none", kl=0.0)
-        data = make(root, batch_size=8 // devices["devices"], val_fraction=0.2)
-        fit(task, data, epochs=1, default_root_dir=str(tmp_path / name), max_steps=1, **devices)
-        runs[name] = LabelAutoencoder.load(tmp_path / name / "autoencoder")
-    assert runs["pair"].scale.isfinite()
-    assert float(runs["pair"].scale) == pytest.approx(float(runs["alone"].scale), rel=0.2)
+        task = MaskAutoencoder(**{**SMALL, "lr": 1e-9})  # what is drawn of the latents differs and must not show
+        fit(task, make(root, batch_size=4), default_root_dir=str(tmp_path / name), **devices)
+        scales.append(LabelAutoencoder.load(tmp_path / name / "autoencoder").scale)
+    torch.testing.assert_close(*scales, rtol=1e-4, atol=0)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------

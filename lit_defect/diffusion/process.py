@@ -29,8 +29,8 @@ class ForwardProcess:
 
     Args:
         train_steps: T.
-        beta_schedule: `linear` (Ho et al.: 1e-4 to 0.02), `scaled_linear` (Stable Diffusion) or `cosine` (Nichol &
-            Dhariwal, ICML 2021).
+        beta_schedule: `linear` (Ho et al.: 1e-4 to 0.02), `scaled_linear` (linear between their roots, as in Stable
+            Diffusion) or `cosine` (Nichol & Dhariwal, ICML 2021).
 
     Attributes:
         alpha_bar: (T,) float32, falling.

@@ -21,6 +21,7 @@ from lit_defect.diffusion.labels import VOID, LabelInput, draw_normal, encode, o
 from lit_defect.diffusion.process import ForwardProcess, Prediction, uniform_steps
 from lit_defect.diffusion.samplers import Sampler
 from lit_defect.diffusion.spaces import Space
+from lit_defect.errors import UserError
 
 Conditioning = Literal["joint", "replace", "concat"]
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -89,10 +90,12 @@ class Refinement:
             probabilities: (B, n, H, W) of the first stage; None starts from noise.
             images: (B, 3, H, W) in [-1, 1].
             streams: random stream of each picture (`labels.generators`).
+
+        Returns:
+            What the chain has come to; without a step (strength 0) the first stage's label map as it is.
         """
         picture = self.space.image(images)
-        first_step = self.sampler.timesteps[0]
-        state = self._start(probabilities, picture, first_step, streams)
+        state = self._start(probabilities, picture, streams)
         scheduler, first = self.sampler.begin(), None
         for t in self.sampler.timesteps:
             steps = torch.full((len(images),), t, device=images.device)
@@ -104,8 +107,8 @@ class Refinement:
         final = self._labels(state)
         return Refined(final, final if first is None else first)
 
-    def _start(self, probabilities: Tensor | None, picture: Tensor, t: int, streams: list[Generator]) -> Tensor:
-        """The state that the chain leaves from, at step t."""
+    def _start(self, probabilities: Tensor | None, picture: Tensor, streams: list[Generator]) -> Tensor:
+        """The state that the chain leaves from, at the sampler's first step."""
         if probabilities is None:
             size = picture.shape[-2:]
             labels = draw_normal((self.space.channels, *size), streams, picture)
@@ -115,9 +118,9 @@ class Refinement:
         state = self.space.encode(encode(probabilities, self.label_input, streams))
         if self.conditioning != "concat":
             state = torch.cat([state, picture], dim=1)
-        if self.start == "clean":
+        if self.start == "clean" or not self.sampler.timesteps:
             return state
-        steps = torch.full((len(state),), t, device=state.device)
+        steps = torch.full((len(state),), self.sampler.timesteps[0], device=state.device)
         return self.process.add_noise(state, draw_normal(state.shape[1:], streams, state), steps)
 
     def _x0(self, output: Tensor, state: Tensor, t: Tensor) -> Tensor:
@@ -151,7 +154,15 @@ class Refinement:
             labels: (B, H, W) class ids, 255 for void.
             images: (B, 3, H, W) in [-1, 1].
             probabilities: (B, n, H, W) of the first stage, or None.
+
+        Raises:
+            UserError: probabilities, and a strength of 0, under which no chain leaves from them.
         """
+        if probabilities is not None and not self.sampler.timesteps:
+            raise UserError(
+                "model.init_args.strength = 0 leaves no step to train on with model.init_args.train_on = prediction: "
+                "train with the strength that will be used, or with train_on: ground_truth"
+            )
         count, device = len(labels), images.device
         picture = self.space.image(images)
         x0 = self.space.encode(one_hot(labels, self.space.classes))

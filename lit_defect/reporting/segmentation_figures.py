@@ -42,7 +42,7 @@ METHODS = {
 """Method in a result, and what it is called."""
 
 _BINS = 10  # of stage-1 IoU
-_FEW = 3  # images in a bin below which its mean is not drawn
+_FEW = 3  # images, or parts, in a bin below which its mean is not drawn
 _TYPES = 8  # told apart by colour
 _EQUAL = 1e-12  # differences below are rounding
 _WIDE = 20  # largest value of an option over its smallest from which on the axis is logarithmic
@@ -50,7 +50,12 @@ _WIDE = 20  # largest value of an option over its smallest from which on the axi
 
 @styled
 def gain_figure(
-    before: ArrayLike, after: ArrayLike, *, types: Sequence[str] | None = None, label: str = "the refiner"
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    types: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+    label: str = "the refiner",
 ) -> Figure:
     """What each image gained, over its IoU before: Ando's figure 6, with counts and means by tenths of the IoU.
 
@@ -61,21 +66,23 @@ def gain_figure(
         before: (N,) IoU of each image in stage 1; images where it is nan are left out.
         after: (N,) of the same images.
         types: (N,) class or kind of defect; at most eight are told apart by colour.
+        groups: (N,) part behind each image; the mean of a tenth then counts each part once, and so does its interval.
         label: what the gain is due to.
 
     Raises:
         ValueError: shapes differ.
     """
     x, y = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if x.ndim != 1 or x.shape != y.shape or (types is not None and len(types) != len(x)):
-        raise ValueError(f"expected two IoU of shape (N,), not {x.shape} and {y.shape}, and one type for each")
+    if x.ndim != 1 or x.shape != y.shape or any(n is not None and len(n) != len(x) for n in (types, groups)):
+        raise ValueError(f"expected two IoU of shape (N,), not {x.shape} and {y.shape}, and one type, group for each")
     known = np.isfinite(x) & np.isfinite(y)
     names = None if types is None else np.asarray(types, dtype=str)[known]
+    parts = np.arange(len(x))[known] if groups is None else np.asarray(groups, dtype=str)[known]
     x, gain = x[known], (y - x)[known]
     figure, axes = new_figure(6.2, 4.6)
     _draw_limits(axes)
     _draw_dots(axes, x, gain, names)
-    _draw_bins(axes, x, gain)
+    _draw_bins(axes, x, gain, parts)
     low, high = (float(gain.min()), float(gain.max())) if len(gain) else (-1.0, 1.0)
     axes.set(xlabel="IoU of stage 1", ylabel=f"gain by {label}, points of IoU", xlim=(-0.02, 1.02))
     axes.set_ylim(min(-0.05, 1.15 * low), max(0.05, 1.15 * high))
@@ -251,13 +258,14 @@ def _draw_dots(axes: Axes, x: Floats, gain: Floats, names: NDArray[np.str_] | No
         axes.plot(x[rest], gain[rest], ".", color=MUTED, label=f"others ({rest.sum()})", **dots)
 
 
-def _draw_bins(axes: Axes, x: Floats, gain: Floats) -> None:
-    """Mean gain of each tenth of the stage-1 IoU with its t interval, over the width of the bin."""
+def _draw_bins(axes: Axes, x: Floats, gain: Floats, parts: NDArray[Any]) -> None:
+    """Mean gain of each tenth of the stage-1 IoU with its t interval over parts, over the width of the bin."""
     edges = np.linspace(0, 1, _BINS + 1)
     place = np.clip((x * _BINS).astype(np.int64), 0, _BINS - 1)
     label: str | None = "mean of a tenth, 95 % interval"
     for i, (left, right) in enumerate(pairwise(edges)):
-        members = gain[place == i]
+        _, part = np.unique(parts[place == i], return_inverse=True)
+        members = np.bincount(part, weights=gain[place == i]) / np.bincount(part)
         if len(members) < _FEW:
             continue
         mean = t_interval(members)

@@ -23,7 +23,7 @@ from scipy import ndimage
 
 from lit_defect.reporting.files import whole_file
 from lit_defect.reporting.maps import Scale, outline, overlay
-from lit_defect.reporting.sheets import LINE, Cell, Picture, Words, fit, font, sheet
+from lit_defect.reporting.sheets import LINE, SEAM, Cell, Picture, Words, fit, font, sheet
 from lit_defect.reporting.style import DEFECTIVE, GOOD, INK, MUTED
 
 Colour = tuple[int, int, int]
@@ -46,7 +46,6 @@ _VOID_GREY = 140
 _SMALL, _RINGS = 60, 12  # pixels of the sheet: a region below gets a ring; rings in a panel, at most
 _RING = "#FFFFFF"
 _DARK = 50  # grey below which the hatching is white
-_SEAM = 4  # pixels between the panels of a sheet
 _SWATCH = 13
 
 
@@ -93,7 +92,7 @@ def panel_sheet(rows: Sequence[PanelRow], class_names: Sequence[str], *, title: 
     heads = ["picture", "truth", "stage 1" if refined else "predicted"]
     heads += ["refined"] * refined + ["uncertainty"] * bool(unsure)
     cells = [_cell(row, len(class_names), refined, scale, size) for row in rows]
-    width = len(heads) * (size + _SEAM) - _SEAM
+    width = len(heads) * (size + SEAM) - SEAM
     key = _key(rows, class_names, heads, scale, width) if rows else None
     return sheet(cells, title=title, columns=1, size=size, key=key)
 
@@ -263,7 +262,7 @@ def _key(
     for (text, colour, hatch), (left, y) in zip(entries, places, strict=True):
         key.paste(_swatch(colour, hatch), (left, y + 3))
         draw.text((left + _SWATCH + 6, y), text, font=face, fill=INK)
-    step = (width + _SEAM) / len(heads)
+    step = (width + SEAM) / len(heads)
     for i, head in enumerate(heads):
         draw.text((i * step, top), head, font=font(bold=True), fill=MUTED)
     if scale is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -25,7 +25,7 @@ def mask_table(result: Mapping[str, Any], title: str) -> Table:
         title: above the table.
     """
     table = Table(title=title, title_justify="left", caption=_caption(result), caption_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for name in ("IoU, %", "pooled", "boundary", "HD95"):
         table.add_column(name, justify="right", no_wrap=True)
     gains = result.get("gain") or {}
@@ -38,7 +38,7 @@ def mask_table(result: Mapping[str, Any], title: str) -> Table:
             _percent(figures["iou"], limits=True),
             _percent(figures["pooled_iou"]),
             _percent(figures["boundary_iou"]),
-            number(figures["hd95"]),
+            _number(figures["hd95"]),
             *([_points(gains[name]["iou"]) if name in gains else ""] if gains else []),
         ]
         table.add_row(*map(escape, cells), style="bold" if name == last and len(result["methods"]) > 1 else None)
@@ -61,35 +61,40 @@ def mask_markdown(result: Mapping[str, Any]) -> str:
                 _limits(iou),
                 _percent(figures["pooled_iou"]),
                 _percent(figures["boundary_iou"]),
-                number(figures["hd95"]),
+                _number(figures["hd95"]),
                 _percent(gained, sign=True) if gain else "",
                 _limits(gained, sign=True),
-                p_value(gain) if gain else "",
+                _p_value(gain) if gain else "",
                 " / ".join(str(gain[key]) for key in ("better", "worse", "equal")) if gain else "",
-                calls(result, name),
-                f"{times[name]:.3g}" if times.get(name) is not None else "",
+                _calls(result, name),
+                _milliseconds(times[name]) if times.get(name) is not None else "",
             ]
         )
     used = [i for i in range(len(head)) if i < 6 or any(line[i] for line in body)]
     return markdown_table([head[i] for i in used], [[line[i] for i in used] for line in body])
 
 
-def number(entry: Entry, digits: int = 1) -> str:
+def _number(entry: Entry, digits: int = 1) -> str:
     """The value of an interval as it is, or `-`."""
     value = entry.get("value")
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def p_value(gain: Entry) -> str:
+def _p_value(gain: Entry) -> str:
     """`0.012`, `<0.001`, or `-` where no image differs."""
     p = gain.get("wilcoxon_p")
     return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def calls(result: Mapping[str, Any], method: str) -> str:
+def _calls(result: Mapping[str, Any], method: str) -> str:
     """Calls of a network for one picture: of the refiner's in `refined`, of the segmenter's there; else empty."""
     count = result.get("network_calls")
     return str(count) if count is not None and method in ("refined", "segmenter") else ""
+
+
+def _milliseconds(time: float) -> str:
+    """Three digits: `12.3`, `4321`."""
+    return f"{time:.0f}" if time >= 100 else f"{time:.3g}"
 
 
 def _percent(entry: Entry, *, limits: bool = False, sign: bool = False) -> str:
@@ -103,8 +108,9 @@ def _percent(entry: Entry, *, limits: bool = False, sign: bool = False) -> str:
 
 
 def _points(entry: Entry) -> str:
-    """`+4.7 (+3.1 to +6.2)`."""
-    span = _limits(entry, sign=True)
+    """`+4.7 (+3.1 to +6.2)`, and from ten points on `+15.2 (+12 to +18)`."""
+    wide = max(abs(entry.get(end) or 0.0) for end in ("low", "high")) >= 0.0995
+    span = _limits(entry, sign=True, digits=0 if wide else 1)
     return _percent(entry, sign=True) + (f" ({span})" if span else "")
 
 
@@ -125,7 +131,7 @@ def _caption(result: Mapping[str, Any]) -> str:
     for name, gain in (result.get("gain") or {}).items():
         lines.append(
             f"{METHODS.get(name, name)}: {gain['better']} better, {gain['worse']} worse, {gain['equal']} equal, "
-            f"Wilcoxon p {p_value(gain)}"
+            f"Wilcoxon p {_p_value(gain)}"
         )
     lines += _by_name(figures, METHODS.get(last, last))
     if missed := figures["hd95"].get("undefined"):
@@ -159,8 +165,9 @@ def _by_name(figures: Mapping[str, Any], method: str) -> list[str]:
     return lines
 
 
-def _cost(result: Mapping[str, Any]) -> Sequence[str]:
-    times = [f"{METHODS.get(n, n)} {ms:.3g}" for n, ms in (result.get("ms_per_image") or {}).items() if ms is not None]
+def _cost(result: Mapping[str, Any]) -> list[str]:
+    known = ((name, ms) for name, ms in (result.get("ms_per_image") or {}).items() if ms is not None)
+    times = [f"{METHODS.get(name, name)} {_milliseconds(ms)}" for name, ms in known]
     sizes = [f"{METHODS.get(n, n)} {count / 1e6:.3g} M" for n, count in (result.get("parameters") or {}).items()]
     parts = [f"ms an image: {', '.join(times)}"] if times else []
     if result.get("network_calls") is not None and "refined" in result["methods"]:

@@ -21,7 +21,8 @@ Picture = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont
 
 LINE = 21  # pixels from one line of text to the next
-_GAP, _MARGIN, _SEAM = 16, 24, 4
+_GAP, _MARGIN = 16, 24
+SEAM = 4  # pixels between the panels of a cell
 _FONT = 14
 _LEAST_WIDTH = 420
 _ELLIPSIS = "…"
@@ -59,7 +60,7 @@ def sheet(cells: Sequence[Cell], *, title: str, columns: int, size: int, key: Im
     columns = max(1, min(columns, len(cells)))
     rows = -(-len(cells) // columns)
     panels = max((len(cell.panels) for cell in cells), default=1)
-    width = panels * size + (panels - 1) * _SEAM
+    width = panels * size + (panels - 1) * SEAM
     height = size + 8 + LINE * max((len(cell.caption) for cell in cells), default=0)
     full = max(columns * (width + _GAP) - _GAP, _LEAST_WIDTH, key.width if key else 0)
     heading = font(bold=True, size=_FONT + 4)
@@ -97,7 +98,7 @@ def fit(picture: Picture, size: int) -> Picture:
 def _draw_cell(canvas: Image.Image, cell: Cell, corner: tuple[int, int], size: int, width: int) -> None:
     x, y = corner
     for i, panel in enumerate(cell.panels):
-        _draw_panel(canvas, panel, (x + i * (size + _SEAM), y), size)
+        _draw_panel(canvas, panel, (x + i * (size + SEAM), y), size)
     for i, line in enumerate(cell.caption):
         _draw_line(ImageDraw.Draw(canvas), line, (x, y + size + 6 + i * LINE), width)
 

@@ -214,7 +214,9 @@ class Report:
             self._figure("training", training_figure(self.folder / "metrics.csv"))
         if evaluation.before is not None and evaluation.before in evaluation.counts:
             before, after = evaluation.iou(evaluation.before), evaluation.iou(evaluation.main)
-            self._figure(f"{self.stage}_gain", gain_figure(before, after, types=evaluation.types))
+            self._figure(
+                f"{self.stage}_gain", gain_figure(before, after, types=evaluation.types, groups=evaluation.groups)
+            )
         if evaluation.doubt is not None:
             curve = evaluation.doubt.curve
             drawn = sparsification_figure(

@@ -186,14 +186,24 @@ class PixelTask(DefectTask):
             raise UserError("there is no validation split: set data.val_fraction, or use `test`")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the checkpoint's classes where no data module has said them.
+        """Look whether the checkpoint goes with the data and with the network at hand.
 
         Raises:
-            UserError: other classes.
+            UserError: other classes, or tensors of another network.
         """
         names = checkpoint.get("hyper_parameters", {}).get("class_names")
         if names is not None and list(names) != list(self.class_names or names):
             raise UserError(f"the checkpoint's classes are {names}, the data's are {self.class_names}")
+        shapes = [
+            {key: value.shape for key, value in state.items()}
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        ]
+        misfit = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
+        if misfit:
+            raise UserError(
+                f"the checkpoint does not fit this {type(self).__name__}: {len(misfit)} tensors are missing, left over "
+                f"or of another shape, such as {misfit[0]}; take the model's options from the config.yaml of its run"
+            )
 
     def pixels(self, batch: Batch) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1]."""

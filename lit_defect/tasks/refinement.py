@@ -293,7 +293,6 @@ class DDPMRefiner(PixelTask):
         Raises:
             UserError: the checkpoint was trained with other options that its weights depend on.
         """
-        super().on_load_checkpoint(checkpoint)
         before = checkpoint.get("hyper_parameters", {})
         for key in _TRAINED:
             then, now = before.get(key), self.hparams.get(key)
@@ -301,6 +300,7 @@ class DDPMRefiner(PixelTask):
                 raise UserError(f"the checkpoint was trained with model.init_args.{key} = {then}, not {now}")
         own = self.state_dict()
         checkpoint["state_dict"].update({key: own[key] for key in self._borrowed(own)})
+        super().on_load_checkpoint(checkpoint)
 
     # --- training ---
 

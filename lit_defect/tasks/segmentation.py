@@ -144,7 +144,7 @@ def load_segmenter(path: str) -> Segmenter:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = checkpoint["hyper_parameters"]
-        kept = {key: settings[key] for key in ("architecture", "encoder", "options", "class_names")}
+        kept = {key: settings[key] for key in ("architecture", "encoder", "options", "tile", "overlap", "class_names")}
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         raise UserError(f"{path} is no checkpoint of a Segmenter ({type(error).__name__}: {error})") from error
     segmenter = Segmenter(**kept)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_defect.errors import UserError
 from lit_defect.reporting.probabilities import HEADER, ProbabilityMaps
-from lit_defect.runs import RunFolder, run_of_checkpoint
+from lit_defect.runs import RunFolder, list_runs, run_of_checkpoint
 from lit_defect.tasks.base import Batch
 from lit_defect.tasks.segmentation import load_segmenter
 
@@ -123,7 +123,7 @@ class StoredStage(FirstStage):
 
 
 def first_stage(source: str, class_names: Sequence[str]) -> FirstStage:
-    """The first stage behind `source`: a folder of maps, a run folder of a Segmenter, or a checkpoint file.
+    """The first stage behind `source`: a folder of maps, a Segmenter's checkpoint, its run, or the newest of its runs.
 
     Raises:
         UserError: none of these, or one of other classes.
@@ -132,15 +132,11 @@ def first_stage(source: str, class_names: Sequence[str]) -> FirstStage:
     if path.is_dir():
         if (path / HEADER).is_file():
             return StoredStage(path, class_names)
-        if (path / "probabilities" / HEADER).is_file() and not (path / "checkpoints").is_dir():
-            return StoredStage(path / "probabilities", class_names)
-        run = RunFolder(path)
-        checkpoint = run.best if run.best.is_file() else run.last
-        if checkpoint.is_file():
-            return SegmenterStage(checkpoint, class_names)
-        if path.name != "checkpoints" or not any(path.glob("*.ckpt")):
-            return StoredStage(path, class_names)  # which says what is missing
-        raise UserError(f"model.init_args.stage1 = {source}: name one of the checkpoints in this folder, or the run's")
+        for run in (RunFolder(path), *list_runs(path)):
+            for checkpoint in (run.best, run.last):
+                if checkpoint.is_file():
+                    return SegmenterStage(checkpoint, class_names)
+        return StoredStage(path, class_names)  # which says what is missing
     if not path.is_file():
         raise UserError(
             f"model.init_args.stage1 = {source}: there is no such file or folder. Expected the run folder or "
