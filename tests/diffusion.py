@@ -1,11 +1,26 @@
 """The equations of diffusion models in numpy and float64, written from the papers, for the tests to compare with.
 
-`a` is alpha_bar at the step where a state is, `b` alpha_bar at the step where it goes to (1 at the very end).
+Behind them a refiner of tiny pictures, and a network that knows the truth. `a` is alpha_bar at the step where a state is, `b` alpha_bar at the step where it goes to (1 at the very end).
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch.nn import functional as F
+
+from lit_defect.diffusion.labels import one_hot
+from lit_defect.diffusion.process import ForwardProcess
+from lit_defect.diffusion.refine import Refinement
+from lit_defect.diffusion.samplers import Sampler
+from lit_defect.diffusion.spaces import PixelSpace
+
+CONDITIONINGS = ("joint", "replace", "concat")
+STARTS = ("clean", "noised")
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "logits")
+SCHEDULERS = ("ddpm", "ddim", "dpmsolver", "unipc")
+CLASSES, SIZE = 3, (6, 8)
+PROCESSES = {schedule: ForwardProcess(1000, schedule) for schedule in ("linear", "cosine")}
 
 
 def alpha_bar(schedule: str, steps: int = 1000) -> np.ndarray:
@@ -57,3 +72,55 @@ def answer_for(x0: np.ndarray, x: np.ndarray, a: float, prediction: str) -> np.n
     """What a network that knows x0 answers."""
     epsilon = (x - np.sqrt(a) * x0) / np.sqrt(1 - a)
     return {"epsilon": epsilon, "v_prediction": np.sqrt(a) * epsilon - np.sqrt(1 - a) * x0}.get(prediction, x0)
+
+
+class Blocks:
+    """An autoencoder that loses nothing: blocks of 2 x 2 pixels become channels, on another scale."""
+
+    classes, latent_channels, factor, limit = 2, 8, 2, 5.0
+
+    def encode(self, labels):
+        return 1.7 * F.pixel_unshuffle(labels, 2)
+
+    def decode(self, latents):
+        return 20 * F.pixel_shuffle(latents / 1.7, 2)
+
+
+def make(schedule="cosine", scheduler="ddim", *, steps=10, strength=0.5, space=None, **options) -> Refinement:
+    process = PROCESSES[schedule]
+    chosen = {"conditioning": "concat", "start": "clean", "prediction": "sample", "label_input": "sample", **options}
+    sampler = Sampler(scheduler, process, steps=steps, strength=strength)
+    return Refinement(process, sampler, space or PixelSpace(CLASSES), **chosen)
+
+
+def pictures(count=2, size=SIZE, classes=CLASSES, seed=0):
+    """Truth (B, H, W), images in [-1, 1] and a first stage's probabilities that have nothing to do with the truth."""
+    rng = np.random.default_rng(seed)
+    truth = torch.from_numpy(rng.integers(0, classes, (count, *size)))
+    images = torch.from_numpy(rng.uniform(-1, 1, (count, 3, *size))).float()
+    return truth, images, torch.from_numpy(rng.dirichlet(np.ones(classes), (count, *size))).float().permute(0, 3, 1, 2)
+
+
+class Oracle:
+    """Knows x0, answers what a perfect network would, and keeps what it saw."""
+
+    def __init__(self, refinement: Refinement, schedule: str, truth: torch.Tensor, images: torch.Tensor):
+        space = refinement.space
+        labels, self.picture = space.encode(one_hot(truth, space.classes)), space.image(images)
+        self.x0 = labels if refinement.conditioning == "concat" else torch.cat([labels, self.picture], dim=1)
+        self.prediction, self.labels = refinement.prediction, space.channels
+        self.product = alpha_bar(schedule)
+        self.inputs: list[torch.Tensor] = []
+        self.states: list[np.ndarray] = []
+        self.steps: list[list[int]] = []
+
+    def __call__(self, inputs, t):
+        assert t.dtype == torch.int64
+        self.inputs.append(inputs)
+        self.steps.append(t.tolist())
+        self.states.append(inputs[:, : self.x0.shape[1]].double().numpy())
+        x0 = self.x0.double().numpy()
+        answer = answer_for(x0, self.states[-1], self.product[self.steps[-1][0]], self.prediction)
+        if self.prediction == "logits":
+            answer = np.concatenate([20 * x0[:, : self.labels], x0[:, self.labels :]], axis=1)
+        return torch.from_numpy(answer).float()

@@ -69,7 +69,14 @@ def test_one_hot_by_hand():
 
 def test_decode_by_hand():
     state = torch.tensor([[1, -1, -1], [0.5, -0.5, -1], [0, 0, 0], [-1, -3, -1.5], [3, -2, 0], [0.2, 0.2, 1]])
-    expected = [[1, 0, 0], [0.75, 0.25, 0], [1 / 3] * 3, [1 / 3] * 3, [2 / 3, 0, 1 / 3], [0.6 / 2.2, 0.6 / 2.2, 1 / 2.2]]
+    expected = [
+        [1, 0, 0],
+        [0.75, 0.25, 0],
+        [1 / 3] * 3,
+        [1 / 3] * 3,
+        [2 / 3, 0, 1 / 3],
+        [0.6 / 2.2, 0.6 / 2.2, 1 / 2.2],
+    ]
     np.testing.assert_allclose(decode(state.view(6, 3, 1, 1)).view(6, 3), expected, atol=1e-6)
 
 

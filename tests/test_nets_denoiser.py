@@ -66,7 +66,11 @@ def test_each_picture_has_its_own_step():
 def test_only_the_coarsest_level_attends():
     net = small(channels=(8, 8, 16))
     found = [name for name, module in net.named_modules() if isinstance(module, Attention)]
-    assert {".".join(name.split(".")[1:3]) for name in found} == {"down_blocks.2", "mid_block.attentions", "up_blocks.0"}
+    assert {".".join(name.split(".")[1:3]) for name in found} == {
+        "down_blocks.2",
+        "mid_block.attentions",
+        "up_blocks.0",
+    }
     assert not [m for m in small(attention=False).modules() if isinstance(m, Attention)]
 
 

@@ -93,7 +93,10 @@ def test_many_classes_in_bytes_may_be_off_by_half_a_level_each(tmp_path):
     [
         (np.full((3, 2, 2), np.nan), "nan or infinity"),
         (np.log(np.full((3, 2, 2), 1 / 3)), r"values that are no probabilities \(from -1\.099 to -1\.099\)"),
-        (np.stack([np.full((2, 2), v) for v in (1.1, -0.05, -0.05)]), r"values that are no probabilities \(from -0\.05 to 1\.1\)"),
+        (
+            np.stack([np.full((2, 2), v) for v in (1.1, -0.05, -0.05)]),
+            r"values that are no probabilities \(from -0\.05 to 1\.1\)",
+        ),
         (np.full((3, 2, 2), 1), r"another type than float16, .* \(int64\)"),
         (np.full((2, 2, 2), 0.5), r"not of 3 classes \(2 x 2 x 2 instead of 3 x height x width\)"),
         (np.full((2, 2, 3), 1 / 3), r"not of 3 classes \(2 x 2 x 3 "),

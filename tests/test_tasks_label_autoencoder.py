@@ -46,14 +46,14 @@ def fit(task, data, **settings):
 
 
 def test_it_learns_to_give_masks_back_that_it_has_not_seen(root, tmp_path):
-    task, data = MaskAutoencoder(**SMALL), make(root, val_fraction=0.0)
-    trainer = fit(task, data, epochs=60, default_root_dir=str(tmp_path / "run"))
+    task, data = MaskAutoencoder(**SMALL), make(root, val_fraction=0.0, merge=True)
+    trainer = fit(task, data, epochs=50, default_root_dir=str(tmp_path / "run"))
     (figures,) = trainer.test(task, datamodule=data, verbose=False)
     assert figures["test/iou"] > 0.85
-    assert task.class_names == ["background", "bird", "cat"]
+    assert task.class_names == ["background", "bird+cat"]
     loaded = LabelAutoencoder.load(tmp_path / "run" / "autoencoder")
     assert loaded.class_names == task.class_names
-    labels = one_hot(torch.stack([torch.zeros(32, 32), torch.ones(32, 32)]).long(), 3)
+    labels = one_hot(torch.stack([torch.zeros(32, 32), torch.ones(32, 32)]).long(), 2)
     torch.testing.assert_close(loaded.encode(labels), task.network.eval().encode(labels), atol=1e-3, rtol=1e-3)
 
 
@@ -65,9 +65,10 @@ def test_the_loss_is_cross_entropy_and_the_weighted_divergence_and_void_does_not
     batch = next(iter(data.train_dataloader()))
     ids = batch["mask"]
     assert (ids == 255).any()
-    logits, divergence = task.network(one_hot(ids, 3))
+    with torch.no_grad():
+        logits, divergence = task.network(one_hot(ids, 3))
     expected = F.cross_entropy(logits, ids, ignore_index=255) + 0.5 * divergence.mean() / (32 * 32)
-    assert float(task.training_step(batch, 0)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(task.training_step(batch, 0).detach()) == pytest.approx(float(expected), rel=1e-5)
     void = task.training_step({"mask": torch.full((2, 32, 32), 255)}, 0)
     assert void.isfinite()
 

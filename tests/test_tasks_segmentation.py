@@ -19,7 +19,6 @@ from lit_defect.tasks.segmentation import load_segmenter
 from tests.fakes import damage, make_voc, save, surface
 from tests.segmentation import (
     DEFECTS,
-    SERVED,
     SIZE,
     TINY_SEGMENTER,
     animals,
@@ -180,7 +179,7 @@ def test_new_pictures_each_at_its_own_size(defects, lit_defect, tmp_path):
     ("choice", "names"),
     [
         ({"classes": ["bird", "cat"]}, ["background", "bird", "cat"]),
-        ({"classes": ["bird"]}, DEFECTS[:1] + ["bird"]),
+        ({"classes": ["bird"]}, ["background", "bird"]),
         ({"classes": ["bird", "cat"], "merge": True}, ["background", "bird+cat"]),
     ],
     ids=["multi-class", "one class", "merged"],

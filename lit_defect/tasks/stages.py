@@ -75,20 +75,8 @@ class SegmenterStage(FirstStage):
             UserError: such pictures.
         """
         run = run_of_checkpoint(self.path)
-        if run is None:
-            return
-        trained_on = (run.config().get("data") or {}).get("init_args") or {}
-        if str(Path(str(trained_on.get("root"))).expanduser().absolute()) != str(data.root):
-            return  # equal names may mean other pictures
-        before = run.splits()
-        for split in set(splits) & {"val", "test"}:
-            seen = [sample.name for sample in data.samples.get(split, ()) if before.get(sample.name) == "train"]
-            if seen:
-                raise UserError(
-                    f"{len(seen)} {split} pictures, such as {seen[0]}, were used to train the first stage in "
-                    f"{run.path}; its maps of them are too good. Take over its split by --data.split_file "
-                    f"{run.path / 'splits.csv'}, or set data.seed and the fractions as in its config.yaml"
-                )
+        if run is not None:
+            _refuse_seen(run, data, splits)
 
 
 class StoredStage(FirstStage):
@@ -112,14 +100,34 @@ class StoredStage(FirstStage):
         return maps.to(batch["image"].device)
 
     def check(self, data: Any, splits: Sequence[str]) -> None:
-        """Read every map once.
+        """Read every map once; those in a Segmenter's run are too good where it was trained.
 
         Raises:
-            UserError: maps that are missing, of another size or number of classes, or no probabilities.
+            UserError: maps that are missing, of another size or number of classes, or no probabilities; or pictures
+                to be evaluated that the run beside the maps was trained on.
         """
+        run = RunFolder(self.maps.folder.resolve().parent)
+        if run.record():
+            _refuse_seen(run, data, splits)
         names = [sample.name for split in splits for sample in data.samples.get(split, ())]
         sizes = None if data.image_size is None else [tuple(data.image_size)] * len(names)
         self.maps.check(names, sizes)
+
+
+def _refuse_seen(run: RunFolder, data: Any, splits: Sequence[str]) -> None:
+    """Raises `UserError` if the run of a first stage was trained on pictures of the splits that judge a refiner."""
+    trained_on = (run.config().get("data") or {}).get("init_args") or {}
+    if str(Path(str(trained_on.get("root"))).expanduser().absolute()) != str(data.root):
+        return  # equal names may mean other pictures
+    before = run.splits()
+    for split in set(splits) & {"val", "test"}:
+        seen = [sample.name for sample in data.samples.get(split, ()) if before.get(sample.name) == "train"]
+        if seen:
+            raise UserError(
+                f"{len(seen)} {split} pictures, such as {seen[0]}, were used to train the first stage in "
+                f"{run.path}; its maps of them are too good. Take over its split by --data.split_file "
+                f"{run.path / 'splits.csv'}, or set data.seed and the fractions as in its config.yaml"
+            )
 
 
 def first_stage(source: str, class_names: Sequence[str]) -> FirstStage:
