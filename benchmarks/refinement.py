@@ -10,7 +10,7 @@ ROOT, and after the times the mean IoU of an image before and after.
 
 Every contestant gets the same pictures and probability maps and ends with class ids, (H, W) each. The refiner takes
 pictures in batches of --batch, the others one by one, as their interfaces want it. The contestants take turns;
-medians. One whose first picture takes long is timed on as few pictures as fit into --seconds.
+medians. A slow one is timed on as few pictures as fit into --seconds, and one whose first picture does not, on that.
 
 DenseCRF (Krähenbühl & Koltun, NeurIPS 2011, their own code) runs with the parameters of its wrapper's README, and with
 those that are best on at most 100 validation pictures, in a grid after Chen et al. (DeepLab, ICLR 2015). CascadePSP
@@ -309,18 +309,21 @@ def compare_times(contestants: dict[str, tuple[int | None, Refine]], pictures: P
     counts: dict[str, int] = {}
     wall: dict[str, list[float]] = {name: [] for name in contestants}
     processor: dict[str, list[float]] = {name: [] for name in contestants}
+    slow = set()
     for name, (_, run) in contestants.items():
-        run(pictures.first(1))  # what the first call loads and prepares
-        begun = time.perf_counter()
-        run(pictures.first(1))
-        counts[name] = min(len(pictures), max(1, int(options.seconds / (time.perf_counter() - begun))))
+        spent, used = timed(run, pictures.first(1))
+        if spent > 1000 * options.seconds:  # what a first call prepares is little beside that
+            slow.add(name)
+            counts[name], wall[name], processor[name] = 1, [spent], [used]
+        else:
+            spent, _ = timed(run, pictures.first(1))
+            counts[name] = min(len(pictures), max(1, int(1000 * options.seconds / spent)))
     for _ in range(options.repeats):
         for name, (_, run) in contestants.items():
-            some = pictures.first(counts[name])
-            begun, used = time.perf_counter(), time.process_time()
-            run(some)
-            wall[name].append(1000 * (time.perf_counter() - begun) / len(some))
-            processor[name].append(1000 * (time.process_time() - used) / len(some))
+            if name not in slow:
+                spent, used = timed(run, pictures.first(counts[name]))
+                wall[name].append(spent)
+                processor[name].append(used)
     middle = {name: statistics.median(values) for name, values in wall.items()}
     reference = middle.get("DenseCRF")
     print("| method | pictures | ms an image | processor, ms an image | ms a call | times DenseCRF's time |")
@@ -335,7 +338,15 @@ def compare_times(contestants: dict[str, tuple[int | None, Refine]], pictures: P
     print(flush=True)
 
 
-def compare_masks_of(contestants: dict[str, tuple[int | None, Refine]], pictures: Pictures, names: list[str]) -> None:
+def timed(run: Refine, pictures: Pictures) -> tuple[float, float]:
+    """Milliseconds a picture, and the processor's."""
+    begun, used = time.perf_counter(), time.process_time()
+    run(pictures)
+    spent, worked = time.perf_counter() - begun, time.process_time() - used
+    return 1000 * spent / len(pictures), 1000 * worked / len(pictures)
+
+
+def compare_figures(contestants: dict[str, tuple[int | None, Refine]], pictures: Pictures, names: list[str]) -> None:
     """Figures of the test pictures before and after."""
     before = counted(pictures.maps.argmax(1), pictures, names)
     first = evaluate_masks(before, names, groups=pictures.groups)
@@ -344,16 +355,14 @@ def compare_masks_of(contestants: dict[str, tuple[int | None, Refine]], pictures
     print(f"| {' | '.join(columns + ['false alarms'] * alarms)} |")
     print("|" + "---|" * (len(columns) + alarms))
     for name in ("first stage", *contestants):
-        if name == "first stage":
-            figures, middle = first, "| "
-        else:
+        figures, middle = first, " |  | "
+        if name != "first stage":
             after = counted(contestants[name][1](pictures), pictures, names)
             figures = evaluate_masks(after, names, groups=pictures.groups)
             gain = compare_masks(before, after, names, groups=pictures.groups)
             p = gain["wilcoxon_p"]
             change = "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**gain["iou"])
             middle = f"{change} | {gain['better']} / {gain['worse']} | {'' if p is None else f'{p:.2g}'}"
-        middle = " |  | " if name == "first stage" else middle
         values = [figures[key]["value"] for key in ("iou", "pooled_iou", "boundary_iou")]
         last = f" {figures['false_alarms']['value']:.3f} |" if alarms else ""
         print(f"| {name} | {values[0]:.4f} | {middle} | {values[1]:.4f} | {values[2]:.4f} |{last}", flush=True)
@@ -421,7 +430,7 @@ def with_runs(options: Any) -> None:
         rivals = {"DenseCRF": rivals["DenseCRF"], "DenseCRF, parameters chosen": (None, chosen), **rivals}
     contestants = {**rivals, **trained_refiners(runs, options.calls, data, options.batch)}
     compare_times(contestants, test.first(options.pictures), options)
-    compare_masks_of({name: run for name, run in contestants.items() if "random" not in name}, test, names)
+    compare_figures({name: run for name, run in contestants.items() if "random" not in name}, test, names)
 
 
 if __name__ == "__main__":

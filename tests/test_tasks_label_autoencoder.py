@@ -24,6 +24,12 @@ from tests.fakes import make_mvtec, make_voc
 SMALL = {"channels": (8, 16), "latent_channels": 3, "lr": 4e-3}
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """A run without a folder writes its autoencoder where it was started."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def root(tmp_path):
     return make_voc(tmp_path / "data", images={"train": 20, "val": 5})

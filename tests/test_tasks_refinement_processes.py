@@ -93,7 +93,7 @@ def test_two_processes_hold_the_same_weights(two, name):
     assert [key for key in own if not torch.equal(first[key], second[key])] == []
     if name == "refiner":
         assert [key for key in own if key.startswith("ema.module.")]
-        assert int(first["ema.n_averaged"]) == 2 * 3, "3 steps an epoch"
+        assert int(first["ema.n_averaged"]) == 2 * 2, "2 steps an epoch"
     watched, other = (rank[f"{name} watched"] for rank in two.ranks)
     for key in ("val/loss", "val/iou", "val/pooled_iou"):
         assert watched[key] == pytest.approx(other[key]), key
@@ -129,14 +129,6 @@ def test_two_processes_write_every_map_once(two, name):
     ProbabilityMaps(folder / "probabilities", DEFECTS).check(names, [(32, 32)] * len(names))
     assert len(list((folder / "predict_masks").rglob("*.png"))) == len(names)
     assert not (folder / "probabilities.1").exists(), "one process makes room"
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_the_weights_are_those_that_the_figures_are_of(two, name):
-    """A checkpoint of rank 0 holds the running mean that both have tested."""
-    state = torch.load(two.folder / f"{name}.ckpt", weights_only=True)["state_dict"]
-    for key, value in state.items():
-        torch.testing.assert_close(value, two.ranks[0][name][key], rtol=0, atol=0)
 
 
 # ---- through the command line ----------------------------------------------------------------------------------

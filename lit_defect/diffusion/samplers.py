@@ -49,6 +49,7 @@ class Sampler:
         self.name = name
         self.process = process
         self.steps = steps
+        self.strength = strength
         self.calls = int(steps * strength + 1e-9)
         if strength > 0 and self.calls == 0:
             raise UserError(

@@ -114,6 +114,11 @@ def colour_mask(mask: ArrayLike, classes: int) -> Picture:
     return table[ids]
 
 
+def overlay_mask(picture: Picture, mask: ArrayLike, classes: int) -> Picture:
+    """The picture (H, W, 3), grey, under the colours of its mask (H, W), the background clear."""
+    return _fill(picture, _class_ids(mask), dict(enumerate(palette(classes)[1:], 1)), 0.5)
+
+
 def write_mask_png(path: Path, mask: ArrayLike) -> Path:
     """Write class ids (H, W), 255 void, as VOC does: a palette PNG whose indices are the ids; folders are made.
 

@@ -20,10 +20,8 @@ from torch import Tensor
 from lit_defect.errors import UserError
 from lit_defect.metrics.masks import VOID, MaskCounts, count_masks
 from lit_defect.metrics.uncertainty import Sparsification, error_agreement, sparsification
-from lit_defect.reporting.probabilities import write_header, write_probabilities
-from lit_defect.reporting.segmentation_panels import write_mask_png
-from lit_defect.runs import keep_previous
 from lit_defect.tasks.base import Batch, DefectTask
+from lit_defect.tasks.mask_files import MAPS, MASKS, MaskWriter
 from lit_defect.tasks.pixel_report import Doubt, PixelEvaluation, Report, Shown
 from lit_defect.tasks.views import VIEWS, unit_range, view
 
@@ -91,8 +89,8 @@ class PixelTask(DefectTask):
         augment: views that training draws from: `none`, `flip` (left-right), `flips` (both ways), `dihedral` (and
             quarter turns).
         crop: side of a random window that training cuts from each picture; null takes the whole picture.
-        maps: whether `predict` writes the probability map of each picture (see `reporting/probabilities.py`), or
-            its mask alone.
+        maps: whether `predict` writes the probability map of each picture, too (see `reporting/probabilities.py`).
+        overlays: whether `predict` writes each picture with its mask laid over, too.
         channels_last: memory format of the networks; faster convolutions on most devices.
         compile: compile the network with torch.compile.
         class_names: names of the mask values; null takes them from the data module.
@@ -108,6 +106,7 @@ class PixelTask(DefectTask):
         augment: Listed = "flips",
         crop: int | None = None,
         maps: bool = True,
+        overlays: bool = True,
         channels_last: bool = True,
         compile: bool = False,
         class_names: list[str] | None = None,
@@ -120,11 +119,13 @@ class PixelTask(DefectTask):
         self.augment: Listed = augment
         self.crop = crop
         self.maps = maps
+        self.overlays = overlays
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_network = compile
         self.class_names = class_names
         self._evaluation: PixelEvaluation
         self._seconds: dict[str, float] = {}
+        self._writer: MaskWriter | None = None
 
     # --- what a subclass provides ---
 
@@ -235,7 +236,8 @@ class PixelTask(DefectTask):
         if fitting:
             loss = self.validation_loss(batch, labels, answer)
             self.log("val/loss", loss, batch_size=len(labels), sync_dist=True)
-            answer = answer._replace(masks={self.main: answer.masks[self.main]}, uncertainty=None)
+            shown = {name: mask for name, mask in answer.masks.items() if name in (self.main, self.before)}
+            answer = answer._replace(masks=shown, uncertainty=None)
         self._tally(batch, labels, answer)
 
     def on_validation_epoch_end(self) -> None:
@@ -290,7 +292,7 @@ class PixelTask(DefectTask):
     def write_results(self, folder: Path, stage: str) -> None:
         """Figures, one line a picture, and the best and worst pictures of the last evaluation; rank 0 only."""
         if stage == "predict":
-            print(f"\nmasks and maps  {folder / 'predict_masks'}\n")
+            print(f"\nmasks  {folder / MASKS}" + (f"\nmaps   {folder / MAPS}\n" if self.maps else "\n"))
             return
         loader = self.data.loader(stage)
 
@@ -321,27 +323,23 @@ class PixelTask(DefectTask):
     # --- new pictures ---
 
     def on_predict_start(self) -> None:
-        """Make room for the masks and maps; those of an earlier prediction are kept under a number."""
-        if getattr(self.trainer, "fast_dev_run", False):
-            return
-        folder = Path(self.trainer.default_root_dir)
-        if self.trainer.is_global_zero:
-            for name in ("predict_masks", "probabilities"):
-                keep_previous(folder / name)
-            if self.maps:
-                write_header(folder / "probabilities", self.names)
+        """Make room for the files of the prediction."""
+        self._writer = None
+        if not getattr(self.trainer, "fast_dev_run", False):
+            folder = Path(self.trainer.default_root_dir)
+            self._writer = MaskWriter(folder, self.names, self.maps, self.overlays)
+            if self.trainer.is_global_zero:
+                self._writer.begin()
         self.trainer.strategy.barrier("an earlier prediction kept")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Probabilities (B, C, H, W); masks and maps go to the run's folder, at the size of the batch's pictures."""
+        """Probabilities (B, C, H, W); masks, overlays and maps go to the run's folder."""
         answer = self.answer(batch, "predict")
-        if not getattr(self.trainer, "fast_dev_run", False):
-            folder = Path(self.trainer.default_root_dir)
-            maps = answer.probabilities.float().cpu().numpy()
-            for name, mask, values in zip(batch["name"], answer.masks[self.main].cpu().numpy(), maps, strict=True):
-                write_mask_png(folder / "predict_masks" / f"{name}.png", mask.astype(np.uint8))
-                if self.maps:
-                    write_probabilities(folder / "probabilities", name, values)
+        for row, (position, name) in enumerate(zip(batch["index"].tolist(), batch["name"], strict=True)):
+            if self._writer is not None:
+                picture, _ = self.data.original("predict", position)
+                unsure = None if answer.uncertainty is None else answer.uncertainty[row]
+                self._writer.write(name, picture, answer.probabilities[row], unsure)
         return answer.probabilities
 
 

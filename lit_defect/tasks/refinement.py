@@ -12,48 +12,21 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from lit_defect.diffusion.labels import LabelInput, generators, sample_labels
+from lit_defect.diffusion.presets import Preset, quick_sampler, resolve
 from lit_defect.diffusion.process import BetaSchedule, ForwardProcess, Prediction
 from lit_defect.diffusion.refine import Conditioning, Refinement
 from lit_defect.diffusion.samplers import Sampler, SamplerName
 from lit_defect.diffusion.spaces import LatentSpace, PixelSpace, Space
 from lit_defect.errors import UserError
+from lit_defect.nets.averaging import running_mean
 from lit_defect.nets.canvas import Canvas
 from lit_defect.nets.denoiser import Denoiser
 from lit_defect.tasks.base import Batch
 from lit_defect.tasks.pixels import Answer, PixelTask, augmented, targets
 from lit_defect.tasks.stages import FirstStage, SegmenterStage, first_stage
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # Ando, sections 4 and 5; what the paper does not say is DDPM's own (Ho et al.).
-    "paper": {
-        "conditioning": "joint",
-        "start": "clean",
-        "train_on": "ground_truth",
-        "label_input": "sample",
-        "num_samples": 1,
-        "scheduler": "ddpm",
-        "steps": 1000,
-        "strength": 0.5,
-        "prediction": "epsilon",
-        "beta_schedule": "linear",
-    },
-    # The best of at most 10 network calls that was measured (experiments/RESULTS.md).
-    "fast": {
-        "conditioning": "concat",
-        "start": "clean",
-        "train_on": "prediction",
-        "label_input": "sample",
-        "num_samples": 1,
-        "scheduler": "ddim",
-        "steps": 10,
-        "strength": 0.5,
-        "prediction": "logits",
-        "beta_schedule": "cosine",
-    },
-}
 _TRAINED = (
     "conditioning", "prediction", "beta_schedule", "train_steps", "channels", "layers", "attention", "patch", "latent"
 )  # fmt: skip
@@ -110,7 +83,7 @@ class DDPMRefiner(PixelTask):
     def __init__(
         self,
         stage1: str | None = None,
-        preset: Literal["paper", "fast"] = "fast",
+        preset: Preset = "fast",
         conditioning: Conditioning | None = None,
         start: Literal["clean", "noised"] | None = None,
         train_on: Literal["ground_truth", "prediction"] | None = None,
@@ -140,18 +113,13 @@ class DDPMRefiner(PixelTask):
             "num_samples": num_samples, "scheduler": scheduler, "steps": steps, "strength": strength,
             "prediction": prediction, "beta_schedule": beta_schedule,
         }  # fmt: skip
-        self.settings: dict[str, Any] = {
-            key: PRESETS[preset][key] if value is None else value for key, value in given.items()
-        }
+        self.settings, self.preset = resolve(preset, given)
         self.hparams.update(self.settings)
-        self.preset = preset if self.settings == PRESETS[preset] else ""
         self.stage1_source = stage1
         self.num_samples: int = self.settings["num_samples"]
         for key, number in (("num_samples", self.num_samples), ("validation_calls", validation_calls)):
             if number < 1:
                 raise UserError(f"model.init_args.{key} = {number}: expected at least 1")
-        if not 0 <= ema_decay < 1:
-            raise UserError(f"model.init_args.ema_decay = {ema_decay}: expected 0 <= decay < 1")
         if latent is not None and self.settings["prediction"] == "logits":
             raise UserError(
                 "model.init_args.prediction = logits are scores of classes, and latents have none: set it to sample, "
@@ -163,12 +131,18 @@ class DDPMRefiner(PixelTask):
                 "model.init_args.stage1, or set train_on to ground_truth"
             )
         self.process = ForwardProcess(train_steps, self.settings["beta_schedule"])
-        self.sampler = self._sampler(self.settings["scheduler"], self.settings["steps"])
-        self.validation_sampler = self._quick_sampler(validation_calls)
+        self.sampler = Sampler(
+            self.settings["scheduler"],
+            self.process,
+            steps=self.settings["steps"],
+            strength=self.settings["strength"],
+        )
+        self.validation_sampler = quick_sampler(self.sampler, validation_calls)
         self.network_options: dict[str, Any] = {
             "channels": channels, "layers": layers, "attention": attention, "patch": patch
         }  # fmt: skip
-        Denoiser(2, 2, **self.network_options)  # says now what it cannot be built of
+        with torch.device("meta"):  # says now what cannot be built
+            running_mean(Denoiser(2, 2, **self.network_options), ema_decay)
         self.ema_decay = ema_decay
         self.latent = latent
         self.tile = tile
@@ -178,17 +152,6 @@ class DDPMRefiner(PixelTask):
             self.monitor = ("val/loss", "min")  # there is nothing to start a chain from
         self.stage1: FirstStage | None = None
         self.denoiser: Denoiser | None = None
-
-    def _sampler(self, name: SamplerName, steps: int) -> Sampler:
-        return Sampler(name, self.process, steps=steps, strength=self.settings["strength"])
-
-    def _quick_sampler(self, calls: int) -> Sampler:
-        """The sampler itself, or where it takes more calls, DDIM from the same step with as many as allowed."""
-        if self.sampler.calls <= calls:
-            return self.sampler
-        total, strength = self.process.train_steps, self.settings["strength"]
-        fitting = [n for n in range(1, total + 1) if total % n == 0 and 1 <= int(n * strength + 1e-9) <= calls]
-        return self._sampler("ddim", max(fitting)) if fitting else self.sampler
 
     # --- construction ---
 
@@ -241,8 +204,7 @@ class DDPMRefiner(PixelTask):
         )
         denoiser = Denoiser(self.refinement.in_channels, self.refinement.out_channels, **self.network_options)
         self.denoiser = denoiser.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.ema = AveragedModel(self.denoiser, multi_avg_fn=self._average, use_buffers=False)
-        self.ema.requires_grad_(False)
+        self.ema = running_mean(self.denoiser, self.ema_decay)
         self.canvas = Canvas(denoiser.multiple, self.tile, self.overlap)
         self.whole = Canvas(denoiser.multiple)
         if self.compile_network:
@@ -269,12 +231,6 @@ class DDPMRefiner(PixelTask):
             if module is not None:
                 module.eval()
         return self
-
-    @torch.no_grad()
-    def _average(self, averages: Any, current: Any, number: Any) -> None:
-        """Running mean of the weights that forgets its first steps, which are far from the last ones, sooner."""
-        decay = min(self.ema_decay, (1 + float(number)) / (10 + float(number)))
-        torch._foreach_lerp_(averages, current, 1 - decay)
 
     # --- checkpoints ---
 
