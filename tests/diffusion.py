@@ -106,8 +106,9 @@ class Oracle:
 
     def __init__(self, refinement: Refinement, schedule: str, truth: torch.Tensor, images: torch.Tensor):
         space = refinement.space
-        labels, self.picture = space.encode(one_hot(truth, space.classes)), space.image(images)
-        self.x0 = labels if refinement.conditioning == "concat" else torch.cat([labels, self.picture], dim=1)
+        labels = space.encode(one_hot(truth, space.classes))
+        joint = refinement.conditioning != "concat"
+        self.x0 = torch.cat([labels, space.image(images)], dim=1) if joint else labels
         self.prediction, self.labels = refinement.prediction, space.channels
         self.product = alpha_bar(schedule)
         self.inputs: list[torch.Tensor] = []

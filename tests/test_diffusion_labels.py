@@ -20,6 +20,11 @@ from lit_defect.diffusion.labels import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def constant(shares: list[float], side: int = 200) -> torch.Tensor:
     """(1, n, side, side) probabilities, the same everywhere."""
     return torch.tensor(shares).view(1, -1, 1, 1).expand(1, len(shares), side, side)

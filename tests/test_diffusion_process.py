@@ -15,6 +15,11 @@ SCHEDULES = ("linear", "scaled_linear", "cosine")
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "logits")
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def column(*values: float) -> torch.Tensor:
     """(B, 1, 1, 1), one number a picture."""
     return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)

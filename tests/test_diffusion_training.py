@@ -17,6 +17,12 @@ from lit_defect.diffusion.spaces import LatentSpace, PixelSpace
 from tests import diffusion as reference
 from tests.diffusion import CONDITIONINGS, PREDICTIONS, STARTS, Blocks, Oracle, make, pictures
 
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 # --- what is trained on ---
 
 

@@ -9,8 +9,6 @@ from torch.nn import functional as F
 
 from lit_defect.diffusion import labels
 
-LATENT_LIMIT = 5.0  # latents have unit variance; a prediction further out is wrong
-
 
 class Space(Protocol):
     """Label maps (B, n, H, W) in [-1, 1] and pictures (B, 3, H, W) in [-1, 1] as channels of a state, and back.
@@ -72,13 +70,12 @@ class LatentSpace:
         autoencoder: a `LabelAutoencoder`, frozen.
     """
 
-    limit = LATENT_LIMIT
-
     def __init__(self, autoencoder: Any) -> None:
         self.autoencoder = autoencoder
         self.classes = int(autoencoder.classes)
         self.channels = int(autoencoder.latent_channels)
         self.factor = int(autoencoder.factor)
+        self.limit = float(autoencoder.limit)
         self.image_channels = 3 * self.factor**2
 
     def encode(self, labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lit_defect.metrics.uncertainty import Sparsification, error_agreement, spar
 from lit_defect.tasks.base import Batch, DefectTask
 from lit_defect.tasks.mask_files import MAPS, MASKS, MaskWriter
 from lit_defect.tasks.pixel_report import Doubt, PixelEvaluation, Report, Shown
-from lit_defect.tasks.views import VIEWS, unit_range, view
+from lit_defect.tasks.views import VIEWS, random_light, unit_range, view
 
 DEFECT_NAMES = ["background", "defect"]
 Listed = Literal["none", "flip", "flips", "dihedral"]
@@ -88,6 +88,7 @@ class PixelTask(DefectTask):
     Args:
         augment: views that training draws from: `none`, `flip` (left-right), `flips` (both ways), `dihedral` (and
             quarter turns).
+        light: share by which brightness and contrast of each training picture change, at most.
         crop: side of a random window that training cuts from each picture; null takes the whole picture.
         maps: whether `predict` writes the probability map of each picture, too (see `reporting/probabilities.py`).
         overlays: whether `predict` writes each picture with its mask laid over, too.
@@ -104,6 +105,7 @@ class PixelTask(DefectTask):
         self,
         *,
         augment: Listed = "flips",
+        light: float = 0.0,
         crop: int | None = None,
         maps: bool = True,
         overlays: bool = True,
@@ -116,7 +118,10 @@ class PixelTask(DefectTask):
         super().__init__(monitor=monitor, **kwargs)
         if crop is not None and crop < 1:
             raise UserError(f"model.init_args.crop = {crop}: expected the side of a window in pixels, or null")
+        if not 0 <= light < 1:
+            raise UserError(f"model.init_args.light = {light}: expected a share, 0 <= light < 1")
         self.augment: Listed = augment
+        self.light = light
         self.crop = crop
         self.maps = maps
         self.overlays = overlays
@@ -205,6 +210,12 @@ class PixelTask(DefectTask):
                 f"the checkpoint does not fit this {type(self).__name__}: {len(misfit)} tensors are missing, left over "
                 f"or of another shape, such as {misfit[0]}; take the model's options from the config.yaml of its run"
             )
+
+    def training_pictures(self, batch: Batch, *others: Tensor | None) -> list[Any]:
+        """Pictures in random light, their masks, and `others`, all in the same random views and windows."""
+        images = self.pixels(batch)
+        images = random_light(images, self.light) if self.light else images
+        return augmented([images, targets(batch, self.classes), *others], self.augment, self.crop)
 
     def pixels(self, batch: Batch) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1]."""

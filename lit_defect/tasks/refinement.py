@@ -24,7 +24,7 @@ from lit_defect.nets.averaging import running_mean
 from lit_defect.nets.canvas import Canvas
 from lit_defect.nets.denoiser import Denoiser
 from lit_defect.tasks.base import Batch
-from lit_defect.tasks.pixels import Answer, PixelTask, augmented, targets
+from lit_defect.tasks.pixels import Answer, PixelTask, targets
 from lit_defect.tasks.stages import FirstStage, SegmenterStage, first_stage
 
 _TRAINED = (
@@ -273,12 +273,12 @@ class DDPMRefiner(PixelTask):
         return loss
 
     def _loss(self, network: Any, batch: Batch, *, augment: bool) -> Tensor:
-        images, labels, maps = self.pixels(batch), targets(batch, self.classes), None
         stage1 = self.stage1 if self.settings["train_on"] == "prediction" else None
-        if stage1 is not None:
-            maps = stage1.stored(batch)
+        maps = None if stage1 is None else stage1.stored(batch)
         if augment:
-            images, labels, maps = augmented([images, labels, maps], self.augment, self.crop)
+            images, labels, maps = self.training_pictures(batch, maps)
+        else:
+            images, labels = self.pixels(batch), targets(batch, self.classes)
         if stage1 is not None and maps is None:
             maps = stage1(images)
         images, labels = self._padded(2 * images - 1), self._padded(labels)

@@ -15,7 +15,7 @@ from lit_defect.losses.segmentation import make_mask_loss
 from lit_defect.nets.canvas import Canvas
 from lit_defect.nets.segmenters import SegmentationNet, make_segmenter
 from lit_defect.tasks.base import Batch
-from lit_defect.tasks.pixels import Answer, PixelTask, augmented, targets
+from lit_defect.tasks.pixels import Answer, PixelTask
 
 
 class Segmenter(PixelTask):
@@ -102,7 +102,7 @@ class Segmenter(PixelTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, each picture in a random view and window."""
-        images, labels = augmented([self.pixels(batch), targets(batch, self.classes)], self.augment, self.crop)
+        images, labels = self.training_pictures(batch)
         loss = self.loss(self(images), labels)
         self.log("train/loss", loss, batch_size=len(images), prog_bar=True)
         return loss

@@ -80,9 +80,19 @@ def contrastive_views(images: Tensor, pose: Pose) -> Tensor:
     matrix = torch.stack([zoom, still, right, still, zoom, down], dim=1)
     grid = F.affine_grid(matrix.view(-1, 2, 3), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    mean = moved.mean((1, 2, 3), keepdim=True)
-    gain, lift = (0.9 + 0.2 * gain).view(-1, 1, 1, 1), (0.9 + 0.2 * lift).view(-1, 1, 1, 1)
-    return ((moved - mean) * gain + mean * lift).clamp(0, 1)
+    return _relit(moved, 0.9 + 0.2 * gain, 0.9 + 0.2 * lift)
+
+
+def random_light(images: Tensor, share: float) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] whose brightness and contrast each change by up to `share`, as exposures do."""
+    gain, lift = (1 - share + 2 * share * torch.rand(2, len(images), device=images.device)).unbind()
+    return _relit(images, gain, lift)
+
+
+def _relit(images: Tensor, gain: Tensor, lift: Tensor) -> Tensor:
+    """Contrast times `gain` (B,) around the mean of each picture, and the mean times `lift` (B,)."""
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return ((images - mean) * gain.view(-1, 1, 1, 1) + mean * lift.view(-1, 1, 1, 1)).clamp(0, 1)
 
 
 def _check_square(images: Tensor) -> None:
