@@ -45,12 +45,13 @@ from skimage import data as photographs
 from skimage import filters, transform
 from torch import Tensor
 
+from lit_defect.diffusion.presets import PRESETS
 from lit_defect.errors import UserError
 from lit_defect.metrics.masks import MaskCounts, confusion_of, count_masks
 from lit_defect.metrics.segmentation import class_iou, compare_masks, evaluate_masks, foreground_of
 from lit_defect.runs import RunFolder
 from lit_defect.tasks.pixels import targets
-from lit_defect.tasks.refinement import PRESETS, DDPMRefiner
+from lit_defect.tasks.refinement import DDPMRefiner
 from lit_defect.tasks.stages import first_stage
 
 SMALL = {"channels": (16, 32, 64), "layers": 1, "attention": False}

@@ -40,8 +40,11 @@ DEFECTS = ["background", "defect"]
 
 
 def make_tiles(root: Path, **settings: Any) -> Path:
-    """12 good and 20 defective pictures of 32 x 40 pixels; 7 of them, an odd number, test."""
-    return make_mvtec(root, **{"train_good": 8, "test_good": 4, "defects": {"crack": 10, "hole": 10}, **settings})
+    """12 good and 20 defective pictures of 32 x 32 pixels, 8 of which test."""
+    return make_mvtec(
+        root,
+        **{"size": (SIZE, SIZE), "train_good": 8, "test_good": 4, "defects": {"crack": 10, "hole": 10}, **settings},
+    )
 
 
 def tiles(root: Path, **settings: Any) -> MVTecAD:

@@ -153,6 +153,9 @@ def test_the_masks_that_predict_writes_are_those_of_the_test(run, copy, lit_defe
     assert np.nanmean(values) == pytest.approx(figures(run.folder)["methods"]["refined"]["iou"]["value"])
     maps = ProbabilityMaps(folder / "probabilities", DEFECTS)  # of which another refiner may go on
     maps.check(list(truth), [mask.shape for mask in truth.values()])
+    for name in truth:
+        doubt = np.load(folder / "predict_uncertainty" / f"{name}.npy")
+        np.testing.assert_allclose(doubt, 1 - maps.read(name).max(0), atol=2e-3)
 
 
 # ---- other options for the same checkpoint ---------------------------------------------------------------------

@@ -153,26 +153,40 @@ def test_a_test_may_be_repeated_and_an_earlier_one_is_kept(defects, lit_defect):
     assert {line["split"] for line in rows(defects.folder / "val_predictions.csv")} == {"val"}
 
 
-def test_new_pictures_each_at_its_own_size(defects, lit_defect, tmp_path):
-    sizes = {"a.png": (32, 40), "deep/b.png": (33, 47), "deep/c.bmp": (51, 21)}
+@pytest.mark.parametrize("image_size", [None, SIZE])
+def test_new_pictures_each_at_its_own_size(defects, lit_defect, tmp_path, image_size):
+    sizes = {"a.png": (32, 40), "deep/b.png": (33, 47), "deep/c.bmp": (51, 33)}
     rng = np.random.default_rng(3)
     for name, size in sizes.items():
         save(damage(rng, surface(rng, size), 0)[0], tmp_path / "new" / name)
-    config = write_config(tmp_path / "new.yaml", "Segmenter", defects.root, data={"image_size": None, "batch_size": 1})
-    checkpoint = defects.folder / "checkpoints" / "best.ckpt"
-    for _ in range(2):
-        lit_defect("predict", "--config", config, "--ckpt_path", checkpoint, "--data.predict_root", tmp_path / "new")
-    masks = read_masks(defects.folder, list(sizes))
+    data = {"image_size": image_size, "batch_size": 1, "predict_root": str(tmp_path / "new")}
+    config = write_config(tmp_path / "new.yaml", "Segmenter", defects.root, data=data)
+    words = ("predict", "--config", config, "--run_id", "new", "--ckpt_path", copied(defects, tmp_path))
+    lit_defect(*words)
+    folder = tmp_path / "runs" / "tiny" / "new"
+    masks = read_masks(folder, list(sizes))
     assert {name: mask.shape for name, mask in masks.items()} == sizes
-    ProbabilityMaps(defects.folder / "probabilities", DEFECTS).check(list(sizes), list(sizes.values()))
-    network = load(defects.folder)
-    for name in sizes:
-        with Image.open(tmp_path / "new" / name) as picture:
-            pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
-        expected = network(pixels).argmax(1)[0].numpy()
-        assert (expected != masks[name]).mean() < 0.01  # rounding
-    assert (defects.folder / "predict_masks.1").is_dir(), "an earlier prediction is kept"
-    assert (defects.folder / "probabilities.1").is_dir()
+    maps = ProbabilityMaps(folder / "probabilities", DEFECTS)
+    maps.check(list(sizes), [(image_size or height, image_size or width) for height, width in sizes.values()])
+    for name, (height, width) in sizes.items():
+        values = np.asarray(Image.fromarray(maps.read(name)[1]).resize((width, height), Image.Resampling.BILINEAR))
+        assert ((values > 0.5) == masks[name])[np.abs(values - 0.5) > 1e-3].all()
+        with Image.open(folder / "predict_masks" / f"{name}.overlay.png") as drawn:
+            assert drawn.size == (width, height)
+    assert sum(mask.sum() for mask in masks.values()) > 100, "it finds what it has learned to find"
+    lit_defect(*words, "--model.overlays", "false", "--model.maps", "false")
+    assert (folder / "predict_masks.1").is_dir(), "an earlier prediction is kept"
+    assert (folder / "probabilities.1").is_dir()
+    assert not (folder / "probabilities").exists()
+    written = {path.relative_to(folder / "predict_masks").as_posix() for path in folder.glob("predict_masks/**/*.png")}
+    assert written == {f"{name}.png" for name in sizes}
+
+
+def copied(defects: Run, folder: Path) -> Path:
+    """The best checkpoint, outside of its run."""
+    path = folder / "copy.ckpt"
+    path.write_bytes((defects.folder / "checkpoints" / "best.ckpt").read_bytes())
+    return path
 
 
 @pytest.mark.parametrize(

@@ -142,49 +142,67 @@ class Refinement:
 
     # --- training ---
 
-    def example(self, labels: Tensor, images: Tensor, probabilities: Tensor | None) -> Example:
+    def example(
+        self, labels: Tensor, images: Tensor, probabilities: Tensor | None = None, network: Network | None = None
+    ) -> Example:
         """Draw steps and states to train on; randomness from torch's global generator.
 
-        With `probabilities` the states are those that a chain from the first stage's map passes through if the
-        network is right (`ForwardProcess.bridge`): half of the batch at its first step, the rest anywhere below. (Fu
-        et al., MELBA 2023:016, recycle the network's own predictions to the same end: train on what will be met.)
-        Without, the states are the noised truth at any step (Ando).
+        Without `probabilities` the states are the noised truth at any step (Ando). With them, they are what a chain
+        from the first stage's map meets: for half of the batch its first state, for the rest where the sampler gets
+        to from there, at any later step, with the x_0 that the network answers to the first one. So it learns to mend
+        the first stage's errors and then its own (recycling: Fu et al., MELBA 2023:016).
 
         Args:
             labels: (B, H, W) class ids, 255 for void.
             images: (B, 3, H, W) in [-1, 1].
             probabilities: (B, n, H, W) of the first stage, or None.
+            network: the one in training, asked without a gradient; needed with `probabilities`.
 
         Raises:
             UserError: probabilities, and a strength of 0, under which no chain leaves from them.
         """
-        if probabilities is not None and not self.sampler.timesteps:
-            raise UserError(
-                "model.init_args.strength = 0 leaves no step to train on with model.init_args.train_on = prediction: "
-                "train with the strength that will be used, or with train_on: ground_truth"
-            )
-        count, device = len(labels), images.device
         picture = self.space.image(images)
         x0 = self.space.encode(one_hot(labels, self.space.classes))
         if self.conditioning != "concat":
             x0 = torch.cat([x0, picture], dim=1)
-        noise = torch.randn_like(x0)
-        if probabilities is None:
-            t = uniform_steps(count, self.process.train_steps, device)
-            state = self.process.add_noise(x0, noise, t)
+        if probabilities is None or network is None:
+            t = uniform_steps(len(labels), self.process.train_steps, images.device)
+            state = self.process.add_noise(x0, torch.randn_like(x0), t)
+            if self.conditioning == "replace":
+                state = self._replace(state, picture, t, torch.randn_like(picture))
         else:
-            first = torch.full((count,), self.sampler.timesteps[0], device=device)
-            t = uniform_steps(count, self.sampler.timesteps[0] + 1, device)
-            t = torch.where(torch.rand(count, device=device) < 0.5, first, t)
-            left = self.space.encode(encode(probabilities, self.label_input))
-            if self.conditioning != "concat":
-                left = torch.cat([left, picture], dim=1)
-            if self.start == "noised":
-                left = self.process.add_noise(left, torch.randn_like(left), first)
-            state = self.process.bridge(left, x0, first, t, noise, self.sampler.eta)
-        if self.conditioning == "replace":
-            state = self._replace(state, picture, t, torch.randn_like(picture))
+            t, state = self._met(network, picture, probabilities)
         return Example(self._inputs(state, picture), t, state, x0)
+
+    @torch.no_grad()
+    def _met(self, network: Network, picture: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps (B,) and states (B, C, h, w) that a chain from the first stage's maps gets to."""
+        if not self.sampler.timesteps:
+            raise UserError(
+                "model.init_args.strength = 0 leaves no step to train on with model.init_args.train_on = prediction: "
+                "train with the strength that will be used, or with train_on: ground_truth"
+            )
+        count, device = len(picture), picture.device
+        first = torch.full((count,), self.sampler.timesteps[0], device=device)
+        state = self.space.encode(encode(probabilities, self.label_input))
+        if self.conditioning != "concat":
+            state = torch.cat([state, picture], dim=1)
+        if self.start == "noised":
+            state = self.process.add_noise(state, torch.randn_like(state), first)
+        if self.conditioning == "replace":
+            state = self._replace(state, picture, first, torch.randn_like(picture))
+        t = first.clone()
+        later = torch.arange(count, device=device) >= (count + 1) // 2
+        if self.sampler.calls == 1 or not later.any():
+            return t, state
+        t[later] = uniform_steps(int(later.sum()), self.sampler.timesteps[0], device)
+        answer = network(self._inputs(state[later], picture[later]), first[later]).float()
+        guess = self._x0(answer, state[later], first[later])
+        noise = torch.randn_like(guess)
+        state[later] = self.process.bridge(state[later], guess, first[later], t[later], noise, self.sampler.eta)
+        if self.conditioning == "replace":
+            state[later] = self._replace(state[later], picture[later], t[later], torch.randn_like(picture[later]))
+        return t, state
 
     def loss(self, output: Tensor, example: Example, labels: Tensor) -> Tensor:
         """Mean over all places that are not void: squared error of the target (Ho et al., eq. 14), or cross-entropy.

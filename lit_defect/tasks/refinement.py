@@ -52,8 +52,8 @@ class DDPMRefiner(PixelTask):
         preset: `paper` (Ando) or `fast` (at most 10 network calls).
         conditioning: how the picture comes in: `joint`, `replace` or `concat` (see `diffusion/refine.py`).
         start: from the `clean` label map, or from the `noised` one.
-        train_on: states that are noised `ground_truth`, or that lie on the way from the first stage's `prediction` to
-            the truth.
+        train_on: states that are noised `ground_truth`, or those that a chain from the first stage's `prediction`
+            meets.
         label_input: the first stage's map as one `sample`, as `argmax`, or `soft`.
         num_samples: chains whose results are averaged; their variance is the uncertainty.
         scheduler: `ddpm`, `ddim`, `dpmsolver` or `unipc`.
@@ -282,8 +282,12 @@ class DDPMRefiner(PixelTask):
         if stage1 is not None and maps is None:
             maps = stage1(images)
         images, labels = self._padded(2 * images - 1), self._padded(labels)
-        example = self.refinement.example(labels, images, None if maps is None else self._padded(maps))
-        output = self.whole(lambda inputs: network(self._laid_out(inputs), example.t), example.inputs)
+
+        def asked(inputs: Tensor, t: Tensor) -> Tensor:
+            return self.whole(lambda part: network(self._laid_out(part), t), inputs)
+
+        example = self.refinement.example(labels, images, None if maps is None else self._padded(maps), asked)
+        output = asked(example.inputs, example.t)
         return self.refinement.loss(output, example, labels)
 
     def _laid_out(self, inputs: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Segmenter(PixelTask):
         options: further arguments of the architecture, such as `encoder_depth` and `decoder_channels`.
         loss: `ce` (cross-entropy), `dice`, `focal`, `ce_dice` or `focal_dice`.
         class_weights: of the cross-entropy or focal loss, one a class.
+        encoder_lr: learning rate of the encoder, as a share of `lr`; 0 freezes it, which a few pictures may call for.
         tile: side of overlapping tiles that larger pictures are evaluated in; null takes them whole.
         overlap: of the tiles, as a share of their side.
         kwargs: see `PixelTask`.
@@ -46,12 +47,16 @@ class Segmenter(PixelTask):
         options: dict[str, Any] | None = None,
         loss: Literal["ce", "dice", "focal", "ce_dice", "focal_dice"] = "ce",
         class_weights: list[float] | None = None,
+        encoder_lr: float = 1.0,
         tile: int | None = None,
         overlap: float = 0.25,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.save_hyperparameters(logger=False)
+        if encoder_lr < 0:
+            raise UserError(f"model.init_args.encoder_lr = {encoder_lr}: expected a share of lr, 0 or more")
+        self.encoder_lr = encoder_lr
         self.architecture = architecture
         self.encoder = encoder
         self.weights = weights
@@ -90,8 +95,28 @@ class Segmenter(PixelTask):
             options=self.options,
         )
         self.network = network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        if self.encoder_lr == 0:
+            self.network.model.encoder.requires_grad_(False)
         if self.compile_network:
             self.network.model.compile()
+
+    def train(self, mode: bool = True) -> Segmenter:
+        """A frozen encoder keeps the statistics of its norms, too."""
+        super().train(mode)
+        if self.network is not None and self.encoder_lr == 0:
+            self.network.model.encoder.eval()
+        return self
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The encoder's learning rate is a share of the others'."""
+        assert self.network is not None
+        inside = {id(parameter) for parameter in self.network.model.encoder.parameters()}
+        groups = []
+        for group in super().parameter_groups():
+            for share, chosen in ((1.0, False), (self.encoder_lr, True)):
+                kept = [parameter for parameter in group["params"] if (id(parameter) in inside) == chosen]
+                groups.append({**group, "params": kept, "lr": share * group["lr"]})
+        return groups
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1], of any size -> logits (B, C, H, W) float32."""
