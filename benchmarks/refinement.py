@@ -13,7 +13,7 @@ pictures in batches of --batch, the others one by one, as their interfaces want 
 medians. A slow one is timed on as few pictures as fit into --seconds, and one whose first picture does not, on that.
 
 DenseCRF (Krähenbühl & Koltun, NeurIPS 2011, their own code) runs with the parameters of its wrapper's README, and with
-those that are best on at most 100 validation pictures, in a grid after Chen et al. (DeepLab, ICLR 2015). CascadePSP
+those that are best on at most 100 defective validation pictures, in a grid after Chen et al. (DeepLab, ICLR 2015). CascadePSP
 (Cheng et al., CVPR 2020) has two classes; its weights are fetched from GitHub releases by its package, so give them by
 --cascade FILE, else weights are random and only its time is told.
 
@@ -53,6 +53,7 @@ from lit_defect.runs import RunFolder
 from lit_defect.tasks.pixels import targets
 from lit_defect.tasks.refinement import DDPMRefiner
 from lit_defect.tasks.stages import first_stage
+from lit_defect.tasks.views import unit_range
 
 SMALL = {"channels": (16, 32, 64), "layers": 1, "attention": False}
 PHOTOGRAPHS = ("astronaut", "brick", "coffee", "chelsea", "grass", "gravel", "camera", "rocket")
@@ -78,6 +79,13 @@ class Pictures:
     def first(self, count: int) -> Pictures:
         groups = None if self.groups is None else self.groups[:count]
         return Pictures(self.images[:count], self.maps[:count], self.truth[:count], self.indices[:count], groups)
+
+    def spread(self, count: int, foreground: list[int]) -> Pictures:
+        """At most `count` of those that show something to be found, evenly over all of them."""
+        shows = torch.isin(self.truth, torch.tensor(foreground)).flatten(1).any(1).nonzero()[:, 0]
+        rows = shows[torch.linspace(0, len(shows) - 1, min(count, len(shows))).round().long()]
+        indices = [self.indices[row] for row in rows.tolist()]
+        return Pictures(self.images[rows], self.maps[rows], self.truth[rows], indices)
 
     def bytes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Picture (H, W, 3) uint8 and probabilities (C, H, W) float32."""
@@ -123,7 +131,7 @@ def random_refiners(calls: list[int], options: dict[str, Any], batch: int) -> di
                 torch.manual_seed(0)
                 model = DDPMRefiner("maps", preset, steps=steps, class_names=["background", "defect"], **options)
                 model.configure_model()
-                found[f"refiner, {preset}, {number} calls"] = number, refiner(model, None, batch)
+                found[f"refiner, {preset}, {number} call{'s' * (number > 1)}"] = number, refiner(model, None, batch)
     print(f"Network of the refiner: {size_of(model)} parameters, random weights\n")
     return found
 
@@ -136,12 +144,12 @@ def trained_refiners(runs: list[RunFolder], calls: list[int], data: Any, batch: 
         title = f"refiner {run.run_id}"
         print(f"{title}: {size_of(own)} parameters, {own.title}\n")
         each = own.sampler.calls * own.num_samples
-        found[f"{title}, as trained, {each} calls"] = each, refiner(own, data, batch)
+        found[f"{title}, as trained, {each} call{'s' * (each > 1)}"] = each, refiner(own, data, batch)
         for number in calls:
             steps = steps_of(number, own.settings["strength"], own.process.train_steps)
             if steps is not None and (steps, 1) != (own.settings["steps"], own.num_samples):
                 other = DDPMRefiner.load_from_checkpoint(checkpoint, map_location="cpu", steps=steps, num_samples=1)
-                found[f"{title}, {number} calls"] = number, refiner(other, data, batch)
+                found[f"{title}, {number} call{'s' * (number > 1)}"] = number, refiner(other, data, batch)
     return found
 
 
@@ -289,7 +297,7 @@ def asked(data: Any, stage: Any, split: str, classes: int) -> tuple[Pictures, fl
     parts: dict[str, list] = {"images": [], "maps": [], "truth": [], "indices": []}
     seconds = 0.0
     for batch in data.loader(split):
-        images = batch["image"].float() / (255 if batch["image"].dtype == torch.uint8 else 1)
+        images = unit_range(batch["image"])
         begun = time.perf_counter()
         maps = stage.stored(batch)
         maps = stage(images) if maps is None else maps
@@ -430,7 +438,8 @@ def with_runs(options: Any) -> None:
     print(f"{len(test)} test pictures; the first stage takes {1000 * seconds / len(test):.1f} ms an image\n")
     rivals = others(len(names), side, options.cascade)
     if "DenseCRF" in rivals:
-        chosen = best_crf(asked(data, stage, "val", len(names))[0].first(GRID_PICTURES), names)
+        validation, _ = asked(data, stage, "val", len(names))
+        chosen = best_crf(validation.spread(GRID_PICTURES, foreground_of(names)), names)
         rivals = {"DenseCRF": rivals["DenseCRF"], "DenseCRF, parameters chosen": (None, chosen), **rivals}
     contestants = {**rivals, **trained_refiners(runs, options.calls, data, options.batch)}
     compare_times(contestants, test.first(options.pictures), options)

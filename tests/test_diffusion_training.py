@@ -54,6 +54,8 @@ def test_without_a_first_stage_states_are_the_noised_truth_at_any_step(condition
     noise = (example.state.numpy() - np.sqrt(a) * x0.numpy()) / np.sqrt(1 - a)
     for channel in range(noise.shape[1]):
         assert stats.kstest(noise[:, channel].flatten(), "norm").pvalue > 1e-4
+    between = np.corrcoef(noise.swapaxes(0, 1).reshape(noise.shape[1], -1))[np.triu_indices(noise.shape[1], 1)]
+    assert np.abs(between).max() < 4.5 / math.sqrt(8000)  # also that of the picture from that of the labels
 
 
 @pytest.mark.parametrize("start", STARTS)

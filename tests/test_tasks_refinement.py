@@ -13,11 +13,11 @@ import yaml
 from torch import nn
 
 from lit_defect.diffusion.labels import generators
+from lit_defect.diffusion.presets import PRESETS
 from lit_defect.errors import UserError
 from lit_defect.reporting.probabilities import ProbabilityMaps
 from lit_defect.tasks import DDPMRefiner
 from lit_defect.tasks.pixels import targets
-from lit_defect.diffusion.presets import PRESETS
 from tests.contrastive import make_trainer
 from tests.fakes import make_voc
 from tests.segmentation import (
