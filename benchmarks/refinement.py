@@ -13,9 +13,9 @@ pictures in batches of --batch, the others one by one, as their interfaces want 
 medians. A slow one is timed on as few pictures as fit into --seconds, and one whose first picture does not, on that.
 
 DenseCRF (Krähenbühl & Koltun, NeurIPS 2011, their own code) runs with the parameters of its wrapper's README, and with
-those that are best on at most 100 defective validation pictures, in a grid after Chen et al. (DeepLab, ICLR 2015). CascadePSP
-(Cheng et al., CVPR 2020) has two classes; its weights are fetched from GitHub releases by its package, so give them by
---cascade FILE, else weights are random and only its time is told.
+those that are best on at most 100 defective validation pictures, in a grid after Chen et al. (DeepLab, ICLR 2015).
+CascadePSP (Cheng et al., CVPR 2020) has two classes; its package fetches the weights from a GitHub release: give the
+file by --cascade, else weights are random and only its time is told.
 
 Neither is a dependency of this project; those that are missing are left out:
 
@@ -372,13 +372,19 @@ def compare_figures(contestants: dict[str, tuple[int | None, Refine]], pictures:
             after = counted(contestants[name][1](pictures), pictures, names)
             figures = evaluate_masks(after, names, groups=pictures.groups)
             gain = compare_masks(before, after, names, groups=pictures.groups)
-            p = gain["wilcoxon_p"]
-            change = "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**gain["iou"])
-            middle = f"{change} | {gain['better']} / {gain['worse']} | {'' if p is None else f'{p:.2g}'}"
-        values = [figures[key]["value"] for key in ("iou", "pooled_iou", "boundary_iou")]
-        last = f" {figures['false_alarms']['value']:.3f} |" if alarms else ""
-        print(f"| {name} | {values[0]:.4f} | {middle} | {values[1]:.4f} | {values[2]:.4f} |{last}", flush=True)
+            value, low, high = (number(gain["iou"][key], "+.4f") for key in ("value", "low", "high"))
+            middle = (
+                f"{value} [{low}, {high}] | {gain['better']} / {gain['worse']} | {number(gain['wilcoxon_p'], '.2g')}"
+            )
+        iou, pooled, boundary = (number(figures[key]["value"]) for key in ("iou", "pooled_iou", "boundary_iou"))
+        last = f" {number(figures['false_alarms']['value'], '.3f')} |" if alarms else ""
+        print(f"| {name} | {iou} | {middle} | {pooled} | {boundary} |{last}", flush=True)
     print(f"\n{first['n_defined']} of {first['n']} test pictures show something to be found.\n", flush=True)
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """Nothing where a figure is undefined."""
+    return "" if value is None else format(value, form)
 
 
 def counted(labels: Tensor, pictures: Pictures, class_names: list[str]) -> MaskCounts:

@@ -233,7 +233,7 @@ def test_strength_0_cannot_be_trained_for_from_a_first_stage():
     truth, images, probabilities = pictures()
     made = make(strength=0)
     with pytest.raises(UserError, match=r"model\.init_args\.strength = 0 .* train_on: ground_truth"):
-        made.example(truth, images, probabilities)
+        made.example(truth, images, probabilities, lambda inputs, t: inputs[:, :CLASSES])
     assert made.example(truth, images, None).t.max() > 0  # on truth alone it can
 
 

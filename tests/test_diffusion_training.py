@@ -58,49 +58,101 @@ def test_without_a_first_stage_states_are_the_noised_truth_at_any_step(condition
     assert np.abs(between).max() < 4.5 / math.sqrt(8000)  # also that of the picture from that of the labels
 
 
+class Guesser:
+    """Answers x_0 always the same, whatever the truth, and keeps what it was asked."""
+
+    def __init__(self, channels: int, count: int = 2000) -> None:
+        self.guess = 2 * torch.rand(count, channels, 1, 2) - 1
+        self.weight = torch.ones((), requires_grad=True)
+        self.inputs, self.steps = torch.empty(0), torch.empty(0)
+
+    def __call__(self, inputs, t):
+        self.inputs, self.steps = inputs, t
+        return self.guess * self.weight
+
+
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_with_a_first_stage_states_lie_between_its_map_and_the_truth(conditioning, scheduler, start):
+def test_with_a_first_stage_states_are_its_maps_and_where_the_networks_own_answer_leads(conditioning, scheduler, start):
     torch.manual_seed(1)
     made = make("cosine", scheduler, conditioning=conditioning, start=start, label_input="soft", space=PixelSpace(2))
     truth, images, probabilities = many()
-    example = made.example(truth, images, probabilities)
-    at_first = (example.t == 499).numpy()
-    assert abs(at_first.mean() - 0.501) < 4 * 0.5 / math.sqrt(4000)  # half, and a 500th of the rest
-    assert stats.chisquare(np.bincount(example.t.numpy()[~at_first] // 50, minlength=10)[:9]).pvalue > 1e-3
-    state, x0, t = example.state.double().numpy(), example.x0.double().numpy(), example.t.numpy()
-    product = reference.alpha_bar("cosine")
-    left = (2 * probabilities - 1).numpy()
+    network = Guesser(made.out_channels)
+    example = made.example(truth, images, probabilities, network)
+    assert not example.inputs.requires_grad
+    x0 = one_hot(truth, 2) if conditioning == "concat" else torch.cat([one_hot(truth, 2), images], dim=1)
+    assert torch.equal(example.x0, x0)  # what is asked for is the truth all the same
+    at_first, below = slice(2000), slice(2000, None)
+    assert (example.t[at_first] == 499).all()
+    assert (network.steps == 499).all()
+    assert stats.chisquare(np.bincount(example.t[below].numpy(), minlength=499)).pvalue > 1e-3
+    left = 2 * probabilities - 1
     if conditioning != "concat":
-        left = np.concatenate([left, images.numpy()], axis=1)
-    if conditioning == "replace":
-        a = product[t][:, None, None, None]
-        noise = (state - np.sqrt(a) * x0)[:, 2:] / np.sqrt(1 - a)
+        left = torch.cat([left, images], dim=1)
+    product, left = reference.alpha_bar("cosine"), left.double().numpy()
+    first, state = product[499], example.state.double().numpy()
+    asked = network.inputs.double().numpy()[:, : left.shape[1]]
+    starts = np.concatenate([state[at_first], asked])
+    if conditioning == "replace":  # the picture of either kind is noised to its own level
+        levels = np.concatenate([np.full(2000, first), product[example.t.numpy()]])
+        shown = np.concatenate([asked, state])[:, 2:], np.concatenate([images[below], images])
+        a = levels[:, None, None, None]
+        noise = (shown[0] - np.sqrt(a) * shown[1]) / np.sqrt(1 - a)
         assert stats.kstest(noise.flatten(), "norm").pvalue > 1e-4
-        state, x0, left = state[:, :2], x0[:, :2], left[:, :2]
-    first = product[499]
-    if scheduler == "ddim":  # undo the one jump of DDIM to see where it came from
-        b = product[t][:, None, None, None]
-        origin = np.sqrt(first) * x0 + np.sqrt((1 - first) / (1 - b)) * (state - np.sqrt(b) * x0)
-        sure = t > 20  # below, rounding comes back enlarged
-        if start == "clean":
-            return np.testing.assert_allclose(origin[sure], left[sure], atol=1e-4)
-        noise = (origin - np.sqrt(first) * left)[sure] / np.sqrt(1 - first)
+        starts, state, left = starts[:, :2], state[:, :2], left[:, :2]
+    if conditioning == "concat":
+        for seen, shown in ((network.inputs, images[below]), (example.inputs, images)):
+            assert torch.equal(seen[:, 2:], shown)
+    if start == "clean":
+        np.testing.assert_allclose(starts, left, atol=1e-6)
     else:
-        if start == "clean":
-            np.testing.assert_allclose(state[at_first], left[at_first], atol=1e-5)
-            alpha, spread = np.sqrt(first), 0.0
-        else:  # left is noised first, so its mean and variance are
-            alpha, spread = np.sqrt(first), np.sqrt(1 - first)
-            left = alpha * left
-        below = ~at_first
-        b = product[t[below]][:, None, None, None]
-        mean, variance = reference.posterior(left[below], x0[below], first, b)
-        onward, _ = reference.posterior(spread, 0.0, first, b)  # how far the start's own spread comes
-        noise = (state[below] - mean) / np.sqrt(variance + onward**2)
-    for channel in range(noise.shape[1]):
-        assert stats.kstest(noise[:, channel].flatten(), "norm").pvalue > 1e-4
+        noise = (starts - np.sqrt(first) * left) / np.sqrt(1 - first)
+        assert stats.kstest(noise.flatten(), "norm").pvalue > 1e-4
+    guess, b = (
+        network.guess.double().numpy()[:, : left.shape[1]],
+        product[example.t[below].numpy()][:, None, None, None],
+    )
+    if scheduler == "ddim":
+        leap = reference.ddim(starts[below], guess, first, b)
+        np.testing.assert_allclose(state[below], leap, atol=5e-5)
+    else:
+        mean, variance = reference.posterior(starts[below], guess, first, b)
+        noise = (state[below] - mean) / np.sqrt(variance)
+        for channel in range(noise.shape[1]):
+            assert stats.kstest(noise[:, channel].flatten(), "norm").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_an_answer_is_read_in_training_as_it_is_in_a_chain(prediction):
+    """A network that is right leads to where a chain gets with it."""
+    made = make("cosine", "ddim", prediction=prediction)
+    truth, images, probabilities = pictures(6)
+    oracle = Oracle(made, "cosine", truth[3:], images[3:])
+    example = made.example(truth, images, probabilities, oracle)
+    b = oracle.product[example.t[3:].numpy()][:, None, None, None]
+    leap = reference.ddim(oracle.states[0], example.x0[3:].double().numpy(), oracle.product[499], b)
+    np.testing.assert_allclose(example.state[3:], leap, atol=1e-4)
+
+
+def test_a_guess_is_clipped_in_training_as_it_is_in_a_chain():
+    made = make("cosine", "ddim")
+    truth, images, probabilities = pictures(6)
+    found = []
+    for size in (9.0, 1.0):
+        torch.manual_seed(0)
+        found.append(
+            made.example(truth, images, probabilities, lambda inputs, t, size=size: size * inputs[:, :3].sign())
+        )
+    torch.testing.assert_close(found[0].state, found[1].state)
+
+
+@pytest.mark.parametrize(("count", "steps", "firsts"), [(1, 10, 1), (5, 10, 3), (4, 2, 4)])
+def test_half_of_a_batch_and_all_of_it_where_there_is_one_call_is_at_the_first_step(count, steps, firsts):
+    made = make("cosine", "ddim", steps=steps)
+    truth, images, probabilities = pictures(count)
+    example = made.example(truth, images, probabilities, lambda inputs, t: inputs[:, :3])
+    assert ((example.t == 499).tolist()) == [True] * firsts + [False] * (count - firsts)
 
 
 def test_training_draws_the_first_stages_map_as_refining_does():
@@ -108,7 +160,7 @@ def test_training_draws_the_first_stages_map_as_refining_does():
     truth, images, probabilities = many()
     for how, values in (("sample", [-1, 1]), ("argmax", [-1, 1]), ("soft", None)):
         made = make(label_input=how, space=PixelSpace(2))
-        example = made.example(truth, images, probabilities)
+        example = made.example(truth, images, probabilities, lambda inputs, t: inputs[:, :2])
         starts = example.state[example.t == 499]
         maps = probabilities[example.t == 499]
         if values is None:
@@ -130,7 +182,7 @@ def test_examples_follow_torchs_seed():
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        found.append(made.example(truth, images, probabilities))
+        found.append(made.example(truth, images, probabilities, lambda inputs, t: inputs.sin()))
     assert all(torch.equal(one, other) for one, other in zip(found[0], found[1], strict=True))
     assert not torch.equal(found[0].inputs, found[2].inputs)
 
@@ -205,7 +257,7 @@ def test_the_right_answer_has_loss_0(conditioning, prediction):
     made = make("cosine", "ddpm", conditioning=conditioning, prediction=prediction)
     truth, images, probabilities = pictures(4)
     for maps in (probabilities, None):
-        example = made.example(truth, images, maps)
+        example = made.example(truth, images, maps, lambda inputs, t: inputs[:, : made.out_channels])
         alone = [(slice(i, i + 1), Oracle(made, "cosine", truth[i : i + 1], images[i : i + 1])) for i in range(4)]
         answer = torch.cat([oracle(example.inputs[one], example.t[one]) for one, oracle in alone])
         assert answer.shape[1] == made.out_channels
@@ -225,5 +277,5 @@ def test_a_place_of_a_latent_counts_by_its_share_of_pixels_that_are_not_void():
 
 def test_loss_is_computed_in_single_precision():
     refinement, example, output, labels = toy_example()
-    found = refinement("sample").loss(output.half(), example, labels)
+    found = refinement("logits").loss(output.half(), example, labels)
     assert found.dtype == torch.float32

@@ -140,7 +140,8 @@ def first_stage(source: str, class_names: Sequence[str]) -> FirstStage:
     if path.is_dir():
         if (path / HEADER).is_file():
             return StoredStage(path, class_names)
-        for run in (RunFolder(path), *list_runs(path)):
+        segmenters = [run for run in list_runs(path) if _model(run) == "Segmenter"]
+        for run in (RunFolder(path), *segmenters):
             for checkpoint in (run.best, run.last):
                 if checkpoint.is_file():
                     return SegmenterStage(checkpoint, class_names)
@@ -151,3 +152,8 @@ def first_stage(source: str, class_names: Sequence[str]) -> FirstStage:
             "checkpoint of a Segmenter, or a folder of probability maps (predict of a Segmenter writes one)"
         )
     return SegmenterStage(path, class_names)
+
+
+def _model(run: RunFolder) -> str:
+    """Name of the task that a run has trained."""
+    return str((run.config().get("model") or {}).get("class_path")).rsplit(".", 1)[-1]
