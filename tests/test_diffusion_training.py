@@ -38,7 +38,7 @@ def test_without_a_first_stage_states_are_the_noised_truth_at_any_step(condition
     torch.manual_seed(0)
     made = make("cosine", conditioning=conditioning, space=PixelSpace(2))
     truth, images, _ = many()
-    example = made.example(truth, images, None)
+    example = made.example(truth, images)
     clean = one_hot(truth, 2)
     x0 = clean if conditioning == "concat" else torch.cat([clean, images], dim=1)
     assert torch.equal(example.x0, x0)
@@ -256,8 +256,8 @@ def test_the_right_answer_has_loss_0(conditioning, prediction):
     torch.manual_seed(0)
     made = make("cosine", "ddpm", conditioning=conditioning, prediction=prediction)
     truth, images, probabilities = pictures(4)
-    for maps in (probabilities, None):
-        example = made.example(truth, images, maps, lambda inputs, t: inputs[:, : made.out_channels])
+    for first in ((probabilities, lambda inputs, t: inputs[:, : made.out_channels]), ()):
+        example = made.example(truth, images, *first)
         alone = [(slice(i, i + 1), Oracle(made, "cosine", truth[i : i + 1], images[i : i + 1])) for i in range(4)]
         answer = torch.cat([oracle(example.inputs[one], example.t[one]) for one, oracle in alone])
         assert answer.shape[1] == made.out_channels
@@ -277,5 +277,6 @@ def test_a_place_of_a_latent_counts_by_its_share_of_pixels_that_are_not_void():
 
 def test_loss_is_computed_in_single_precision():
     refinement, example, output, labels = toy_example()
-    found = refinement("logits").loss(output.half(), example, labels)
-    assert found.dtype == torch.float32
+    half = output.half()
+    found = refinement("logits").loss(half, example, labels)
+    torch.testing.assert_close(found, refinement("logits").loss(half.float(), example, labels), atol=0, rtol=1e-7)

@@ -21,7 +21,6 @@ from lit_defect.diffusion.labels import VOID, LabelInput, draw_normal, encode, o
 from lit_defect.diffusion.process import ForwardProcess, Prediction, uniform_steps
 from lit_defect.diffusion.samplers import Sampler
 from lit_defect.diffusion.spaces import Space
-from lit_defect.errors import UserError
 
 Conditioning = Literal["joint", "replace", "concat"]
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -159,12 +158,14 @@ class Refinement:
             network: the one in training, asked without a gradient; needed with `probabilities`.
 
         Raises:
-            UserError: probabilities, and a strength of 0, under which no chain leaves from them.
+            ValueError: only one of maps and network, or a strength of 0, under which no chain leaves from the maps.
         """
         picture = self.space.image(images)
         x0 = self.space.encode(one_hot(labels, self.space.classes))
         if self.conditioning != "concat":
             x0 = torch.cat([x0, picture], dim=1)
+        if (probabilities is None) != (network is None):
+            raise ValueError("training on a first stage's maps needs the maps and the network")
         if probabilities is None or network is None:
             t = uniform_steps(len(labels), self.process.train_steps, images.device)
             state = self.process.add_noise(x0, torch.randn_like(x0), t)
@@ -178,10 +179,7 @@ class Refinement:
     def _met(self, network: Network, picture: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Steps (B,) and states (B, C, h, w) that a chain from the first stage's maps gets to."""
         if not self.sampler.timesteps:
-            raise UserError(
-                "model.init_args.strength = 0 leaves no step to train on with model.init_args.train_on = prediction: "
-                "train with the strength that will be used, or with train_on: ground_truth"
-            )
+            raise ValueError("a strength of 0 leaves no step that a chain would meet")
         count, device = len(picture), picture.device
         first = torch.full((count,), self.sampler.timesteps[0], device=device)
         state = self.space.encode(encode(probabilities, self.label_input))

@@ -172,6 +172,11 @@ class DDPMRefiner(PixelTask):
                 where one is needed.
         """
         super().setup(stage)
+        if stage == "fit" and self.settings["train_on"] == "prediction" and self.sampler.calls == 0:
+            raise UserError(
+                "model.init_args.strength = 0 leaves no step to train on with model.init_args.train_on = prediction: "
+                "train with the strength that will be used, or with train_on: ground_truth"
+            )
         if self.stage1_source is None:
             if stage != "fit" and self.settings["strength"] < 1:
                 raise UserError(
@@ -287,7 +292,8 @@ class DDPMRefiner(PixelTask):
         def asked(inputs: Tensor, t: Tensor) -> Tensor:
             return self.whole(lambda part: network(self._laid_out(part), t), inputs)
 
-        example = self.refinement.example(labels, images, None if maps is None else self._padded(maps), asked)
+        first = (None, None) if maps is None else (self._padded(maps), asked)
+        example = self.refinement.example(labels, images, *first)
         output = asked(example.inputs, example.t)
         return self.refinement.loss(output, example, labels)
 
@@ -336,7 +342,7 @@ class DDPMRefiner(PixelTask):
 
     @property
     def _seed(self) -> int:
-        return int(getattr(self.data, "seed", 0) or 0)
+        return 0 if self._trainer is None else int(getattr(self.data, "seed", 0) or 0)
 
     def refine(self, images: Tensor, first: Tensor | None, indices: list[int], *, quick: bool = False) -> Estimate:
         """Refine the maps of a batch.
