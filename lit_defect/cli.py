@@ -38,7 +38,8 @@ VERBS = {
     "fit": "Train a model; --resume goes on with a run that was stopped.",
     "validate": "Evaluate a checkpoint on the validation split.",
     "test": "Evaluate a checkpoint on the test split.",
-    "predict": "Write the predictions of a checkpoint for new pictures (--data.predict_root) or the test split.",
+    "predict": "Write the predictions of a checkpoint for new pictures (--data.predict_root) or a split "
+    "(--data.predict_split; the test split if neither is given).",
 }
 
 

@@ -45,7 +45,7 @@ from tests.segmentation import (
     write_maps,
 )
 
-METHODS = ["refined", "one_step", "stage1", "sampled"]
+METHODS = ["stage1", "sampled", "one_step", "refined"]
 
 
 class Run(NamedTuple):
@@ -113,7 +113,7 @@ def test_what_a_run_leaves(run):
     result, first = figures(run.folder), figures(run.stage1)
     assert result["task"] == "DDPMRefiner"
     assert list(result["methods"]) == METHODS
-    assert list(result["gain"]) == ["refined", "one_step", "sampled"]
+    assert list(result["gain"]) == ["sampled", "one_step", "refined"]
     assert result["methods"]["stage1"] == first["methods"]["segmenter"]
     assert result["parameters"]["stage1"] == first["parameters"]["segmenter"]
     assert result["parameters"]["refiner"] == sum(
@@ -392,7 +392,7 @@ def test_from_noise_without_a_first_stage(lit_defect, run, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", "DDPMRefiner", run.root, **options)
     lit_defect("fit", "--config", config, "--run_id", "one", "--test_after_fit", "true")
     result = figures(tmp_path / "runs" / "tiny" / "one")
-    assert list(result["methods"]) == ["refined", "one_step"]
+    assert list(result["methods"]) == ["one_step", "refined"]
     assert "gain" not in result
     assert result["network_calls"] == 5
     assert result["stage1"] is None

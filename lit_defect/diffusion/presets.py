@@ -51,12 +51,16 @@ def resolve(preset: Preset, given: Mapping[str, Any]) -> tuple[dict[str, Any], s
 
 
 def quick_sampler(sampler: Sampler, calls: int) -> Sampler:
-    """The sampler itself, or where it takes more calls, DDIM over the same part of the process with as many at most."""
+    """The sampler itself, or where it takes more calls, DDIM over the same part of the process with as many at most.
+
+    Numbers of steps whose share is whole go first: with others the chain would begin below strength * T.
+    """
     if sampler.calls <= calls:
         return sampler
     process, strength = sampler.process, sampler.strength
     fitting = [steps for steps in divisors(process) if 1 <= int(steps * strength + 1e-9) <= calls]
-    return Sampler("ddim", process, steps=max(fitting), strength=strength) if fitting else sampler
+    whole = [steps for steps in fitting if abs(steps * strength - round(steps * strength)) < 1e-9]
+    return Sampler("ddim", process, steps=max(whole or fitting), strength=strength) if fitting else sampler
 
 
 def divisors(process: ForwardProcess) -> list[int]:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from lit_defect.diffusion.labels import VOID, LabelInput, draw_normal, encode, o
 from lit_defect.diffusion.process import ForwardProcess, Prediction, uniform_steps
 from lit_defect.diffusion.samplers import Sampler
 from lit_defect.diffusion.spaces import Space
+from lit_defect.losses.segmentation import make_mask_loss
 
 Conditioning = Literal["joint", "replace", "concat"]
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -56,6 +57,7 @@ class Refinement:
             the first step (img2img).
         prediction: what the network answers: the noise, x_0, v, or class scores (`logits`) whose softmax is x_0.
         label_input: how probabilities become a label map.
+        mask_loss: (class scores (B, n, H, W), labels (B, H, W)) -> mean loss, what `logits` are trained by.
     """
 
     process: ForwardProcess
@@ -65,6 +67,7 @@ class Refinement:
     start: Literal["clean", "noised"]
     prediction: Prediction
     label_input: LabelInput
+    mask_loss: Callable[[Tensor, Tensor], Tensor] = field(default_factory=lambda: make_mask_loss("ce"))
 
     @property
     def in_channels(self) -> int:
@@ -190,20 +193,22 @@ class Refinement:
         if self.conditioning == "replace":
             state = self._replace(state, picture, first, torch.randn_like(picture))
         t = first.clone()
-        later = torch.arange(count, device=device) >= (count + 1) // 2
-        if self.sampler.calls == 1 or not later.any():
+        half = (count + 1) // 2 if count > 1 else int(torch.randint(2, ()))  # a batch of one is the one or the other
+        later = slice(half, count)
+        if self.sampler.calls == 1 or half == count:
             return t, state
-        t[later] = uniform_steps(int(later.sum()), self.sampler.timesteps[0], device)
-        answer = network(self._inputs(state[later], picture[later]), first[later]).float()
-        guess = self._x0(answer, state[later], first[later])
+        t[later] = uniform_steps(count - half, self.sampler.timesteps[0], device)
+        left = state[later].clone()  # the network's input, which stays what it was
+        answer = network(self._inputs(left, picture[later]), first[later]).float()
+        guess = self._x0(answer, left, first[later])
         noise = torch.randn_like(guess)
-        state[later] = self.process.bridge(state[later], guess, first[later], t[later], noise, self.sampler.eta)
+        state[later] = self.process.bridge(left, guess, first[later], t[later], noise, self.sampler.eta)
         if self.conditioning == "replace":
             state[later] = self._replace(state[later], picture[later], t[later], torch.randn_like(picture[later]))
         return t, state
 
     def loss(self, output: Tensor, example: Example, labels: Tensor) -> Tensor:
-        """Mean over all places that are not void: squared error of the target (Ho et al., eq. 14), or cross-entropy.
+        """Mean over all places that are not void: squared error of the target (Ho et al., eq. 14), or `mask_loss`.
 
         Args:
             output: the network's answer to `example.inputs`.
@@ -216,10 +221,11 @@ class Refinement:
             valid = F.avg_pool2d(valid, self.space.factor)
         target = self.process.target(example.state, example.x0, example.t, self.prediction)
         if self.prediction == "logits":
-            terms = F.cross_entropy(output[:, :channels], labels, ignore_index=VOID, reduction="none").unsqueeze(1)
+            weight = valid.sum()
+            total = self.mask_loss(output[:, :channels], labels) * weight
         else:
             terms = (output[:, :channels] - target[:, :channels]).square() * valid
-        total, weight = terms.sum(), valid.expand_as(terms).sum()
+            total, weight = terms.sum(), valid.expand_as(terms).sum()
         if output.shape[1] > channels:
             terms = (output[:, channels:] - target[:, channels:]).square()
             total, weight = total + terms.sum(), weight + terms.numel()

@@ -3,7 +3,7 @@
 The network's answer is turned into x_0, clipped, and handed over as such (`prediction_type="sample"`): clipping
 then means the same in every scheduler, also in those that know none, and DDIM's noise agrees with the clipped x_0.
 Steps are spaced `trailing` (Lin et al., WACV 2024): the first one is at strength * T whatever their number, so a
-strength keeps its meaning.
+strength keeps its meaning. Where steps * strength is not whole, it is rounded down, and the first step lies lower.
 """
 
 from __future__ import annotations

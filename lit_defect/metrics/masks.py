@@ -62,7 +62,9 @@ class MaskCounts:
         )
 
 
-def count_masks(prediction: ArrayLike, truth: ArrayLike, classes: int, *, band: float = 0.02) -> MaskCounts:
+def count_masks(
+    prediction: ArrayLike, truth: ArrayLike, classes: int, *, band: float = 0.02, distances: bool = True
+) -> MaskCounts:
     """Count N images.
 
     1. Confusion matrix over the pixels that are not void.
@@ -78,6 +80,7 @@ def count_masks(prediction: ArrayLike, truth: ArrayLike, classes: int, *, band: 
         truth: (N, H, W) class ids, 255 where void.
         classes: C.
         band: share of the image diagonal.
+        distances: False leaves them nan, and most of the time unspent: for figures that are watched in each epoch.
 
     Raises:
         ValueError: shapes, types or predicted ids that do not fit.
@@ -97,7 +100,7 @@ def count_masks(prediction: ArrayLike, truth: ArrayLike, classes: int, *, band: 
             pair = masks[:, *box] == number  # (2, h, w): truth, prediction; all outside the box is neither
             bands = pair & ~_eroded(pair, reach)
             boundary[image, number] = (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
-            if pair.any(axis=(1, 2)).all():
+            if distances and pair.any(axis=(1, 2)).all():
                 distance[image, number] = _hausdorff(pair)
     return MaskCounts(_confusion(predicted, true, classes), boundary, distance)
 

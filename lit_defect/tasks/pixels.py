@@ -249,7 +249,7 @@ class PixelTask(DefectTask):
             self.log("val/loss", loss, batch_size=len(labels), sync_dist=True)
             shown = {name: mask for name, mask in answer.masks.items() if name in (self.main, self.before)}
             answer = answer._replace(masks=shown, uncertainty=None)
-        self._tally(batch, labels, answer)
+        self._tally(batch, labels, answer, distances=not fitting)
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the whole split, or keep them for the verb `validate`."""
@@ -268,12 +268,12 @@ class PixelTask(DefectTask):
         self._evaluation = self._gather("test")
         self.log_dict(self._evaluation.watched("test"), sync_dist=True)
 
-    def _tally(self, batch: Batch, labels: Tensor, answer: Answer) -> None:
+    def _tally(self, batch: Batch, labels: Tensor, answer: Answer, *, distances: bool = True) -> None:
         """Keep the counts of each picture."""
         truth = labels.cpu().numpy()
         kept: dict[str, Tensor] = {"index": batch["index"]}
         for method, mask in answer.masks.items():
-            counts = count_masks(mask.cpu().numpy(), truth, self.classes)
+            counts = count_masks(mask.cpu().numpy(), truth, self.classes, distances=distances)
             kept |= {f"{method}/{name}": torch.from_numpy(value) for name, value in vars(counts).items()}
         if answer.uncertainty is not None:
             wrong = answer.masks[self.main] != labels

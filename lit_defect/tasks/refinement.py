@@ -20,6 +20,7 @@ from lit_defect.diffusion.refine import Conditioning, Refinement
 from lit_defect.diffusion.samplers import Sampler, SamplerName
 from lit_defect.diffusion.spaces import LatentSpace, PixelSpace, Space
 from lit_defect.errors import UserError
+from lit_defect.losses.segmentation import make_mask_loss
 from lit_defect.nets.averaging import running_mean
 from lit_defect.nets.canvas import Canvas
 from lit_defect.nets.denoiser import Denoiser
@@ -59,8 +60,8 @@ class DDPMRefiner(PixelTask):
         scheduler: `ddpm`, `ddim`, `dpmsolver` or `unipc`.
         steps: of the whole reverse process; must divide `train_steps`.
         strength: share of them that is done; 0 gives back the first stage.
-        prediction: what the network answers: `epsilon`, `sample`, `v_prediction`, or `logits` of the classes, trained
-            by cross-entropy.
+        prediction: what the network answers: `epsilon`, `sample`, `v_prediction`, or `logits` of the classes.
+        loss: what `logits` are trained by: `ce` (cross-entropy), `dice`, `focal`, `ce_dice` or `focal_dice`.
         beta_schedule: `linear`, `scaled_linear` or `cosine`. The strength means another noise level under each.
         train_steps: T of the diffusion.
         channels: of the U-Net's levels.
@@ -93,6 +94,7 @@ class DDPMRefiner(PixelTask):
         steps: int | None = None,
         strength: float | None = None,
         prediction: Prediction | None = None,
+        loss: Literal["ce", "dice", "focal", "ce_dice", "focal_dice"] = "ce",
         beta_schedule: BetaSchedule | None = None,
         train_steps: int = 1000,
         channels: tuple[int, ...] = (64, 128, 256, 256),
@@ -115,6 +117,7 @@ class DDPMRefiner(PixelTask):
         }  # fmt: skip
         self.settings, self.preset = resolve(preset, given)
         self.hparams.update(self.settings)
+        self.loss_name = loss
         self.stage1_source = stage1
         self.num_samples: int = self.settings["num_samples"]
         for key, number in (("num_samples", self.num_samples), ("validation_calls", validation_calls)):
@@ -206,11 +209,13 @@ class DDPMRefiner(PixelTask):
             self.settings["start"],
             self.settings["prediction"],
             self.settings["label_input"],
+            make_mask_loss(self.loss_name),
         )
         denoiser = Denoiser(self.refinement.in_channels, self.refinement.out_channels, **self.network_options)
         self.denoiser = denoiser.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.ema = running_mean(self.denoiser, self.ema_decay)
-        self.canvas = Canvas(denoiser.multiple, self.tile, self.overlap)
+        tile = None if self.tile is None else -(-self.tile // space.factor)  # in places of a state
+        self.canvas = Canvas(denoiser.multiple, tile, self.overlap)
         self.whole = Canvas(denoiser.multiple)
         if self.compile_network:
             self.denoiser.compile()
@@ -331,13 +336,14 @@ class DDPMRefiner(PixelTask):
         indices = batch["index"].tolist()
         found = self.refine(images, first, indices, quick=stage == "fit")
         self.timed("refined", since)
-        masks = {"refined": found.refined.argmax(1)}
-        if stage != "fit":
-            masks["one_step"] = found.one_step.argmax(1)
+        masks = {}  # in the order of the method: reports take the first as what was there, the last as what came of it
         if first is not None:
             masks["stage1"] = first.argmax(1)
             if stage != "fit":
                 masks["sampled"] = sample_labels(first, generators(self._seed, indices))
+        if stage != "fit":
+            masks["one_step"] = found.one_step.argmax(1)
+        masks["refined"] = found.refined.argmax(1)
         return Answer(masks, found.refined, found.uncertainty)
 
     @property
@@ -382,7 +388,12 @@ class DDPMRefiner(PixelTask):
         many = self.num_samples > 1
         return {
             "preset": self.preset,
-            "settings": {**self.settings, "train_steps": self.process.train_steps, "latent": self.latent},
+            "settings": {
+                **self.settings,
+                "loss": self.loss_name,
+                "train_steps": self.process.train_steps,
+                "latent": self.latent,
+            },
             "stage1": self.stage1_source,
             "network_calls": self.sampler.calls * self.num_samples,
             "parameters": parameters,

@@ -27,7 +27,7 @@ class Segmenter(PixelTask):
         weights: of the encoder: `hub`, `hub:TAG`, a file, `package:NAME`, or null for random ones.
         options: further arguments of the architecture, such as `encoder_depth` and `decoder_channels`.
         loss: `ce` (cross-entropy), `dice`, `focal`, `ce_dice` or `focal_dice`.
-        class_weights: of the cross-entropy or focal loss, one a class.
+        class_weights: of every term of the loss, one a class; they are not brought to a mean of 1.
         encoder_lr: learning rate of the encoder, as a share of `lr`; 0 freezes it, which a few pictures may call for.
         tile: side of overlapping tiles that larger pictures are evaluated in; null takes them whole.
         overlap: of the tiles, as a share of their side.
