@@ -96,6 +96,8 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         if "verbose" in config:
             config.verbose = False  # the task prints a table of its own
+        if self.subcommand == "predict" and config.return_predictions is None:
+            config.return_predictions = False  # they are written to files; Lightning would keep all of them in memory
         experiment = config.experiment or _default_experiment(config)
         runs.check_name("--experiment", experiment)
         if config.run_id is not None:

@@ -192,7 +192,7 @@ def test_examples_follow_torchs_seed():
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         found.append(made.example(truth, images, probabilities, lambda inputs, t: inputs.sin()))
-    assert all(torch.equal(one, other) for one, other in zip(found[0], found[1], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found[0][:4], found[1][:4], strict=True))
     assert not torch.equal(found[0].inputs, found[2].inputs)
 
 
@@ -289,3 +289,22 @@ def test_loss_is_computed_in_single_precision():
     half = output.half()
     found = refinement("logits").loss(half, example, labels)
     torch.testing.assert_close(found, refinement("logits").loss(half.float(), example, labels), atol=0, rtol=1e-7)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_error_of_recycled_states_is_that_of_x0(prediction):
+    """The noise that would lead to such a state has no bound at low steps; the x_0 it means has."""
+    made = make("cosine", "ddim", conditioning="concat", prediction=prediction)
+    truth, images, _ = pictures(2)
+    x0 = one_hot(truth, made.space.classes)
+    state = -x0  # as far from the truth as can be, at a step with hardly any noise
+    t = torch.tensor([1, 700])
+    example = Example(torch.cat([state, images], 1), t, state, x0, recycled=True)
+    output = torch.zeros_like(x0)
+    meant = made.process.x0_of(output, state, t, prediction)
+    share = made.process.alpha_bar[t].double()
+    error = (meant - x0).double().square().mean((1, 2, 3))
+    if prediction == "epsilon":  # of the noise itself where there is more of it than of the signal
+        error = torch.where(share < 0.5, error * share / (1 - share), error)
+    assert float(made.loss(output, example, truth)) == pytest.approx(float(error.mean()), rel=1e-4)
+    assert float(made.loss(output, example._replace(recycled=False), truth)) > 10

@@ -120,8 +120,8 @@ def test_what_a_run_leaves(run):
         value.numel() for key, value in weights(run.folder).items() if key.startswith("denoiser.")
     )
     assert result["network_calls"] == 5
-    assert result["stage1"] == str(run.stage1)
-    assert result["settings"] == {**QUICK, "latent": None}
+    assert result["stage1"] == str(run.stage1 / "checkpoints" / "best.ckpt")
+    assert result["settings"] == {**QUICK, "loss": "ce", "latent": None}
     assert set(result["ms_per_image"]) == {"stage1", "refined"}
     for method in result["gain"]:
         expected = [result["methods"][name]["iou"]["value"] for name in (method, "stage1")]
@@ -243,7 +243,7 @@ def test_presets(run, preset):
     trainer = fit(task, data, limit_train_batches=2, limit_val_batches=1)
     trainer.test(task, datamodule=data, verbose=False)
     assert list(task._evaluation.counts) == METHODS
-    expected = {**PRESETS[preset], "train_steps": 1000, "latent": None}
+    expected = {**PRESETS[preset], "loss": "ce", "train_steps": 1000, "latent": None}
     assert task.about()["settings"] == {**expected, **{key: value for key, value in short.items() if key != "preset"}}
     assert refiner(preset=preset, stage1=str(run.stage1)).preset == preset
 
@@ -501,6 +501,8 @@ def test_latents_of_a_label_autoencoder(lit_defect, capsys, run, tmp_path):
         (["--model.strength", "1.5"], ["model.init_args.strength = 1.5"]),
         (["--model.strength", "0"], ["model.init_args.strength", "train"]),
         (["--model.num_samples", "0"], ["model.init_args.num_samples = 0"]),
+        (["--model.num_samples", "2", "--model.label_input", "soft"], ["num_samples = 2", "the same", "label_input"]),
+        (["--model.crop", "999"], ["model.init_args.crop = 999", "larger than the pictures"]),
         (["--model.ema_decay", "1"], ["model.init_args.ema_decay = 1"]),
         (["--model.channels", "[]"], ["model.init_args.channels"]),
         (["--model.layers", "0"], ["model.init_args.layers = 0"]),

@@ -150,12 +150,12 @@ def test_maps_go_through_the_same_view_as_their_picture(first, masks, tmp_path):
         def __getattr__(self, name: str) -> Any:
             return getattr(refinement, name)
 
-        def example(self, labels: torch.Tensor, images: torch.Tensor, probabilities: torch.Tensor) -> Any:
+        def example(self, labels: torch.Tensor, images: torch.Tensor, probabilities: torch.Tensor, network: Any) -> Any:
             nonlocal compared
             assert labels.shape[-2:] == images.shape[-2:] == (20, 20)
             assert torch.equal(probabilities.argmax(1), labels)
             compared += int(labels.sum() > 0)
-            return plain(labels, images, probabilities)
+            return plain(labels, images, probabilities, network)
 
     refinement, task.refinement = task.refinement, Watched()
     for batch in task.data.loader("train"):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lit_defect.diffusion.process import ForwardProcess
 from lit_defect.diffusion.samplers import Sampler
+from lit_defect.errors import UserError
 
 Preset = Literal["paper", "fast"]
 
@@ -48,6 +49,34 @@ def resolve(preset: Preset, given: Mapping[str, Any]) -> tuple[dict[str, Any], s
     """
     settings = {key: value if given.get(key) is None else given[key] for key, value in PRESETS[preset].items()}
     return settings, next((name for name, options in PRESETS.items() if options == settings), "")
+
+
+def check(settings: Mapping[str, Any], *, stage1: str | None, latent: str | None) -> None:
+    """Raises `UserError` if a refiner's options are out of range or contradict each other."""
+    if settings["num_samples"] < 1:
+        raise UserError(f"model.init_args.num_samples = {settings['num_samples']}: expected at least 1")
+    if latent is not None and settings["prediction"] == "logits":
+        raise UserError(
+            "model.init_args.prediction = logits are scores of classes, and latents have none: set it to sample, "
+            "v_prediction or epsilon"
+        )
+    if stage1 is None and settings["train_on"] == "prediction":
+        raise UserError(
+            "model.init_args.train_on = prediction trains on the maps of a first stage: name one by "
+            "model.init_args.stage1, or set train_on to ground_truth"
+        )
+    random = (
+        stage1 is None
+        or settings["label_input"] == "sample"
+        or settings["scheduler"] == "ddpm"
+        or settings["start"] == "noised"
+        or settings["conditioning"] == "replace"
+    )
+    if settings["num_samples"] > 1 and not random:
+        raise UserError(
+            f"model.init_args.num_samples = {settings['num_samples']} chains would all be the same: set label_input to "
+            "sample, start to noised or scheduler to ddpm, or num_samples to 1"
+        )
 
 
 def quick_sampler(sampler: Sampler, calls: int) -> Sampler:

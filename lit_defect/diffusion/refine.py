@@ -36,12 +36,16 @@ class Refined(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One training batch: what the network sees, at which step, the state within, and the true x_0."""
+    """One training batch: what the network sees, at which step, the state within, and the true x_0.
+
+    `recycled` states are not noised truths, so that the noise which would have led there has no bound.
+    """
 
     inputs: Tensor
     t: Tensor
     state: Tensor
     x0: Tensor
+    recycled: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ class Refinement:
                 state = self._replace(state, picture, t, torch.randn_like(picture))
         else:
             t, state = self._met(network, picture, probabilities)
-        return Example(self._inputs(state, picture), t, state, x0)
+        return Example(self._inputs(state, picture), t, state, x0, recycled=probabilities is not None)
 
     @torch.no_grad()
     def _met(self, network: Network, picture: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,6 +224,10 @@ class Refinement:
         if self.space.factor > 1:  # a place of a latent counts by its share of pixels that are not void
             valid = F.avg_pool2d(valid, self.space.factor)
         target = self.process.target(example.state, example.x0, example.t, self.prediction)
+        if example.recycled and self.prediction in ("epsilon", "v_prediction"):  # count the error of x_0 instead
+            signal, spread = self.process.levels(example.t, output)
+            share = spread if self.prediction == "v_prediction" else (spread / signal).clamp(max=1)
+            output, target = share * output, share * target
         if self.prediction == "logits":
             weight = valid.sum()
             total = self.mask_loss(output[:, :channels], labels) * weight

@@ -345,6 +345,8 @@ def _category(result: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 def _experiment_of(value: str) -> str:
     """`runs/stage1/20250101-120000-abcd/checkpoints/best.ckpt` -> `stage1/best.ckpt`; else the value."""
+    if RunFolder(Path(value)).record():  # the folder of a run itself
+        return Path(value).parent.name
     match = _PATH_OF_RUN.fullmatch(value)
     return f"{match[1]}/{match[2] or match[3]}" if match else value
 

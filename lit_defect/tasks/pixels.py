@@ -64,10 +64,12 @@ def augmented(parts: Sequence[Tensor | None], augment: Listed, crop: int | None)
     """The same random view and window of pictures, masks and maps, each (B, ..., H, W); by torch's global generator.
 
     Raises:
-        UserError: quarter turns of pictures that are not square.
+        UserError: quarter turns of pictures that are not square, or a window larger than they are.
     """
     chosen = [part for part in parts if part is not None]
     count, (height, width) = len(chosen[0]), chosen[0].shape[-2:]
+    if crop is not None and crop > min(height, width):
+        raise UserError(f"model.init_args.crop = {crop} is larger than the pictures, {height}x{width}")
     numbers = torch.randint(VIEWS[augment], (count,)).tolist()
     rows = torch.randint(max(1, height - (crop or height) + 1), (count,)).tolist()
     columns = torch.randint(max(1, width - (crop or width) + 1), (count,)).tolist()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_defect.diffusion.labels import LabelInput, generators, sample_labels
-from lit_defect.diffusion.presets import Preset, quick_sampler, resolve
+from lit_defect.diffusion.presets import Preset, check, quick_sampler, resolve
 from lit_defect.diffusion.process import BetaSchedule, ForwardProcess, Prediction
 from lit_defect.diffusion.refine import Conditioning, Refinement
 from lit_defect.diffusion.samplers import Sampler, SamplerName
@@ -26,12 +26,8 @@ from lit_defect.nets.canvas import Canvas
 from lit_defect.nets.denoiser import Denoiser
 from lit_defect.tasks.base import Batch
 from lit_defect.tasks.pixels import Answer, PixelTask, targets
+from lit_defect.tasks.refiner_state import check_weights, compare_chains
 from lit_defect.tasks.stages import FirstStage, SegmenterStage, first_stage
-
-_TRAINED = (
-    "conditioning", "prediction", "beta_schedule", "train_steps", "channels", "layers", "attention", "patch", "latent"
-)  # fmt: skip
-"""Options that a checkpoint's weights depend on; the others may change from test to test."""
 
 
 class Estimate(NamedTuple):
@@ -120,19 +116,9 @@ class DDPMRefiner(PixelTask):
         self.loss_name = loss
         self.stage1_source = stage1
         self.num_samples: int = self.settings["num_samples"]
-        for key, number in (("num_samples", self.num_samples), ("validation_calls", validation_calls)):
-            if number < 1:
-                raise UserError(f"model.init_args.{key} = {number}: expected at least 1")
-        if latent is not None and self.settings["prediction"] == "logits":
-            raise UserError(
-                "model.init_args.prediction = logits are scores of classes, and latents have none: set it to sample, "
-                "v_prediction or epsilon"
-            )
-        if stage1 is None and self.settings["train_on"] == "prediction":
-            raise UserError(
-                "model.init_args.train_on = prediction trains on the maps of a first stage: name one by "
-                "model.init_args.stage1, or set train_on to ground_truth"
-            )
+        check(self.settings, stage1=stage1, latent=latent)
+        if validation_calls < 1:
+            raise UserError(f"model.init_args.validation_calls = {validation_calls}: expected at least 1")
         self.process = ForwardProcess(train_steps, self.settings["beta_schedule"])
         self.sampler = Sampler(
             self.settings["scheduler"],
@@ -249,7 +235,9 @@ class DDPMRefiner(PixelTask):
         return [key for key in keys if key.startswith(("stage1.", "autoencoder."))]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the first stage and the autoencoder out."""
+        """Leave the first stage and the autoencoder out, and note which first stage it was."""
+        if self.stage1 is not None:
+            checkpoint["stage1"] = {"source": self.stage1.source, "fingerprint": self.stage1.fingerprint}
         for key in self._borrowed(list(checkpoint["state_dict"])):
             del checkpoint["state_dict"][key]
 
@@ -257,14 +245,12 @@ class DDPMRefiner(PixelTask):
         """Put the first stage and the autoencoder back in.
 
         Raises:
-            UserError: the checkpoint was trained with other options that its weights depend on.
+            UserError: the checkpoint was trained with other options that its weights depend on, or a training goes on
+                behind another first stage.
         """
-        before = checkpoint.get("hyper_parameters", {})
-        for key in _TRAINED:
-            then, now = before.get(key), self.hparams.get(key)
-            joint = {then, now} == {"joint", "replace"} if key == "conditioning" else False  # one network, two loops
-            if key in before and _plain(then) != _plain(now) and not joint:
-                raise UserError(f"the checkpoint was trained with model.init_args.{key} = {then}, not {now}")
+        check_weights(checkpoint.get("hyper_parameters", {}), self.hparams)
+        goes_on = self._trainer is not None and self._trainer.state.fn == "fit"
+        compare_chains(checkpoint, self.settings, self.stage1, goes_on=goes_on)
         own = self.state_dict()
         checkpoint["state_dict"].update({key: own[key] for key in self._borrowed(own)})
         super().on_load_checkpoint(checkpoint)
@@ -394,13 +380,8 @@ class DDPMRefiner(PixelTask):
                 "train_steps": self.process.train_steps,
                 "latent": self.latent,
             },
-            "stage1": self.stage1_source,
+            "stage1": None if self.stage1 is None else self.stage1.source,
             "network_calls": self.sampler.calls * self.num_samples,
             "parameters": parameters,
             "uncertainty_of": f"variance of {self.num_samples} samples" if many else "1 - highest probability",
         }
-
-
-def _plain(option: Any) -> Any:
-    """A sequence as a list, however a checkpoint keeps it."""
-    return list(option) if isinstance(option, tuple | list) else option

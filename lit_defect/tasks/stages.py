@@ -20,9 +20,13 @@ class FirstStage(nn.Module):
     """Probabilities of a batch's pictures.
 
     Attributes:
+        source: the file or folder that it was read from.
+        fingerprint: identity of what it says.
         parameters_used: of its network; None where that is not known.
     """
 
+    source: str
+    fingerprint: str
     parameters_used: int | None = None
 
     def stored(self, batch: Batch) -> Tensor | None:
@@ -57,6 +61,8 @@ class SegmenterStage(FirstStage):
                 f"model.init_args.stage1: {path} names the classes {', '.join(self.segmenter.names)}; the data have "
                 f"{', '.join(class_names)}: choose the same classes in data, or a first stage trained on these"
             )
+        assert self.segmenter.network is not None
+        self.source, self.fingerprint = str(path), self.segmenter.network.fingerprint()
         self.parameters_used = sum(parameter.numel() for parameter in self.segmenter.parameters())
 
     def train(self, mode: bool = True) -> SegmenterStage:
@@ -93,11 +99,19 @@ class StoredStage(FirstStage):
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__()
         self.maps = ProbabilityMaps(folder, class_names)
+        self.source = self.fingerprint = str(folder)
 
     def stored(self, batch: Batch) -> Tensor | None:
         """(B, C, H, W) float32, on the device of the batch's pictures."""
-        maps = torch.stack([torch.from_numpy(self.maps.read(name)) for name in batch["name"]])
-        return maps.to(batch["image"].device)
+        maps = [torch.from_numpy(self.maps.read(name)) for name in batch["name"]]
+        size = batch["image"].shape[-2:]
+        for name, one in zip(batch["name"], maps, strict=True):
+            if one.shape[-2:] != size:
+                raise UserError(
+                    f"{self.maps.folder}: the map of {name} is {one.shape[-2]}x{one.shape[-1]}, its picture "
+                    f"{size[0]}x{size[1]}: write the maps for pictures of this size, or set data.image_size to theirs"
+                )
+        return torch.stack(maps).to(batch["image"].device)
 
     def check(self, data: Any, splits: Sequence[str]) -> None:
         """Read every map once; those in a Segmenter's run are too good where it was trained.
