@@ -115,6 +115,7 @@ def test_every_experiment_runs(lit_defect, tmp_path, monkeypatch, path):
     overrides += ["--model.weights", "null"] if "weights" in model else []
     overrides += ["--model.image_size", str(SIDE)] if "image_size" in model else []
     overrides += ["--data.image_size", str(SIDE)] if "image_size" in data else []
+    overrides += ["--model.crop", str(SIDE // 2)] if "crop" in model else []
     overrides += first_stage(tmp_path / "maps", tmp_path / "pictures", data) if "stage1" in model else []
     overrides += ["--data.batch_size", "8", "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
     cli = lit_defect("fit", "--config", path, *overrides)
