@@ -134,8 +134,9 @@ class Refinement:
         if self.prediction == "logits":
             shares = 2 * self._labels(output).softmax(1) - 1
             output = torch.cat([shares, output[:, self.space.channels :]], dim=1)
-        limit = self.space.limit
-        return self.process.x0_of(output, state, t, self.prediction).clamp(-limit, limit)
+        x0, limit = self.process.x0_of(output, state, t, self.prediction), self.space.limit
+        picture = x0[:, self.space.channels :].clamp(-1, 1)  # of a joint state; pixels, whatever the labels are
+        return torch.cat([self._labels(x0).clamp(-limit, limit), picture], dim=1)
 
     def _labels(self, state: Tensor) -> Tensor:
         return state[:, : self.space.channels]

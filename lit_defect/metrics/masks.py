@@ -106,7 +106,7 @@ def count_masks(
 
 
 def confusion_of(prediction: ArrayLike, truth: ArrayLike, classes: int) -> Ints:
-    """Confusion matrices (N, C, C) alone, as `count_masks` counts them: for validation in each epoch."""
+    """Confusion matrices (N, C, C) alone, as `count_masks` counts them: where nothing else is wanted."""
     return _confusion(*_checked(prediction, truth, classes), classes)
 
 
