@@ -184,6 +184,23 @@ def test_a_chain_is_the_one_worked_out_by_hand(conditioning, start, prediction, 
     np.testing.assert_allclose(found.first, first, atol=1e-4)
 
 
+def test_the_picture_in_a_joint_state_is_kept_within_pixels_beside_latents():
+    made = make(space=LatentSpace(Blocks()), conditioning="joint")
+    _, images, probabilities = pictures(1, classes=2)
+    seen = []
+
+    def too_far(inputs, t):
+        seen.append((inputs, t))
+        return torch.full_like(inputs, 9.0)
+
+    made.refine(too_far, probabilities, images, generators(0, [0]))
+    (start, first), (state, second) = seen[:2]
+    x0 = torch.full_like(start, 1.0)
+    x0[:, : made.space.channels] = made.space.limit
+    expected = made.process.bridge(start, x0, first, second, torch.zeros_like(start), eta=0)
+    torch.testing.assert_close(state, expected)
+
+
 @pytest.mark.parametrize("limit", ["pixels", "latents"])
 def test_x0_is_kept_within_the_limits_of_the_space(limit):
     space = PixelSpace(2) if limit == "pixels" else LatentSpace(Blocks())

@@ -56,7 +56,7 @@ class Refinement:
         process: the forward process.
         sampler: which steps are done, and how.
         space: where states live.
-        conditioning: how the picture comes in (the table above).
+        conditioning: how the picture comes in (see the top of the file).
         start: `clean` starts the reverse process from the label map itself (Ando), `noised` from the map noised to
             the first step (img2img).
         prediction: what the network answers: the noise, x_0, v, or class scores (`logits`) whose softmax is x_0.
