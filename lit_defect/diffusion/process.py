@@ -6,7 +6,8 @@ t = 0 ... T - 1 (the paper counts from 1). A state x_t has any number of channel
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -19,11 +20,6 @@ Prediction = Literal["epsilon", "sample", "v_prediction", "logits"]
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 
-def scheduler_settings(train_steps: int, beta_schedule: BetaSchedule) -> dict[str, Any]:
-    """What every scheduler of diffusers takes, so that all of them mean the same process."""
-    return {"num_train_timesteps": train_steps, "beta_schedule": _SCHEDULES[beta_schedule]}
-
-
 class ForwardProcess:
     """q(x_t | x_0) and its relatives, for T steps of a schedule.
 
@@ -31,23 +27,52 @@ class ForwardProcess:
         train_steps: T.
         beta_schedule: `linear` (Ho et al.: 1e-4 to 0.02), `scaled_linear` (linear between their roots, as in Stable
             Diffusion) or `cosine` (Nichol & Dhariwal, ICML 2021).
+        betas: the first and the last b_t; without meaning for `cosine`.
 
     Attributes:
         alpha_bar: (T,) float32, falling.
+        settings: what every scheduler of diffusers takes, so that all of them mean this process.
 
     Raises:
         UserError: fewer than 2 steps.
     """
 
-    def __init__(self, train_steps: int = 1000, beta_schedule: BetaSchedule = "linear") -> None:
+    def __init__(
+        self,
+        train_steps: int = 1000,
+        beta_schedule: BetaSchedule = "linear",
+        betas: tuple[float, float] = (1e-4, 0.02),
+    ) -> None:
         if train_steps < 2:
             raise UserError(f"model.init_args.train_steps = {train_steps}: expected at least 2")
         from diffusers import DDPMScheduler
 
         self.train_steps = train_steps
-        self.beta_schedule = beta_schedule
-        scheduler: Any = DDPMScheduler(**scheduler_settings(train_steps, beta_schedule))
+        self.settings: dict[str, Any] = {
+            "num_train_timesteps": train_steps,
+            "beta_schedule": _SCHEDULES[beta_schedule],
+            "beta_start": betas[0],
+            "beta_end": betas[1],
+        }
+        scheduler: Any = DDPMScheduler(**self.settings)
         self.alpha_bar: Tensor = scheduler.alphas_cumprod
+
+    @classmethod
+    def of_scheduler(cls, config: Mapping[str, Any]) -> ForwardProcess:
+        """The process that a scheduler of diffusers was configured for.
+
+        Raises:
+            UserError: a schedule of noise that has no name here.
+        """
+        names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
+        schedule = names.get(config.get("beta_schedule", "linear"))
+        if schedule is None or config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
+            raise UserError(
+                f"the scheduler has beta_schedule {config.get('beta_schedule')}, trained_betas or "
+                f"rescale_betas_zero_snr; known are {', '.join(names)}, without the latter two"
+            )
+        ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+        return cls(config.get("num_train_timesteps", 1000), cast(BetaSchedule, schedule), ends)
 
     def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of signal sqrt(alpha_bar_t) and of noise sqrt(1 - alpha_bar_t), (B, 1, 1, 1), for steps t (B,)."""

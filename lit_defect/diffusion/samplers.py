@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Generator, Tensor
 
-from lit_defect.diffusion.process import ForwardProcess, scheduler_settings
+from lit_defect.diffusion.process import ForwardProcess
 from lit_defect.errors import UserError
 
 SamplerName = Literal["ddpm", "ddim", "dpmsolver", "unipc"]
@@ -22,21 +22,25 @@ class Sampler:
     """One reverse process over the last `strength` of all steps.
 
     Args:
-        name: `ddpm` (Ho et al.), `ddim` (Song et al., eta = 0), `dpmsolver` (DPM-Solver++ of order 2, Lu et al.) or
+        name: `ddpm` (Ho et al.), `ddim` (Song et al.), `dpmsolver` (DPM-Solver++ of order 2, Lu et al.) or
             `unipc` (Zhao et al.).
         process: the forward process to be reversed.
         steps: steps of the whole reverse process; must divide T.
         strength: share of them that is done, the last ones.
+        eta: share of DDPM's noise that DDIM adds at each step (Song et al., eq. 16); None for the sampler's own: 1 for
+            `ddpm`, 0 for the others.
 
     Attributes:
         timesteps: those done, falling; as many as there are network calls.
-        eta: 1 where the sampler adds noise as DDPM does, else 0.
+        eta: as above, never None.
 
     Raises:
         UserError: steps or strength out of range, or so few steps that none is left.
     """
 
-    def __init__(self, name: SamplerName, process: ForwardProcess, *, steps: int, strength: float) -> None:
+    def __init__(
+        self, name: SamplerName, process: ForwardProcess, *, steps: int, strength: float, eta: float | None = None
+    ) -> None:
         total = process.train_steps
         if not 0 <= strength <= 1:
             raise UserError(f"model.init_args.strength = {strength}: expected a share of the steps, 0 to 1")
@@ -46,6 +50,10 @@ class Sampler:
                 f"model.init_args.steps = {steps}: must divide model.init_args.train_steps = {total}, such as "
                 f"{', '.join(map(str, sorted(near)))}"
             )
+        own = 1.0 if name == "ddpm" else 0.0
+        self.eta = own if eta is None else eta
+        if (name != "ddim" and self.eta != own) or not 0 <= self.eta <= 1:
+            raise UserError(f"model.init_args.eta = {eta}: only ddim takes one, between 0 and 1; leave it out")
         self.name = name
         self.process = process
         self.steps = steps
@@ -56,7 +64,6 @@ class Sampler:
                 f"model.init_args.steps = {steps} and strength = {strength} leave no step to do: set steps to at "
                 f"least {int(1 / strength + 0.999999)}, or strength to 0 for the first stage as it is"
             )
-        self.eta = 1.0 if name == "ddpm" else 0.0
         stride = total // steps
         self.timesteps = [stride * (k + 1) - 1 for k in reversed(range(self.calls))]
 
@@ -65,7 +72,7 @@ class Sampler:
         import diffusers
 
         settings: dict[str, Any] = {
-            **scheduler_settings(self.process.train_steps, self.process.beta_schedule),
+            **self.process.settings,
             "prediction_type": "sample",
             "timestep_spacing": "trailing",
         }
@@ -88,6 +95,8 @@ class Sampler:
 
     def step(self, scheduler: Any, x0: Tensor, t: int, state: Tensor, generators: list[Generator]) -> Tensor:
         """The next state, after the one at step t whose x_0 is thought to be `x0`; all (B, C, H, W)."""
-        noise = {"generator": generators} if self.name == "ddpm" else {}
+        noise: dict[str, Any] = {"generator": generators} if self.eta else {}
+        if self.name == "ddim":
+            noise["eta"] = self.eta
         result: Tensor = scheduler.step(x0, t, state, **noise).prev_sample
         return result

@@ -1,0 +1,248 @@
+"""A pretrained latent diffusion model of diffusers, opened as the frozen base that others build upon.
+
+    base = LatentBase.open("stable-diffusion-v1-5/stable-diffusion-v1-5")    # or a folder that a pipeline was saved to
+    latents = base.encode(pictures)                                          # (B, 3, H, W) in [-1, 1]
+    noise = base.unet(base.process.add_noise(latents, e, t), t, states).sample
+
+Any pipeline folder with an AutoencoderKL, a UNet2DConditionModel, a tokenizer and one text encoder will do: Stable
+Diffusion 1.x and 2.x, the older text2img LDM (whose folders are called `vqvae` and `bert`), or a `LatentDiffusion`
+of one's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lit_defect.diffusion.process import ForwardProcess, Prediction
+from lit_defect.errors import UserError
+from lit_defect.nets.fitting import fingerprint
+from lit_defect.nets.weights import knock_at_hub
+
+KEY = "model.init_args.base"
+INDEX = "model_index.json"
+_PARTS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text_encoder": ("text_encoder", "bert")}
+_FETCHED = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
+
+
+class LatentBase(nn.Module):
+    """Autoencoder, text-conditioned U-Net, text encoder and tokenizer, frozen.
+
+    Args:
+        vae: diffusers' AutoencoderKL.
+        unet: diffusers' UNet2DConditionModel.
+        text_encoder: token ids (B, L) -> states (B, L, D).
+        tokenizer: of transformers.
+        scheduler: configuration of the scheduler it was trained with.
+        source: where it came from.
+
+    Attributes:
+        process: its forward process.
+        prediction: what the U-Net answers: `epsilon`, `v_prediction` or `sample`.
+        channels: of the latents.
+        factor: pixels along a side of one place of the latents.
+        multiple: pixels that the sides of a picture must be a multiple of.
+        width: of a token's embedding.
+        fingerprint: SHA-256 of all its weights.
+    """
+
+    def __init__(
+        self, vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any, source: str
+    ) -> None:
+        super().__init__()
+        self.vae: Any = vae
+        self.unet: Any = unet
+        self.text_encoder: Any = text_encoder
+        self.tokenizer = tokenizer
+        self.source = source
+        self.process = ForwardProcess.of_scheduler(scheduler)
+        self.prediction: Prediction = scheduler.get("prediction_type", "epsilon")
+        self.channels = int(self.vae.config.latent_channels)
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.scale = float(self.vae.config.scaling_factor)
+        self.shift = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+        self.multiple = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        self.width = int(self.text_encoder.get_input_embeddings().weight.shape[1])
+        _check_channels(self)
+        self.fingerprint = fingerprint(self.state_dict())
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def open(cls, source: str) -> LatentBase:
+        """Load a base from a folder, the run of a `LatentDiffusion`, or the hub.
+
+        Args:
+            source: folder of a saved pipeline, a run folder that holds one as `pipeline`, or the name of a repository.
+
+        Raises:
+            UserError: nothing there, a hub out of reach, a pipeline of another kind, or one that is damaged.
+        """
+        folder = _folder(source)
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            parts = {name: _load(folder, index, name) for name in _PARTS}
+            tokenizer = _load_tokenizer(folder, index)
+            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        except UserError:
+            raise
+        except Exception as error:  # a damaged folder fails in as many ways as there are files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{KEY}: the pipeline in {folder} cannot be opened ({reason}); copy or train it again"
+            ) from error
+        return cls(**parts, tokenizer=tokenizer, scheduler=scheduler, source=source)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(vocabulary, D) of the tokens."""
+        weight: Tensor = self.text_encoder.get_input_embeddings().weight
+        return weight
+
+    def train(self, mode: bool = True) -> LatentBase:
+        """A base is never trained: dropout stays off."""
+        return super().train(False)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> mean and log variance of their latents, (B, 2 C, h, w), not scaled."""
+        posterior = self.vae.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) of `moments`: the mean, or a draw by standard normal `noise` (B, C, h, w)."""
+        mean, logvar = moments.chunk(2, dim=1)
+        drawn = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        return (drawn - self.shift) * self.scale
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> the means of their latents (B, C, h, w), scaled."""
+        return self.latents(self.moments(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1], float32."""
+        decoded: Tensor = self.vae.decode(latents / self.scale + self.shift).sample
+        return decoded.float()
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises `UserError` if pictures of this size do not go through the autoencoder and the U-Net."""
+        if height % self.multiple or width % self.multiple:
+            near = [max(self.multiple, round(side / self.multiple) * self.multiple) for side in (height, width)]
+            raise UserError(
+                f"data.init_args.image_size = {height}x{width}: the sides must be multiples of {self.multiple} for the "
+                f"base {self.source}, such as {near[0]}x{near[1]}"
+            )
+
+
+def save_pipeline(
+    folder: Path, *, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, process: ForwardProcess, prediction: str
+) -> None:
+    """Write an ordinary StableDiffusionPipeline of these parts, which diffusers and `LatentBase.open` load."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    scheduler = DDIMScheduler(
+        **process.settings,
+        prediction_type=prediction,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def generators(words: Sequence[Sequence[int]]) -> list[Generator]:
+    """A CPU random stream for each row of words; the same words give the same stream on every machine."""
+    import numpy as np
+
+    states = [int(np.random.SeedSequence(list(row)).generate_state(1, np.uint64)[0] >> np.uint64(1)) for row in words]
+    return [Generator().manual_seed(state) for state in states]
+
+
+def _folder(source: str) -> Path:
+    """The local folder of a pipeline."""
+    path = Path(source).expanduser()
+    for folder in (path, path / "pipeline"):
+        if (folder / INDEX).is_file():
+            return folder
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise UserError(
+            f"{KEY}: {source} is no folder of a diffusers pipeline (it has no {INDEX}), no run of a LatentDiffusion "
+            "that has ended, and no hub name like owner/name"
+        )
+    return _from_hub(source)
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    arguments: dict[str, Any] = {"allow_patterns": [f"*/{kind}" for kind in _FETCHED] + ["*.json"]}
+    try:
+        return Path(snapshot_download(source, local_files_only=True, **arguments))
+    except Exception:  # it is not cached
+        pass
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        knock_at_hub()
+        return Path(snapshot_download(source, **arguments))
+    except Exception as error:  # the client's errors have changed their base class between versions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{KEY}: could not fetch {source} from the hub ({reason}). Copy the pipeline's folder here and name it, or "
+            "train a base on your own pictures: experiments/anomaly_diffusion/base_*.yaml"
+        ) from error
+
+
+def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
+    """One of the networks, in float32."""
+    import diffusers
+    import transformers
+
+    if index.get("text_encoder_2", [None, None])[1]:
+        raise UserError(f"{KEY}: {folder} has two text encoders (Stable Diffusion XL); take a model with one")
+    name = next((name for name in _PARTS[part] if index.get(name, [None, None])[1]), None)
+    if name is None:
+        raise UserError(f"{KEY}: the pipeline in {folder} has no {part}: {', '.join(sorted(index))}")
+    kind = str(index[name][1])
+    expected = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}.get(part, kind)
+    if kind != expected:
+        raise UserError(f"{KEY}: the {name} in {folder} is a {kind}, expected a {expected}")
+    factory: Any = getattr(diffusers, kind, None) or getattr(transformers, kind, None)
+    if kind == "LDMBertModel":
+        from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel as factory
+    if factory is None:
+        raise UserError(f"{KEY}: diffusers and transformers have no {kind}, the {name} in {folder}")
+    loaded: nn.Module = factory.from_pretrained(folder / name)
+    return loaded.float()
+
+
+def _load_tokenizer(folder: Path, index: dict[str, Any]) -> Any:
+    import transformers
+
+    kind = str(index["tokenizer"][1])
+    factory: Any = getattr(transformers, kind, transformers.AutoTokenizer)
+    return factory.from_pretrained(folder / "tokenizer")
+
+
+def _check_channels(base: LatentBase) -> None:
+    wanted, known = int(base.unet.config.in_channels), base.channels
+    if wanted != known:
+        kind = "an inpainting model" if wanted == 2 * known + 1 else "a model that takes a picture beside the noise"
+        raise UserError(
+            f"{KEY}: the U-Net of {base.source} takes {wanted} channels, its autoencoder gives {known}: it is {kind}; "
+            "take its text-to-image relative"
+        )
