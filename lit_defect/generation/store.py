@@ -1,0 +1,285 @@
+"""A generated data set on disk: pictures and masks in MVTec AD's layout, and a line about each picture asked for.
+
+    ROOT/about.json              what decides the pixels: generator, base model, tokens, options, seed; and the counts
+    ROOT/trained_on.csv          name,group of every picture that the generator has learnt from
+    ROOT/manifest.csv            a line per picture asked for, accepted or not; the columns are those of `manifest.Row`
+    ROOT/<category>/test/<type>/00000.png
+    ROOT/<category>/ground_truth/<type>/00000_mask.png     accepted ones only; 0 and 255
+    ROOT/rejected/<category>/<type>/00000_<candidate>.png  where they are kept
+
+Several processes write at once and any of them may be killed. Each appends to a part of its own,
+`ROOT/.parts/manifest.<rank>.csv`, and a picture gets its line when it and its mask are whole on disk. So what has a
+line is valid, and what has none is made again: the same command goes on where it stopped, with as many processes as it
+likes. When all have finished, one merges the parts.
+
+A set without categories has no folders of them, as the layout allows for one product. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from lit_defect.errors import DataError, UserError
+from lit_defect.generation.files import Bools, Picture, png, write_whole
+from lit_defect.generation.manifest import COLUMNS, Made, Row, append, cells, read_rows, read_table, table
+
+ABOUT, MANIFEST, TRAINED_ON, PARTS, REJECTED = "about.json", "manifest.csv", "trained_on.csv", ".parts", "rejected"
+FORMAT = "lit_defect generated data set"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class About:
+    """What decides the pixels of a generation: another value is another data set.
+
+    Attributes:
+        generator: its name, the `source` of the pictures where they train.
+        base: of the base model: where it came from (`source`) and the hash of its weights (`fingerprint`).
+        tokens: hash of what was learnt.
+        options: of sampling, masks and judgement, as JSON knows them; not how many pictures, nor on what machine.
+        seed: of the generation.
+    """
+
+    generator: str
+    base: dict[str, str]
+    tokens: str
+    options: dict[str, Any]
+    seed: int
+
+
+class GeneratedStore:
+    """A generated data set that is being written, by one process or several.
+
+    Args:
+        root: its folder; made if need be.
+        about: what decides its pixels, the same in all processes.
+        trained_on: name and group of every picture that the generator has learnt from.
+        rank: number of this process; each has another.
+
+    Raises:
+        UserError: `root` holds another generation, or anything else; or it cannot be written.
+    """
+
+    def __init__(self, root: Path, about: About, trained_on: Iterable[tuple[str, str]], rank: int = 0) -> None:
+        self.root = Path(root)
+        self._part = self.root / PARTS / f"manifest.{rank}.csv"
+        learnt = table([("name", "group"), *sorted(set(trained_on))])
+        content = {"format": FORMAT, "version": VERSION, **asdict(about)}
+        self._about = json.loads(json.dumps(content | {"trained_on": hashlib.sha256(learnt).hexdigest()}))
+        with self._writing():
+            if self._is_new():
+                write_whole(self.root / TRAINED_ON, learnt)
+                self._write_about({})
+        self._check_same()
+
+    def done(self) -> set[int]:
+        """Numbers of the pictures that need not be made any more, whichever process made them."""
+        return {row["number"] for row in self._rows()}
+
+    def add(
+        self,
+        made: Made,
+        picture: Picture | None = None,
+        mask: Bools | None = None,
+        rejected: Mapping[int, Picture] | None = None,
+    ) -> Row:
+        """Write a picture, its mask and then its line.
+
+        Args:
+            made: what is known of it.
+            picture: (H, W, 3) uint8, if it was accepted.
+            mask: (H, W) bool, if it was accepted.
+            rejected: candidates to keep for a look at them, by number.
+
+        Returns:
+            The line.
+
+        Raises:
+            UserError: the disk is full or cannot be written, or a name of a category or type is no folder's name.
+            ValueError: accepted without picture or mask, not accepted with them, or of different sizes.
+        """
+        if made["accepted"] != (picture is not None) or made["accepted"] != (mask is not None):
+            raise ValueError("an accepted picture comes with its mask, one that is not with neither")
+        stem = f"{made['number']:05d}"
+        row = cast(Row, {**made, "image": "", "mask": ""})
+        with self._writing():
+            if picture is not None and mask is not None:
+                if picture.shape != (*mask.shape, 3):
+                    raise ValueError(f"a picture of {picture.shape} does not fit a mask of {mask.shape}")
+                row["image"] = _place(made, "test") + f"/{stem}.png"
+                row["mask"] = _place(made, "ground_truth") + f"/{stem}_mask.png"
+                write_whole(self.root / row["mask"], png(mask))
+                write_whole(self.root / row["image"], png(picture))
+            for number, pixels in (rejected or {}).items():
+                write_whole(self.root / REJECTED / _place(made) / f"{stem}_{number}.png", png(pixels))
+            append(self._part, row)
+        return row
+
+    def merge(self) -> list[Row]:
+        """Make the parts of all processes one manifest, sorted by number, and count; gives its rows.
+
+        To be called by one process when all have finished. Doing it twice, or being killed in it, harms nothing.
+
+        Raises:
+            UserError: the disk is full; the parts are still there.
+        """
+        parts = self._parts()
+        rows = sorted(self._rows(), key=lambda row: row["number"])
+        with self._writing():
+            write_whole(self.root / MANIFEST, table([COLUMNS, *map(cells, rows)]))
+            self._write_about(count(rows))
+            for part in parts:
+                part.unlink(missing_ok=True)
+        return rows
+
+    def _rows(self) -> list[Row]:
+        """All lines of manifest and parts, one a number."""
+        found = {row["number"]: row for path in self._parts() for row in read_rows(path, part=True)}
+        manifest = self.root / MANIFEST
+        merged = read_rows(manifest) if manifest.is_file() else []
+        return list(({row["number"]: row for row in merged} | found).values())
+
+    def _parts(self) -> list[Path]:
+        return sorted((self.root / PARTS).glob("manifest.*.csv"))
+
+    def _is_new(self) -> bool:
+        """Whether nobody has begun here.
+
+        The first process of a launch writes `about.json` before any picture, so another that finds pictures finds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        strange = [path.name for path in self.root.iterdir() if path.name[0] != "." and path.name != TRAINED_ON]
+        if (self.root / ABOUT).is_file():
+            return False
+        if strange:
+            raise UserError(
+                f"{self.root} is no generated data set, but holds {sorted(strange)[0]}; give an empty or a new folder"
+            )
+        return True
+
+    def _check_same(self) -> None:
+        """What is written here goes together with what was written before."""
+        there = {key: value for key, value in read_about(self.root).items() if key != "counts"}
+        before, now = dict(_flat(there)), dict(_flat(self._about))
+        keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if keys:
+            told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys[:5])
+            raise UserError(
+                f"{self.root} holds another generation ({told}). Give a new folder, or the options of {ABOUT} there."
+            )
+
+    def _write_about(self, counts: Mapping[str, Any]) -> None:
+        text = json.dumps({**self._about, "counts": counts}, indent=2, ensure_ascii=False)
+        write_whole(self.root / ABOUT, (text + "\n").encode())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the disk refuses is told to the user, with what it means."""
+        try:
+            yield
+        except OSError as problem:
+            raise UserError(
+                f"{self.root} cannot be written ({problem.strerror or problem}). Every picture with a line in "
+                f"{MANIFEST} or {PARTS}/ is whole. Make room or mend the folder; the same command then goes on "
+                "where it stopped."
+            ) from problem
+
+
+def count(rows: Iterable[Row]) -> dict[str, Any]:
+    """How many pictures were asked for and accepted, by category/type, and the candidates' rejections by reason."""
+    asked: Counter[str] = Counter()
+    accepted: Counter[str] = Counter()
+    rejections: Counter[str] = Counter()
+    for row in rows:
+        pair = str(PurePosixPath(row["category"], row["defect_type"]))
+        asked[pair] += 1
+        accepted[pair] += row["accepted"]
+        rejections.update(row["rejected"])
+    by_pair = {pair: {"asked": asked[pair], "accepted": accepted[pair]} for pair in sorted(asked)}
+    return {
+        "asked": asked.total(),
+        "accepted": accepted.total(),
+        "pairs": by_pair,
+        "rejections": dict(rejections.most_common()),
+    }
+
+
+def read_manifest(root: Path) -> list[Row]:
+    """The lines of a generated data set's manifest, checked.
+
+    Raises:
+        DataError: `root` is no generated data set or an unfinished one, its manifest is foreign or damaged, a path in
+            it leaves the root, or an accepted picture or its mask is not there.
+    """
+    root = Path(root)
+    read_about(root)
+    if not (root / MANIFEST).is_file():
+        raise DataError(f"{root} has no {MANIFEST}: its generation has not finished; run the same command again")
+    rows = read_rows(root / MANIFEST)
+    home = root.resolve()
+    for row in rows:
+        for name in (row["image"], row["mask"]) if row["accepted"] else ():
+            path = (home / name).resolve()
+            if not path.is_relative_to(home) or path == home:
+                raise DataError(f"{root / MANIFEST}: number {row['number']} names {name!r}, which is not in {root}")
+            if not path.is_file():
+                raise DataError(
+                    f"{path} is not there, but {MANIFEST} lists it; copy the whole data set, or take the line out"
+                )
+    return rows
+
+
+def read_about(root: Path) -> dict[str, Any]:
+    """What `about.json` says: the fields of `About`, `trained_on` (hash) and `counts`.
+
+    Raises:
+        DataError: there is none, or it is another program's.
+    """
+    path = Path(root) / ABOUT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{root} is no generated data set: it has no {ABOUT}; give a folder that predict wrote"
+        ) from None
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{path} cannot be read ({problem}); generate the data set anew") from problem
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+        raise DataError(f"{path} is not of a generated data set of version {VERSION}; generate it with this version")
+    return content
+
+
+def read_trained_on(root: Path) -> list[tuple[str, str]]:
+    """Name and group of every picture that the generator has learnt from; the group may be empty.
+
+    Raises:
+        DataError: `trained_on.csv` is not there or not a list of them.
+    """
+    path = Path(root) / TRAINED_ON
+    lines = read_table(path, ("name", "group"))
+    return [(name, group) for _, (name, group) in lines]
+
+
+def _place(made: Made, *between: str) -> str:
+    """Folder of a picture: category, `between`, defect type."""
+    category, kind = made["category"], made["defect_type"]
+    for name in (category, kind):
+        if name in (".", "..") or set(name) & set("/\\\0") or (name == kind and not name):
+            raise UserError(f"the category {category!r} with the defect type {kind!r} gives no folder; rename it")
+    return str(PurePosixPath(category, *between, kind))
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested options by dotted key."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
