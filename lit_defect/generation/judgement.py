@@ -1,0 +1,143 @@
+"""Which of several candidates for one picture is taken: a rule that can be said in a sentence.
+
+A candidate is rejected if any of its figures is not a number, if nothing changed inside the mask, if most of its label
+was lost because the change covers too little of it, or if what is left of the label breaks a rule of its type; of the
+others the one most like the real training defects is taken, the first of equals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_defect.errors import UserError
+from lit_defect.generation.files import Bools, Picture
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is known of a candidate.
+
+    Attributes:
+        change_inside: mean absolute change within the mask, grey levels.
+        change_outside: the same outside, before the paste-back undoes it.
+        covered: share of the asked mask that the repaired label keeps.
+        likeness: to the real training defects, at most 0, in standard deviations; 0 where there is no descriptor.
+        mask_fault: what rule the repaired label breaks, if any.
+    """
+
+    change_inside: float
+    change_outside: float
+    covered: float
+    likeness: float = 0.0
+    mask_fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The candidate taken, if any, and why the others were rejected.
+
+    Attributes:
+        chosen: its index, or None.
+        reasons: one a candidate; None for those that could have been taken.
+    """
+
+    chosen: int | None
+    reasons: tuple[str | None, ...]
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """How many candidates each reason spoke against, the most frequent first."""
+        return dict(Counter(reason for reason in self.reasons if reason).most_common())
+
+    @property
+    def reason(self) -> str:
+        """Why none was taken: the most frequent reason; empty if one was."""
+        return "" if self.chosen is not None else next(iter(self.rejected), "no candidates")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a candidate counts as a defect.
+
+    Attributes:
+        least_change: grey levels within the mask, on average.
+        least_covered: share of the asked mask.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    least_change: float
+    least_covered: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least_change <= 255:
+            raise UserError(f"model.init_args.least_change = {self.least_change}: expected 0 to 255 grey levels")
+        if not 0 <= self.least_covered <= 1:
+            raise UserError(f"model.init_args.least_covered = {self.least_covered}: expected a share from 0 to 1")
+
+    def objection(self, candidate: Measures) -> str | None:
+        """Why a candidate is rejected; None if it may be taken."""
+        figures = (candidate.change_inside, candidate.change_outside, candidate.covered, candidate.likeness)
+        if not all(math.isfinite(figure) for figure in figures):
+            return "not a number"
+        if candidate.change_inside < self.least_change:
+            return "nothing changed"
+        if candidate.covered < self.least_covered:
+            return "label mostly lost"
+        if candidate.mask_fault:
+            return f"mask: {candidate.mask_fault}"
+        return None
+
+    def judge(self, candidates: Sequence[Measures]) -> Verdict:
+        """Take the candidate most like the real defects among those that nothing speaks against."""
+        reasons = tuple(self.objection(candidate) for candidate in candidates)
+        fit = [index for index, reason in enumerate(reasons) if reason is None]
+        chosen = max(fit, key=lambda index: candidates[index].likeness, default=None)
+        return Verdict(chosen, reasons)
+
+
+def change(normal: Picture, generated: Floats, mask: Bools) -> tuple[float, float]:
+    """Mean absolute change inside and outside of a mask, in grey levels; 0 where there are no such pixels.
+
+    Args:
+        normal: (h, w, 3) uint8, at the generated picture's size.
+        generated: (h, w, 3) in [0, 1].
+        mask: (h, w) bool.
+    """
+    difference = np.abs(generated * 255.0 - normal).mean(axis=2)
+    inside, outside = (float(difference[part].mean()) if part.any() else 0.0 for part in (mask, ~mask))
+    return inside, outside
+
+
+def covered(asked: Bools, repaired: Bools) -> float:
+    """Share of the asked mask (H, W) that the repaired label (H, W) keeps; 0 if nothing was asked for."""
+    return float((asked & repaired).sum()) / max(1, int(asked.sum()))
+
+
+def likeness(candidate: Floats, real: Floats) -> float:
+    """Minus the distance of a candidate's descriptor to the nearest real one, in standard deviations of the real ones.
+
+    The distance is the root mean square over the D dimensions, each in its own standard deviations; one in which all
+    real defects agree counts in its own units.
+
+    Args:
+        candidate: (D,).
+        real: (N, D), of the real training defects of the type; at least 2.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if real.ndim != 2 or len(real) < 2 or candidate.shape != real.shape[1:]:
+        raise ValueError(f"expected descriptors (D,) and (N >= 2, D), not {candidate.shape} and {real.shape}")
+    spread = real.std(axis=0)
+    steps = (real - candidate) / np.where(spread > 0, spread, 1.0)
+    return -float(np.sqrt(np.square(steps).mean(axis=1)).min())

@@ -1,0 +1,99 @@
+"""A generated defect goes into the normal picture at that picture's own size; outside the mask no pixel changes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from lit_defect.generation.files import Bools, Picture
+from lit_defect.generation.mask_shapes import fit_mask
+
+Floats = NDArray[np.floating]
+
+
+def paste_back(normal: Picture, generated: Floats, mask: Bools, feather: float) -> tuple[Picture, Bools]:
+    """Blend the inside of the mask into the normal picture.
+
+    Where the normal picture is grey (three equal channels) the defect becomes grey, too: a tint would give it away.
+
+    Args:
+        normal: (H, W, 3) uint8.
+        generated: (h, w, 3) in [0, 1]; what is not a number leaves the normal picture as it is.
+        mask: (h, w) bool.
+        feather: pixels of the normal picture from the mask's border to where only the generated picture counts.
+
+    Returns:
+        The picture (H, W, 3) uint8, equal to `normal` outside the mask; and the mask (H, W) bool.
+    """
+    size = normal.shape[:2]
+    large = fit_mask(mask, size)
+    defect = _resized(generated, size) * 255
+    if (normal == normal[..., :1]).all():
+        defect = np.repeat(defect.mean(axis=2, keepdims=True), 3, axis=2)
+    weight = feathered(large, feather)[..., None]
+    blended = np.rint(np.clip(weight * defect + (1 - weight) * normal, 0, 255))
+    inside = large[..., None] & np.isfinite(blended)
+    return np.where(inside, np.nan_to_num(blended), normal).astype(np.uint8), large
+
+
+def feathered(mask: Bools, feather: float) -> NDArray[np.float64]:
+    """(H, W) weights: 0 outside a mask (H, W), rising from its border to 1 `feather` pixels inside.
+
+    Where the mask is too thin for that, weights rise faster, so that its middle has 1 everywhere: of a crack of two
+    pixels no less remains than of a large stain. The picture's frame is no border.
+    """
+    if not mask.any() or feather <= 0:
+        return mask.astype(np.float64)
+    weights = np.zeros(mask.shape)
+    box = _around(mask)
+    weights[box] = _feathered(mask[box], feather)
+    return weights
+
+
+def _feathered(mask: Bools, feather: float) -> NDArray[np.float64]:
+    depth = np.asarray(ndimage.distance_transform_edt(mask)) if not mask.all() else np.full(mask.shape, np.inf)
+    reach = np.full(mask.shape, 0.5)  # from the border to the middle of the largest disc within the mask around a pixel
+    for radius in range(1, math.ceil(feather) + 2):
+        middles = depth >= radius
+        if not middles.any():
+            break
+        reach[np.asarray(ndimage.distance_transform_edt(~middles)) < radius] = radius - 0.5
+    return np.asarray(np.clip((depth - 0.5) / np.minimum(reach, feather), 0, 1))
+
+
+def _around(mask: Bools) -> tuple[slice, slice]:
+    """The box of a mask (H, W), a pixel wider on each side where the picture is: distances in it are the same."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return slice(max(0, rows[0] - 1), rows[-1] + 2), slice(max(0, columns[0] - 1), columns[-1] + 2)
+
+
+def repair_label(normal: Picture, result: Picture, mask: Bools, least: float) -> Bools:
+    """Where the picture has really changed within the mask; what encloses no more than a pixel or two is filled.
+
+    Args:
+        normal, result: (H, W, 3) uint8.
+        mask: (H, W) bool.
+        least: grey levels, mean over the channels, from which on a pixel has changed.
+
+    Returns:
+        (H, W) bool, a part of the mask, which may be empty.
+    """
+    difference = np.abs(result.astype(np.int16) - normal).mean(axis=2)
+    changed = np.pad((difference >= least) & mask, 1)  # the frame must not hinder the closing
+    closed = ndimage.binary_closing(changed, structure=np.ones((3, 3)))[1:-1, 1:-1]
+    return np.asarray(closed & mask)
+
+
+def _resized(picture: Floats, size: tuple[int, int]) -> NDArray[np.float64]:
+    """(h, w, 3) at `size`: bicubic when enlarged, antialiased when reduced; values stay between 0 and 1."""
+    if picture.shape[:2] == size:
+        return picture.astype(np.float64)
+    channels = [
+        Image.fromarray(np.ascontiguousarray(channel, dtype=np.float32)) for channel in np.moveaxis(picture, 2, 0)
+    ]
+    scaled = [np.asarray(one.resize((size[1], size[0]), Image.Resampling.BICUBIC)) for one in channels]
+    return np.clip(np.stack(scaled, axis=2).astype(np.float64), 0, 1)
