@@ -12,12 +12,11 @@ of one's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from lit_defect.diffusion.process import ForwardProcess, Prediction
 from lit_defect.errors import UserError
@@ -51,9 +50,7 @@ class LatentBase(nn.Module):
         fingerprint: SHA-256 of all its weights.
     """
 
-    def __init__(
-        self, vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any, source: str
-    ) -> None:
+    def __init__(self, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, scheduler: Any, source: str) -> None:
         super().__init__()
         self.vae: Any = vae
         self.unet: Any = unet
@@ -142,15 +139,18 @@ def save_pipeline(
 ) -> None:
     """Write an ordinary StableDiffusionPipeline of these parts, which diffusers and `LatentBase.open` load."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers.utils.logging import disable_progress_bar
 
-    scheduler = DDIMScheduler(
+    disable_progress_bar()
+    scheduler: Any = DDIMScheduler(
         **process.settings,
+        steps_offset=1,  # without effect under trailing steps; diffusers warns without it
         prediction_type=prediction,
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="trailing",
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         unet=unet,
         text_encoder=text_encoder,
@@ -162,14 +162,6 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
-
-
-def generators(words: Sequence[Sequence[int]]) -> list[Generator]:
-    """A CPU random stream for each row of words; the same words give the same stream on every machine."""
-    import numpy as np
-
-    states = [int(np.random.SeedSequence(list(row)).generate_state(1, np.uint64)[0] >> np.uint64(1)) for row in words]
-    return [Generator().manual_seed(state) for state in states]
 
 
 def _folder(source: str) -> Path:
@@ -223,7 +215,9 @@ def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
         raise UserError(f"{KEY}: the {name} in {folder} is a {kind}, expected a {expected}")
     factory: Any = getattr(diffusers, kind, None) or getattr(transformers, kind, None)
     if kind == "LDMBertModel":
-        from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel as factory
+        from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion
+
+        factory = pipeline_latent_diffusion.LDMBertModel
     if factory is None:
         raise UserError(f"{KEY}: diffusers and transformers have no {kind}, the {name} in {folder}")
     loaded: nn.Module = factory.from_pretrained(folder / name)

@@ -93,7 +93,7 @@ def make_tokenizer(texts: Iterable[str], length: int) -> Any:
     vocab = learner.get_vocab()
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab.setdefault(f"{letter}</w>", len(vocab))
-    merges = [tuple(pair) for pair in _merges(learner)]
+    merges: Any = [tuple(pair) for pair in _merges(learner)]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 

@@ -4,7 +4,16 @@ from lit_defect.tasks.classification import DefectClassifier
 from lit_defect.tasks.contrastive import SimCLR
 from lit_defect.tasks.image_autoencoder import ImageAutoencoder
 from lit_defect.tasks.label_autoencoder import MaskAutoencoder
+from lit_defect.tasks.latent_diffusion import LatentDiffusion
 from lit_defect.tasks.refinement import DDPMRefiner
 from lit_defect.tasks.segmentation import Segmenter
 
-__all__ = ["DDPMRefiner", "DefectClassifier", "ImageAutoencoder", "MaskAutoencoder", "Segmenter", "SimCLR"]
+__all__ = [
+    "DDPMRefiner",
+    "DefectClassifier",
+    "ImageAutoencoder",
+    "LatentDiffusion",
+    "MaskAutoencoder",
+    "Segmenter",
+    "SimCLR",
+]

@@ -1,0 +1,67 @@
+"""Latents and captions that a base is trained on, encoded once: a frozen autoencoder gives the same every epoch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_defect.diffusion.labels import generators
+from lit_defect.diffusion.prompts import encode_prompt
+from lit_defect.tasks.variations import Variations
+from lit_defect.tasks.views import unit_range
+
+
+class LatentBank(NamedTuple):
+    """V variations of each of n pictures.
+
+    Attributes:
+        moments: (n, V, 2 C, h, w) float16 on the CPU, mean and log variance of the latents.
+        ids: (n, V, L) int64, the captions.
+        captions: n lists of V sentences.
+    """
+
+    moments: Tensor
+    ids: Tensor
+    captions: list[list[str]]
+
+    @torch.no_grad()
+    def draw(self, rows: Tensor, variants: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Moments (B, 2 C, h, w) float32 and ids (B, L) of the given rows and variations, both (B,) on the CPU."""
+        return self.moments[rows, variants].to(device).float(), self.ids[rows, variants].to(device)
+
+
+@torch.no_grad()
+def fill_bank(
+    task: Any, split: str, names: dict[str, str], variations: Variations, variants: int, vae: Any, tokenizer: Any
+) -> LatentBank:
+    """Encode every picture of a split in `variants` variations; the first keeps the picture as it is.
+
+    The draws depend on the data module's seed and the place of the batch alone: a resumed run has the same bank.
+    """
+    data, device = task.data, task.device
+    plain = Variations(variations.anomaly, edited=0.0, masks=0.0, augment="none", light=0.0)
+    count, step = len(data.samples[split]), data.eval_batch_size
+    loader = data.loader(split)
+    moments: list[Tensor] = []
+    captions: list[list[str]] = []
+    with torch.random.fork_rng(devices=[]):
+        for start in range(0, count, step):
+            batch = loader.batch(list(range(start, min(start + step, count))))
+            images = unit_range(batch["image"])
+            spoken = [names[category] for category in batch["category"]]
+            rows: list[Tensor] = []
+            said: list[list[str]] = [[] for _ in spoken]
+            for number in range(variants):
+                torch.manual_seed(generators(data.seed, [start], number)[0].initial_seed())
+                pictures, sentences = (variations if number else plain)(images, spoken)
+                posterior = vae.encode(2 * pictures.to(device) - 1).latent_dist
+                rows.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu())
+                for kept, sentence in zip(said, sentences, strict=True):
+                    kept.append(sentence)
+            moments.append(torch.stack(rows, dim=1))
+            captions += said
+    known = {sentence: encode_prompt(tokenizer, sentence, 0).ids for said in captions for sentence in said}
+    ids = torch.stack([torch.stack([known[sentence] for sentence in said]) for said in captions])
+    return LatentBank(torch.cat(moments), ids, captions)
