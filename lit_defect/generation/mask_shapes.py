@@ -17,7 +17,7 @@ TURN = math.radians(20)  # either way; the authors of AnomalyDiffusion augment s
 SCALE = 1.25  # larger or smaller, as a factor
 BEND = 0.04  # standard deviation of the elastic shifts, of the shape's diagonal
 KNOTS = 4  # of the grid of elastic shifts, along each side
-_DETAIL = 4  # pixels of a real mask per pixel of the picture that are looked at, along each side
+_DETAIL = 2  # pixels of a real mask per pixel of the picture that are looked at, along each side
 
 
 def keep_area(coverage: Floats) -> Bools:
@@ -44,8 +44,11 @@ def fit_mask(mask: Bools, size: tuple[int, int]) -> Bools:
     return keep_area(np.asarray(image.resize((size[1], size[0]), method), dtype=np.float64))
 
 
-def vary(mask: Bools, size: tuple[int, int], rng: np.random.Generator) -> tuple[Bools, tuple[bool, ...]]:
+def vary(mask: Bools, size: tuple[int, int], rng: np.random.Generator) -> tuple[Bools, Bools]:
     """A variant of a mask's shape: flipped, turned, scaled and bent at random.
+
+    Where the mask touches an edge of its picture it is taken to go on beyond, and the variant is cut there again: a
+    band from edge to edge stays one when it is turned.
 
     Args:
         mask: (H, W), not empty.
@@ -53,36 +56,48 @@ def vary(mask: Bools, size: tuple[int, int], rng: np.random.Generator) -> tuple[
         rng: the randomness.
 
     Returns:
-        (h, w) bool, the shape alone, cut where it is larger than the picture; and which edges of the picture the
-        mask touched: top, bottom, left, right, after the flips.
+        (h, w) bool, the shape alone, cut where it is larger than the picture; and (2, 2) bool, the edges that it is to
+        touch: top and bottom, left and right.
     """
     if mask.shape[0] > _DETAIL * size[0] or mask.shape[1] > _DETAIL * size[1]:
         mask = fit_mask(mask, (_DETAIL * size[0], _DETAIL * size[1]))
     flips = rng.random(2) < 0.5
     turn, grow = rng.uniform(-TURN, TURN), SCALE ** rng.uniform(-1, 1)
     knots = rng.normal(size=(2, KNOTS, KNOTS))
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    stretch = np.array(size) / mask.shape * grow  # of the source's pixels
-    extent = np.array([rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1])
-    centre = np.array([rows[0] + rows[-1], columns[0] + columns[-1]]) / 2
+    first, last = _ends(mask)
+    edges = np.stack([first == 0, last == np.array(mask.shape) - 1], axis=1)
+    edges = np.where(flips[:, None], edges[:, ::-1], edges)
+    spans = edges.all(axis=1)  # and still will
+    stretch = np.array(size) / mask.shape * np.where(spans, 1.0, grow)  # of the source's pixels
 
+    half = (last - first + 1) * stretch / 2
+    diagonal = 2 * float(np.linalg.norm(half))
     cos, sin = math.cos(turn), math.sin(turn)
-    turned = np.abs(np.array([[cos, sin], [-sin, cos]])) @ (extent * stretch)
-    diagonal = float(np.linalg.norm(extent * stretch))
-    box = np.ceil(turned + 6 * BEND * diagonal).astype(int) + 2
+    turned = np.abs(np.array([[cos, sin], [-sin, cos]])) @ half
+    box = np.ceil(2 * turned + 6 * BEND * diagonal).astype(int) + 2
     fine = max(1, math.ceil(1 / stretch.min()))  # no pixel of the source is passed over
-    at = _points(box, fine)  # (2, h, w) from the centre of the box, in pixels of the picture
+    at = _points(box, fine)
     at = at + _bend(knots, at.shape[1:]) * BEND * diagonal
     back = np.stack([cos * at[0] - sin * at[1], sin * at[0] + cos * at[1]])
-    sign = np.where(flips, -1, 1)
-    place = centre[:, None, None] + (sign / stretch)[:, None, None] * back
-    read = ndimage.map_coordinates(mask.astype(np.float64), place, order=1, mode="grid-constant")
+    place = (np.where(flips, -1, 1) / stretch)[:, None, None] * back + ((first + last) / 2)[:, None, None]
+    read = ndimage.map_coordinates(mask.astype(np.float64), place, order=1, mode="nearest")
     coverage = read.reshape(box[0], fine, box[1], fine).mean(axis=(1, 3))
-    shape = _trimmed(keep_area(coverage))
+    shape = keep_area(coverage[np.ix_(*(_within(*sides) for sides in zip(box, half, edges, strict=True)))])
+    first, last = _ends(shape)
+    first, last = np.where(spans, 0, first), np.where(spans, np.array(shape.shape) - 1, last)
+    return _cut(shape[first[0] : last[0] + 1, first[1] : last[1] + 1], size), edges
 
-    touched = [mask[0].any(), mask[-1].any(), mask[:, 0].any(), mask[:, -1].any()]
-    edges = (*(touched[1::-1] if flips[0] else touched[:2]), *(touched[:1:-1] if flips[1] else touched[2:]))
-    return _cut(shape, size), tuple(bool(edge) for edge in edges)
+
+def _ends(mask: Bools) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+    """First and last row and column (2,) of what a mask marks."""
+    marked = [np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0)]
+    return np.array([found[0] for found in marked]), np.array([found[-1] for found in marked])
+
+
+def _within(side: int, half: float, edges: Bools) -> Bools:
+    """Which pixels (side,) of a box lie within the picture, whose edges, where touched, are `half` from its middle."""
+    centres = np.arange(side) + 0.5 - side / 2
+    return np.asarray((~edges[0] | (centres > -half)) & (~edges[1] | (centres < half)))
 
 
 def _points(box: NDArray[np.int_], fine: int) -> Floats:
@@ -96,11 +111,6 @@ def _bend(knots: Floats, shape: tuple[int, ...]) -> Floats:
     y, x = (np.linspace(0, KNOTS - 1, side) for side in shape)
     grid = np.stack(np.meshgrid(y, x, indexing="ij"))
     return np.stack([ndimage.map_coordinates(shifts, grid, order=3, mode="nearest") for shifts in knots])
-
-
-def _trimmed(shape: Bools) -> Bools:
-    rows, columns = np.flatnonzero(shape.any(axis=1)), np.flatnonzero(shape.any(axis=0))
-    return shape[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _cut(shape: Bools, size: tuple[int, int]) -> Bools:

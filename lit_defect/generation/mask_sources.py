@@ -178,19 +178,18 @@ class MaskFolder(MaskSource):
         return fit_mask(mask, self.out_size), path.name
 
 
-def _corner(shape: Bools, edges: tuple[bool, ...], foreground: Bools, rng: np.random.Generator) -> tuple[int, int]:
+def _corner(shape: Bools, edges: Bools, foreground: Bools, rng: np.random.Generator) -> tuple[int, int]:
     """Top and left of a shape (h, w) in a picture (H, W): its box within the frame, its middle on the object if it can.
 
     Args:
-        edges: which edges it has to touch: top, bottom, left, right; both of two opposite ones: in the middle.
+        edges: (2, 2) edges that it has to touch: top and bottom, left and right; two opposite ones: in the middle.
     """
     rooms = [full - side for full, side in zip(foreground.shape, shape.shape, strict=True)]
     half = [side // 2 for side in shape.shape]
     middles = foreground[half[0] : half[0] + rooms[0] + 1, half[1] : half[1] + rooms[1] + 1]
     places = np.argwhere(middles if middles.any() else np.ones_like(middles))
-    top, left = places[int(rng.integers(len(places)))]
-    corner = [int(top), int(left)]
-    for axis, (first, last) in enumerate((edges[:2], edges[2:])):
+    corner = [int(start) for start in places[int(rng.integers(len(places)))]]
+    for axis, (first, last) in enumerate(edges):
         if first or last:
             corner[axis] = rooms[axis] // 2 if first and last else 0 if first else rooms[axis]
     return corner[0], corner[1]
