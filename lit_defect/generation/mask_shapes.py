@@ -56,7 +56,8 @@ def vary(mask: Bools, size: tuple[int, int], rng: np.random.Generator) -> tuple[
         rng: the randomness.
 
     Returns:
-        (h, w) bool, the shape alone, cut where it is larger than the picture; and (2, 2) bool, the edges that it is to
+        (h, w) bool, the shape alone, cut where it is larger than the picture, empty where bending took a thin rim
+        beyond the edge; and (2, 2) bool, the edges that it is to
         touch: top and bottom, left and right.
     """
     if mask.shape[0] > _DETAIL * size[0] or mask.shape[1] > _DETAIL * size[1]:
@@ -71,21 +72,24 @@ def vary(mask: Bools, size: tuple[int, int], rng: np.random.Generator) -> tuple[
     stretch = np.array(size) / mask.shape * np.where(spans, 1.0, grow)  # of the source's pixels
 
     half = (last - first + 1) * stretch / 2
-    diagonal = 2 * float(np.linalg.norm(half))
-    cos, sin = math.cos(turn), math.sin(turn)
-    turned = np.abs(np.array([[cos, sin], [-sin, cos]])) @ half
-    box = np.ceil(2 * turned + 6 * BEND * diagonal).astype(int) + 2
+    bend = BEND * 2 * float(np.linalg.norm(half))
+    cos, sin = abs(math.cos(turn)), abs(math.sin(turn))
+    box = np.ceil(2 * np.array([[cos, sin], [sin, cos]]) @ half + 6 * bend).astype(int) + 2
     fine = max(1, math.ceil(1 / stretch.min()))  # no pixel of the source is passed over
-    at = _points(box, fine)
-    at = at + _bend(knots, at.shape[1:]) * BEND * diagonal
-    back = np.stack([cos * at[0] - sin * at[1], sin * at[0] + cos * at[1]])
-    place = (np.where(flips, -1, 1) / stretch)[:, None, None] * back + ((first + last) / 2)[:, None, None]
-    read = ndimage.map_coordinates(mask.astype(np.float64), place, order=1, mode="nearest")
+    points = _points(box, fine)
+    points = points + bend * _smooth(knots, points.shape[1:])
+    read = _read(mask, (first + last) / 2, points, turn, np.where(flips, -stretch, stretch))
     coverage = read.reshape(box[0], fine, box[1], fine).mean(axis=(1, 3))
     shape = keep_area(coverage[np.ix_(*(_within(*sides) for sides in zip(box, half, edges, strict=True)))])
-    first, last = _ends(shape)
-    first, last = np.where(spans, 0, first), np.where(spans, np.array(shape.shape) - 1, last)
-    return _cut(shape[first[0] : last[0] + 1, first[1] : last[1] + 1], size), edges
+    return _cut(_trimmed(shape, spans), size), edges
+
+
+def _read(mask: Bools, centre: Floats, points: Floats, turn: float, stretch: Floats) -> Floats:
+    """(h, w) what a mask has at points (2, h, w) counted from its `centre` (2,) after stretch (2,) and turn."""
+    y, x = points
+    back = np.stack([math.cos(turn) * y - math.sin(turn) * x, math.sin(turn) * y + math.cos(turn) * x])
+    place = back / stretch[:, None, None] + centre[:, None, None]
+    return np.asarray(ndimage.map_coordinates(mask.astype(np.float64), place, order=1, mode="nearest"))
 
 
 def _ends(mask: Bools) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
@@ -106,11 +110,20 @@ def _points(box: NDArray[np.int_], fine: int) -> Floats:
     return np.stack(np.meshgrid(y, x, indexing="ij"))
 
 
-def _bend(knots: Floats, shape: tuple[int, ...]) -> Floats:
-    """(2, h, w) shifts that run smoothly through those of a coarse grid (2, KNOTS, KNOTS)."""
+def _smooth(knots: Floats, shape: tuple[int, ...]) -> Floats:
+    """(2, h, w) values that run smoothly through those of a coarse grid (2, KNOTS, KNOTS)."""
     y, x = (np.linspace(0, KNOTS - 1, side) for side in shape)
     grid = np.stack(np.meshgrid(y, x, indexing="ij"))
-    return np.stack([ndimage.map_coordinates(shifts, grid, order=3, mode="nearest") for shifts in knots])
+    return np.stack([ndimage.map_coordinates(values, grid, order=3, mode="nearest") for values in knots])
+
+
+def _trimmed(shape: Bools, spans: Bools) -> Bools:
+    """A shape without empty rows and columns around it, but not along an axis on which it spans the picture."""
+    if not shape.any():
+        return shape
+    first, last = _ends(shape)
+    first, last = np.where(spans, 0, first), np.where(spans, np.array(shape.shape) - 1, last)
+    return shape[first[0] : last[0] + 1, first[1] : last[1] + 1]
 
 
 def _cut(shape: Bools, size: tuple[int, int]) -> Bools:
