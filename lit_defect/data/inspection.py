@@ -164,6 +164,18 @@ def check(
     )
 
 
+def joined(first: CheckResult, second: CheckResult) -> CheckResult:
+    """What was seen of two sets of samples, one behind the other."""
+    return CheckResult(
+        samples=first.samples + second.samples,
+        shapes=first.shapes + second.shapes,
+        grey=first.grey + second.grey,
+        codes=np.concatenate([first.codes, second.codes]),
+        stamps={**first.stamps, **second.stamps},
+        problems=first.problems + second.problems,
+    )
+
+
 def list_pictures(folder: Path) -> list[Sample]:
     """Every picture below `folder`, by name, with label -1 and the split `predict`.
 

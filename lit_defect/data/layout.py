@@ -39,6 +39,11 @@ class Layout(ABC):
         """Whether only good samples train and validate; a defective one that does not test is not used."""
         return False
 
+    def label_of(self, defect_type: str) -> int | None:
+        """Label of pictures with this kind of defect, as generated pictures name it; None if there is no such class."""
+        names = self.class_names
+        return names.index(defect_type) if defect_type in names else None
+
     def prepare_mask(self, values: Array, sample: Sample) -> npt.NDArray[Any]:
         """The mask in the batch, made of the stored values (H, W): here (1, H, W) uint8, 1 where not 0."""
         return (values > 0)[None].astype(np.uint8)

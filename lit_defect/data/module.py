@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +22,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.data import guard
-from lit_defect.data.inspection import CheckResult, Problem, check, list_pictures, summary
+from lit_defect.data.inspection import CheckResult, Problem, check, joined, list_pictures, summary
 from lit_defect.data.leakage import Leak
-from lit_defect.data.samples import SPLITS, Sample
+from lit_defect.data.samples import REAL, SPLITS, Sample
 from lit_defect.data.serving import Serving
 from lit_defect.data.settings import check_choices, check_settings
 from lit_defect.data.splits import assign_splits, read_groups, read_split, without_defects, write_groups, write_split
 from lit_defect.data.stores import Stores
+from lit_defect.data.synthetic import SYNTHETIC_VAL, Choice, Recipe, SyntheticOptions, choose
+from lit_defect.errors import UserError
 
 AUTO = "auto"
 
@@ -65,9 +68,13 @@ class DefectDataModule(Serving):
         predict_root: folder with new pictures for `predict`.
         predict_split: what `predict` runs over where there is no `predict_root`; `all` takes the pictures that train,
             validate and test, one after the other.
+        synthetic: generated pictures that train, too: the folder of a generated data set, or that `path` with `ratio`,
+            `types`, `per_type` and `holdout` (`lit_defect.data.synthetic.SyntheticOptions`). They never validate nor
+            test; what is held out is the split "synthetic_val".
 
     Attributes:
-        samples: after `setup`, the samples of each split ("train", "val", "test", "predict").
+        samples: after `setup`, the samples of each split ("train", "val", "test", "predict"; "synthetic_val" where
+            generated pictures are held out).
         serve_images: set to False (before the first batch) by a task that needs identity and labels only;
             nothing is decoded then.
         leaks: near-duplicates across splits, the closest first.
@@ -100,12 +107,15 @@ class DefectDataModule(Serving):
         on_wrong_mode: Literal["error", "convert"] = "error",
         predict_root: str | None = None,
         predict_split: Literal["test", "val", "train", "all"] = "test",
+        synthetic: str | SyntheticOptions | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
         for key, value in self.hparams.items():
             if isinstance(value, Path):  # a checkpoint that opens with weights_only holds plain types
                 self.hparams[key] = str(value)
+        if isinstance(synthetic, Mapping):
+            self.hparams["synthetic"] = {**synthetic, "path": str(synthetic.get("path", ""))}
         check_choices((c for c in reversed(type(self).__mro__) if issubclass(c, DefectDataModule)), self.hparams)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -132,6 +142,7 @@ class DefectDataModule(Serving):
         self.on_wrong_mode = on_wrong_mode
         self.predict_root = Path(predict_root).expanduser() if predict_root else None
         self.predict_split = predict_split
+        self.synthetic = None if synthetic is None else Recipe.of(synthetic)
         check_settings(vars(self))
 
         self.serve_images = True
@@ -139,7 +150,10 @@ class DefectDataModule(Serving):
         self.leaks: list[Leak] = []
         self.layout_problems: list[Problem] = []  # found by find_samples, such as a mask without image
         self._checked: CheckResult | None = None  # of the data set
-        self._divided: list[Sample] = []  # the same samples with their splits, unused ones too
+        self._generated: CheckResult | None = None  # of the generated pictures that are used
+        self._choice: Choice | None = None  # how these were chosen
+        self._divided: list[Sample] = []  # the data set's samples with their splits, unused ones too
+        self._guarded = False
         self._stores: Stores | None = None
         self._to_predict: CheckResult | None = None
 
@@ -170,30 +184,39 @@ class DefectDataModule(Serving):
         if self.predict_root and stage == "predict":
             self._to_predict = self._check(list_pictures(self.predict_root))
             self.samples["predict"] = self._to_predict.samples
-        elif not self._divided:
+        elif not self._guarded:
             self._divide()
             self._guard()
+            self._guarded = True
 
     # ---- for tasks, callbacks and the command line --------------------------------------------------------
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Number of samples by split and class name, for the splits that have any."""
+        """Number of samples by split and class name, for the splits that have any.
+
+        "train" counts all that train; "train (synthetic)" those of them that are generated.
+        """
         table = {}
-        for split in ("train", "val", "test"):
-            labels = Counter(sample.label for sample in self.samples.get(split, ()))
+        train = self.samples.get("train", [])
+        parts = self.samples | {"train (synthetic)": [sample for sample in train if sample.source != REAL]}
+        for split in ("train", "train (synthetic)", SYNTHETIC_VAL, "val", "test"):
+            labels = Counter(sample.label for sample in parts.get(split, ()))
             if labels:
                 table[split] = {name: labels[label] for label, name in enumerate(self.class_names)}
         return table
 
     def write_records(self, folder: Path) -> None:
-        """Writes splits.csv, and what was found: leakage.csv, leakage.png, groups.csv, skipped.csv.
+        """Writes splits.csv, and what was found: leakage.csv, leakage.png, groups.csv, skipped.csv, synthetic.csv.
 
         `groups.csv` joins the near-duplicates; as `data.group_file` of the next run it keeps them together.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self._divided:
             write_split(folder / "splits.csv", self._divided)
-        skipped = [p for checked in (self._checked, self._to_predict) if checked for p in checked.problems]
+        if self._choice and self._generated:
+            self._choice.write(folder, self._generated.samples)
+        looked_at = (self._checked, self._generated, self._to_predict)
+        skipped = [problem for checked in looked_at if checked for problem in checked.problems]
         if skipped:
             guard.write_csv(folder / "skipped.csv", Problem._fields, skipped)
         if self.leaks and self._checked:
@@ -210,6 +233,11 @@ class DefectDataModule(Serving):
         return bool(self.predict_root and self.trainer and self.trainer.state.fn == TrainerFn.PREDICTING)
 
     def _inspect(self) -> CheckResult:
+        if self.synthetic and self.good_only:
+            raise UserError(
+                "data.synthetic adds defects to the training, and data.setting one_class trains on good pictures only; "
+                "leave one of them out."
+            )
         if self._checked is None:
             self.layout_problems = []
             samples = self.find_samples()
@@ -235,7 +263,16 @@ class DefectDataModule(Serving):
             rank_zero_warn(f"{text}; see skipped.csv in the run's folder.")
         return checked
 
+    def _used(self) -> CheckResult:
+        checked = self._inspect()
+        if self.synthetic is None:
+            return checked
+        self._divide()  # which generated pictures are used depends on the splits
+        return joined(checked, self._generated) if self._generated else checked
+
     def _divide(self) -> None:
+        if self._divided:
+            return
         checked = self._inspect()
         samples = checked.samples
         if isinstance(self.group_file, Path):
@@ -252,14 +289,32 @@ class DefectDataModule(Serving):
         self.samples = {split: [s for s in self._divided if s.split == split] for split in SPLITS}
         if self.test == "mirrored_train":
             self.samples["test"] = guard.mirrored(self.samples["train"])
+        if self.synthetic:
+            self._add_synthetic(self.synthetic)
         shown = ("train", "val", "test") if self.predict_split == "all" else (self.predict_split,)
         self.samples["predict"] = [sample for split in shown for sample in self.samples[split]]
         guard.refuse_generated(self.samples)
+
+    def _add_synthetic(self, recipe: Recipe) -> None:
+        """Generated pictures join those that train, or are a split of their own; the real samples stay as they are."""
+        self._choice = choose(
+            recipe,
+            self._divided,
+            label_of=self.label_of,
+            normal_class=self.normal_class,
+            seed=self.seed,
+            by_design=self.test == "mirrored_train",
+        )
+        checked = self._check(self._choice.samples, normal_class=self.normal_class, with_masks=self.with_masks)
+        self._generated = checked
+        self.samples["train"] += [sample for sample in checked.samples if sample.split == "train"]
+        if recipe.holdout:
+            self.samples[SYNTHETIC_VAL] = [sample for sample in checked.samples if sample.split == SYNTHETIC_VAL]
 
     def _guard(self) -> None:
         """Looks for near-duplicates across the splits; on one process where the outcome only warns."""
         if self.leakage == "off" or (self.leakage == "warn" and self._rank()[0] > 0):
             return
         used = [sample for split in ("train", "val", "test") for sample in self.samples[split]]
-        self.leaks = guard.leaks_between(used, self._inspect(), self.cache_dir)
+        self.leaks = guard.leaks_between(used, self._used(), self.cache_dir)
         guard.judge(self.leaks, used, refuse=self.leakage == "error", by_design=self.test == "mirrored_train")

@@ -113,6 +113,10 @@ class MVTecAD(DefectDataModule):
         """Under `one_class` good pictures are enough, to train on before the first defect has come."""
         return [GOOD] if self.good_only else self.class_names
 
+    def label_of(self, defect_type: str) -> int | None:
+        """As listed in `class_names`; with `binary`, every kind of defect is defective."""
+        return super().label_of(defect_type) if self.target == "type" else int(defect_type != GOOD)
+
     @property
     def good_only(self) -> bool:
         """Whether the setting is `one_class`; it matters where a `split_file` of another setting is repeated."""

@@ -19,6 +19,7 @@ from lit_defect.data.layout import Layout
 from lit_defect.data.loading import Batch, BatchLoader, DefectDataset, EvalBatchSampler, TrainBatchSampler
 from lit_defect.data.samples import Sample
 from lit_defect.data.stores import Stores, open_stores
+from lit_defect.data.synthetic import SYNTHETIC_VAL
 from lit_defect.errors import DataError
 
 
@@ -41,12 +42,13 @@ class Serving(Layout, LightningDataModule):
     serve_images: bool
     samples: dict[str, list[Sample]]
     _checked: CheckResult | None  # of the data set
+    _generated: CheckResult | None  # of the generated pictures that are used
     _to_predict: CheckResult | None  # of the pictures of `predict_root`
     _stores: Stores | None
 
     @abstractmethod
-    def _inspect(self) -> CheckResult:
-        """What the data set holds, checked once."""
+    def _used(self) -> CheckResult:
+        """What the data set holds and the generated pictures that are used, checked once."""
 
     # ---- Lightning's hooks --------------------------------------------------------------------------------
 
@@ -105,7 +107,7 @@ class Serving(Layout, LightningDataModule):
         """A picture and its mask at their own size, decoded from their files, as maps are measured and drawn on.
 
         Args:
-            split: train, val, test or predict.
+            split: train, val, test, predict or synthetic_val.
             position: place in the split, the `index` of a batch.
 
         Returns:
@@ -129,7 +131,7 @@ class Serving(Layout, LightningDataModule):
         """
         stamp = next(
             checked.stamps[sample.path]
-            for checked in (self._checked, self._to_predict)
+            for checked in (self._checked, self._generated, self._to_predict)
             if checked and sample.path in checked.stamps
         )
         parts = (sample.path, *stamp, sample.box, sample.mirror, self.image_size, self.on_wrong_mode)
@@ -138,6 +140,8 @@ class Serving(Layout, LightningDataModule):
     # ---- inside -------------------------------------------------------------------------------------------
 
     def _of(self, split: str) -> list[Sample]:
+        if split == SYNTHETIC_VAL and split not in self.samples and self.samples:
+            raise DataError("no generated pictures are held out: set data.synthetic.holdout above 0.")
         if split not in self.samples:
             raise DataError(f"there is no {split} split before setup.")
         if not self.samples[split]:
@@ -146,6 +150,7 @@ class Serving(Layout, LightningDataModule):
             remedy = {
                 "train": "check what stands in the data set's own train split, or in data.split_file",
                 "val": "set data.val_fraction or data.split_file",
+                SYNTHETIC_VAL: "its pictures cannot be used, see skipped.csv",
             }.get(split, "fill the data set's own test split, or set data.test_fraction or data.split_file")
             raise DataError(f"no samples in the {split} split: {remedy}.")
         return self.samples[split]
@@ -185,7 +190,7 @@ class Serving(Layout, LightningDataModule):
 
     def _open_stores(self) -> Stores:
         if self._stores is None:
-            self._stores = self._open(self._inspect(), self.cache)
+            self._stores = self._open(self._used(), self.cache)
         return self._stores
 
     def _open(self, checked: CheckResult, cache: Literal["off", "ram", "disk"]) -> Stores:

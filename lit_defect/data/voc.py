@@ -115,6 +115,8 @@ class PascalVOC(DefectDataModule):
     ) -> None:
         if "with_masks" in kwargs:
             raise UserError("data.with_masks: PascalVOC always serves masks; leave it out.")
+        if kwargs.get("synthetic") is not None:
+            raise UserError("data.synthetic: masks of generated pictures mark defects, not classes; leave it out here.")
         super().__init__(with_masks=True, **kwargs)
         self.root = Path(root).expanduser().absolute()
         self.year = year
