@@ -68,13 +68,14 @@ def vary(mask: Bools, size: tuple[int, int], rng: np.random.Generator) -> tuple[
     first, last = _ends(mask)
     edges = np.stack([first == 0, last == np.array(mask.shape) - 1], axis=1)
     edges = np.where(flips[:, None], edges[:, ::-1], edges)
-    spans = edges.all(axis=1)  # and still will
+    spans: Bools = np.all(edges, axis=1)  # and still will
     stretch = np.array(size) / mask.shape * np.where(spans, 1.0, grow)  # of the source's pixels
 
     half = (last - first + 1) * stretch / 2
     bend = BEND * 2 * float(np.linalg.norm(half))
     cos, sin = abs(math.cos(turn)), abs(math.sin(turn))
     box = np.ceil(2 * np.array([[cos, sin], [sin, cos]]) @ half + 6 * bend).astype(int) + 2
+    box += (box + np.rint(2 * half).astype(int)) % 2  # so that upright edges lie between two pixels
     fine = max(1, math.ceil(1 / stretch.min()))  # no pixel of the source is passed over
     points = _points(box, fine)
     points = points + bend * _smooth(knots, points.shape[1:])

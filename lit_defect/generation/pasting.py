@@ -12,6 +12,8 @@ from scipy import ndimage
 from lit_defect.generation.files import Bools, Picture
 from lit_defect.generation.mask_shapes import fit_mask
 
+_NEAR = 1.5  # radii of a disc around its middle that reach into the corners of a square around it
+
 Floats = NDArray[np.floating]
 
 
@@ -35,9 +37,8 @@ def paste_back(normal: Picture, generated: Floats, mask: Bools, feather: float) 
     if (normal == normal[..., :1]).all():
         defect = np.repeat(defect.mean(axis=2, keepdims=True), 3, axis=2)
     weight = feathered(large, feather)[..., None]
-    blended = np.rint(np.clip(weight * defect + (1 - weight) * normal, 0, 255))
-    inside = large[..., None] & np.isfinite(blended)
-    return np.where(inside, np.nan_to_num(blended), normal).astype(np.uint8), large
+    blended = np.where(np.isfinite(defect), weight * defect + (1 - weight) * normal, normal)
+    return np.where(large[..., None], np.rint(blended).clip(0, 255), normal).astype(np.uint8), large
 
 
 def feathered(mask: Bools, feather: float) -> NDArray[np.float64]:
@@ -56,13 +57,17 @@ def feathered(mask: Bools, feather: float) -> NDArray[np.float64]:
 
 def _feathered(mask: Bools, feather: float) -> NDArray[np.float64]:
     depth = np.asarray(ndimage.distance_transform_edt(mask)) if not mask.all() else np.full(mask.shape, np.inf)
-    reach = np.full(mask.shape, 0.5)  # from the border to the middle of the largest disc within the mask around a pixel
+    reach = np.full(mask.shape, 0.5)  # from the border to the middle of the largest disc within the mask near a pixel
     for radius in range(1, math.ceil(feather) + 2):
         middles = depth >= radius
         if not middles.any():
             break
-        reach[np.asarray(ndimage.distance_transform_edt(~middles)) < radius] = radius - 0.5
-    return np.asarray(np.clip((depth - 0.5) / np.minimum(reach, feather), 0, 1))
+        near = np.asarray(ndimage.distance_transform_edt(~middles)) < _NEAR * radius
+        reach[near] = radius - 0.5
+    weights = np.where(mask, np.clip((depth - 0.5) / np.minimum(reach, feather), 0, 1), 0.0)
+    parts, _ = ndimage.label(mask)
+    highest = ndimage.maximum(weights, parts, np.arange(parts.max() + 1))
+    return np.asarray(weights / np.where(mask, highest[parts], 1.0))  # a speck beside a stain has a middle, too
 
 
 def _around(mask: Bools) -> tuple[slice, slice]:

@@ -1,0 +1,296 @@
+"""Paste-back bit by bit, feathers against brute force, and the rule of judgement sentence by sentence."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from skimage.measure import label
+
+from lit_defect.errors import UserError
+from lit_defect.generation.judgement import Measures, Rule, change, covered, likeness
+from lit_defect.generation.pasting import feathered, paste_back, repair_label
+
+RULE = Rule(least_change=5, least_covered=0.5)
+
+
+def disc(size: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
+    y, x = np.mgrid[: size[0], : size[1]]
+    return (y - centre[0]) ** 2 + (x - centre[1]) ** 2 <= radius**2
+
+
+def box(size: tuple[int, int], top: int, left: int, bottom: int, right: int) -> np.ndarray:
+    mask = np.zeros(size, dtype=bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def colours(size: tuple[int, int], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+# --- paste-back ---
+
+
+@pytest.mark.parametrize("size", [(32, 24), (75, 90), (13, 17)])
+@pytest.mark.parametrize("feather", [0.0, 2.5])
+def test_outside_the_mask_every_pixel_is_the_normal_pictures(size, feather):
+    normal, generated = colours(size), np.random.default_rng(1).random((32, 24, 3)).astype(np.float32)
+    result, mask = paste_back(normal, generated, disc((32, 24), (15, 12), 6), feather)
+    assert result.dtype == np.uint8
+    assert mask.shape == size
+    np.testing.assert_array_equal(result[~mask], normal[~mask])
+    assert (result[mask] != normal[mask]).any(axis=1).mean() > 0.9
+    area = disc((32, 24), (15, 12), 6).mean()
+    assert mask.mean() == pytest.approx(area, abs=0.02)
+
+
+def test_without_feather_the_inside_is_the_generated_picture():
+    normal, mask = colours((20, 30)), disc((20, 30), (9, 12), 5)
+    generated = colours((20, 30), 1)
+    result, kept = paste_back(normal, generated / 255, mask, 0)
+    np.testing.assert_array_equal(kept, mask)
+    np.testing.assert_array_equal(result, np.where(mask[..., None], generated, normal))
+
+
+def test_inside_it_is_the_mixture_that_the_weights_say():
+    normal, mask, generated = (
+        colours((20, 30)),
+        disc((20, 30), (9, 12), 7),
+        np.random.default_rng(1).random((20, 30, 3)),
+    )
+    result, _ = paste_back(normal, generated, mask, 3)
+    weight = feathered(mask, 3)
+    for y, x in np.argwhere(mask):
+        expected = weight[y, x] * generated[y, x] * 255 + (1 - weight[y, x]) * normal[y, x]
+        np.testing.assert_allclose(result[y, x], expected, atol=0.5001)
+
+
+def test_a_grey_picture_stays_grey():
+    normal = np.repeat(colours((20, 30))[..., :1], 3, axis=2)
+    generated = np.zeros((20, 30, 3))
+    generated[..., 0] = 0.6
+    result, mask = paste_back(normal, generated, disc((20, 30), (9, 12), 5), 0)
+    assert (result == result[..., :1]).all()
+    assert (result[mask] == 51).all()  # 0.6 * 255 / 3
+
+
+def test_a_defect_of_one_pixel_is_there_at_every_size():
+    mask, generated = box((16, 16), 7, 9, 8, 10), np.ones((16, 16, 3))
+    for size in ((16, 16), (64, 48), (9, 8)):
+        result, kept = paste_back(np.zeros((*size, 3), np.uint8), generated, mask, 4)
+        assert kept.any()
+        assert result.max() == 255
+
+
+def test_nothing_that_is_no_number_gets_into_a_picture():
+    normal, mask, generated = colours((20, 30)), disc((20, 30), (9, 12), 5), np.ones((20, 30, 3))
+    generated[9, 12] = np.nan
+    generated[9, 13] = np.inf
+    result, _ = paste_back(normal, generated, mask, 0)
+    np.testing.assert_array_equal(result[9, 12], normal[9, 12])
+    np.testing.assert_array_equal(result[9, 13], normal[9, 13])
+    assert (result[8, 12] == 255).all()
+
+
+def test_an_empty_mask_changes_nothing():
+    normal = colours((20, 30))
+    result, mask = paste_back(normal, np.ones((10, 15, 3)), np.zeros((10, 15), bool), 2)
+    np.testing.assert_array_equal(result, normal)
+    assert not mask.any()
+
+
+# --- the feather ---
+
+
+def brute_depth(mask: np.ndarray) -> np.ndarray:
+    """Distance of each pixel to the nearest one outside, by looking at all."""
+    outside = np.argwhere(~mask)
+    depth = np.zeros(mask.shape)
+    for y, x in np.argwhere(mask):
+        depth[y, x] = np.sqrt(((outside - (y, x)) ** 2).sum(axis=1)).min() if len(outside) else math.inf
+    return depth
+
+
+def test_in_a_wide_mask_weights_rise_over_the_feather():
+    mask = disc((60, 60), (30, 30), 22)
+    weight = feathered(mask, 4)
+    depth = brute_depth(mask)
+    assert (weight[~mask] == 0).all()
+    np.testing.assert_allclose(weight[mask], np.clip((depth[mask] - 0.5) / 4, 0, 1), atol=0.13)
+    rim = np.isclose(depth, 1) & mask
+    np.testing.assert_allclose(weight[rim], 0.125, atol=0.05)
+    assert (weight[depth >= 4.5] == 1).all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_thin_cracks_have_full_weight_along_their_middle_beside_a_large_stain(width):
+    mask = disc((60, 90), (30, 20), 15) | box((60, 90), 28, 20, 28 + width, 80)
+    weight = feathered(mask, 6)
+    assert (weight[28 : 28 + width, 40:75].max(axis=0) == 1).all()
+    assert weight[30, 6] < 0.2  # the stain's own rim
+
+
+def test_every_part_of_any_mask_reaches_one():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mask = np.kron(rng.random((10, 12)) > 0.7, np.ones((3, 3), bool)) & (rng.random((30, 36)) > 0.1)
+        weight, parts = feathered(mask, float(rng.uniform(0.3, 6))), label(mask, connectivity=1)
+        assert ((weight > 0) == mask).all()
+        for part in range(1, parts.max() + 1):
+            assert weight[parts == part].max() == 1
+
+
+def test_a_corner_is_no_crack():
+    weight = feathered(box((40, 40), 5, 5, 35, 35), 4)
+    assert weight[5, 5] == weight[5, 6] == weight[20, 5] == 0.125
+    assert weight[6, 6] == weight[20, 6] == 0.375
+
+
+def test_weights_do_not_depend_on_what_is_far_away():
+    small = disc((30, 30), (15, 15), 8)
+    alone = feathered(small, 3)
+    together = np.zeros((90, 90), bool)
+    together[40:70, 50:80] = small
+    together[2, 2] = True
+    np.testing.assert_allclose(feathered(together, 3)[40:70, 50:80], alone)
+
+
+def test_the_frame_of_the_picture_is_no_border():
+    weight = feathered(box((20, 20), 0, 0, 10, 20), 3)
+    assert (weight[0] == 1).all()
+    assert (weight[9] < 0.2).all()
+    assert (feathered(np.ones((5, 5), bool), 3) == 1).all()
+
+
+# --- the label ---
+
+
+def test_the_label_is_the_part_of_the_mask_that_changed():
+    normal = np.full((20, 30, 3), 100, np.uint8)
+    result, mask = normal.copy(), box((20, 30), 5, 5, 15, 25)
+    result[5:15, 5:15] = 110
+    result[0:3, 0:3] = 200  # not asked for
+    np.testing.assert_array_equal(repair_label(normal, result, mask, 8), box((20, 30), 5, 5, 15, 15))
+    assert not repair_label(normal, result, mask, 10.5).any()
+    np.testing.assert_array_equal(repair_label(normal, result, mask, 10), box((20, 30), 5, 5, 15, 15))
+
+
+def test_darker_counts_as_brighter_and_channels_are_averaged():
+    normal = np.full((5, 5, 3), 100, np.uint8)
+    result = normal.copy()
+    result[2, 2] = (70, 100, 100)
+    everywhere = np.ones((5, 5), bool)
+    assert repair_label(normal, result, everywhere, 10).sum() == 1
+    assert repair_label(normal, result, everywhere, 10.1).sum() == 0
+
+
+def test_single_unchanged_pixels_do_not_perforate_the_label():
+    normal, mask = np.zeros((20, 20, 3), np.uint8), disc((20, 20), (8, 8), 9)  # reaches over the frame
+    result = np.where(mask[..., None], np.uint8(9), normal)
+    for y, x in ((8, 8), (5, 10), (12, 4), (0, 8), (8, 0)):
+        result[y, x] = 0
+    np.testing.assert_array_equal(repair_label(normal, result, mask, 5), mask)
+    result[6:11, 6:11] = 0  # but a hole is a hole
+    assert not repair_label(normal, result, mask, 5)[8, 8]
+
+
+# --- measures ---
+
+
+def test_change_is_the_mean_of_grey_levels_on_either_side():
+    normal, generated, mask = colours((9, 7)), colours((9, 7), 1), box((9, 7), 2, 2, 5, 6)
+    sums, numbers = {True: 0.0, False: 0.0}, {True: 0, False: 0}
+    for y in range(9):
+        for x in range(7):
+            for channel in range(3):
+                sums[mask[y, x]] += abs(float(normal[y, x, channel]) - float(generated[y, x, channel]))
+                numbers[mask[y, x]] += 1
+    inside, outside = change(normal, generated / 255, mask)
+    assert inside == pytest.approx(sums[True] / numbers[True])
+    assert outside == pytest.approx(sums[False] / numbers[False])
+    assert change(normal, generated / 255, np.zeros((9, 7), bool))[0] == 0
+    assert change(normal, generated / 255, np.ones((9, 7), bool))[1] == 0
+    assert math.isnan(change(normal, np.full((9, 7, 3), np.nan), mask)[0])
+
+
+def test_covered_is_the_share_of_what_was_asked_for():
+    asked = box((10, 10), 0, 0, 4, 5)
+    assert covered(asked, box((10, 10), 0, 0, 4, 3)) == pytest.approx(0.6)
+    assert covered(asked, np.zeros((10, 10), bool)) == 0
+    assert covered(np.zeros((10, 10), bool), asked) == 0
+
+
+def test_likeness_is_minus_the_nearest_distance_in_standard_deviations():
+    real = np.array([[0.0, 10.0], [2.0, 30.0], [4.0, 50.0]])
+    spread = [math.sqrt(8 / 3), math.sqrt(800 / 3)]
+    candidate = np.array([3.0, 20.0])
+    by_hand = [
+        math.sqrt((((candidate[0] - row[0]) / spread[0]) ** 2 + ((candidate[1] - row[1]) / spread[1]) ** 2) / 2)
+        for row in real
+    ]
+    assert likeness(candidate, real) == pytest.approx(-min(by_hand))
+    assert likeness(real[1], real) == 0
+    assert likeness(candidate * [1, 7], real * [1, 7]) == pytest.approx(-min(by_hand))  # units do not matter
+    assert likeness(np.array([1.0, 2.0]), np.array([[0.0, 2.0], [0.0, 4.0]])) == pytest.approx(-math.sqrt(1 / 2))
+
+
+@pytest.mark.parametrize("shapes", [((2,), (1, 2)), ((3,), (4, 2)), ((2,), (2,))])
+def test_descriptors_that_do_not_fit_are_refused(shapes):
+    with pytest.raises(ValueError, match="descriptors"):
+        likeness(np.zeros(shapes[0]), np.zeros(shapes[1]))
+
+
+# --- the rule ---
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reason"),
+    [
+        (Measures(5, 1, 0.5), None),
+        (Measures(4.9, 1, 0.5), "nothing changed"),
+        (Measures(5, 1, 0.49), "label mostly lost"),
+        (Measures(5, 1, 0.5, mask_fault="too small"), "mask: too small"),
+        (Measures(math.nan, 1, 0.5), "not a number"),
+        (Measures(5, math.inf, 0.5), "not a number"),
+        (Measures(5, 1, math.nan), "not a number"),
+        (Measures(5, 1, 0.5, -math.inf), "not a number"),
+        (Measures(0, 1, 0, mask_fault="empty"), "nothing changed"),
+        (Measures(9, 1, 0, mask_fault="empty"), "label mostly lost"),
+    ],
+)
+def test_why_a_candidate_is_rejected(candidate, reason):
+    verdict = RULE.judge([candidate])
+    assert verdict.reasons == (reason,)
+    assert verdict.chosen == (0 if reason is None else None)
+    assert verdict.reason == (reason or "")
+
+
+def test_of_those_left_the_most_like_the_real_ones_is_taken():
+    verdict = RULE.judge(
+        [
+            Measures(1, 0, 1, -0.1),
+            Measures(9, 0, 1, -3.0),
+            Measures(9, 0, 1, -2.0),
+            Measures(9, 0, 1, -2.0),
+            Measures(1, 0, 1),
+        ]
+    )
+    assert verdict.chosen == 2  # the first of equals
+    assert verdict.reasons == ("nothing changed", None, None, None, "nothing changed")
+    assert verdict.rejected == {"nothing changed": 2}
+
+
+def test_when_all_are_rejected_the_most_frequent_reason_is_told():
+    verdict = RULE.judge([Measures(9, 0, 0.1), Measures(0, 0, 1), Measures(0, 0, 1)])
+    assert verdict.chosen is None
+    assert verdict.reason == "nothing changed"
+    assert verdict.rejected == {"nothing changed": 2, "label mostly lost": 1}
+    assert RULE.judge([]).reason == "no candidates"
+
+
+@pytest.mark.parametrize(("name", "value"), [("least_change", -1), ("least_change", math.nan), ("least_covered", 1.1)])
+def test_a_rule_out_of_range_names_its_key(name, value):
+    with pytest.raises(UserError, match=rf"model\.init_args\.{name} = "):
+        Rule(**{"least_change": 5, "least_covered": 0.5, name: value})
