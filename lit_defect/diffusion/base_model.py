@@ -139,9 +139,9 @@ def save_pipeline(
 ) -> None:
     """Write an ordinary StableDiffusionPipeline of these parts, which diffusers and `LatentBase.open` load."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
-    disable_progress_bar()
+    logging.disable_progress_bar()
     scheduler: Any = DDIMScheduler(
         **process.settings,
         steps_offset=1,  # without effect under trailing steps; diffusers warns without it
@@ -204,6 +204,7 @@ def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
     import diffusers
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     if index.get("text_encoder_2", [None, None])[1]:
         raise UserError(f"{KEY}: {folder} has two text encoders (Stable Diffusion XL); take a model with one")
     name = next((name for name in _PARTS[part] if index.get(name, [None, None])[1]), None)

@@ -1,5 +1,6 @@
 """The systems, a LightningModule each."""
 
+from lit_defect.tasks.anomaly_diffusion import AnomalyDiffusion
 from lit_defect.tasks.classification import DefectClassifier
 from lit_defect.tasks.contrastive import SimCLR
 from lit_defect.tasks.image_autoencoder import ImageAutoencoder
@@ -9,6 +10,7 @@ from lit_defect.tasks.refinement import DDPMRefiner
 from lit_defect.tasks.segmentation import Segmenter
 
 __all__ = [
+    "AnomalyDiffusion",
     "DDPMRefiner",
     "DefectClassifier",
     "ImageAutoencoder",

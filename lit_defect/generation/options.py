@@ -1,0 +1,93 @@
+"""How defects are generated: what is asked for, how it is sampled, and what is accepted.
+
+    preset   sampler    steps  eta  strength  reweight  candidates
+    paper    ddim       200    1    1.0       paper     1            Hu et al., section 4
+    fast     dpmsolver  20     -    0.9       off       2            an ninth of the network calls of one picture
+
+Whatever is given beside a preset takes the place of its own value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lit_defect.errors import UserError
+
+KEY = "model.init_args.generation"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"sampler": "ddim", "steps": 200, "eta": 1.0, "strength": 1.0, "reweight": "paper", "candidates": 1},
+    "fast": {"sampler": "dpmsolver", "steps": 20, "eta": None, "strength": 0.9, "reweight": "off", "candidates": 2},
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Options of a generation; those that are null are the preset's.
+
+    Attributes:
+        count: pictures of each (category, defect type) that are asked for; what no candidate passes is left out.
+        types: defect types, or null for all that were learnt.
+        preset: `fast` or `paper`.
+        sampler: `ddpm`, `ddim`, `dpmsolver` or `unipc`.
+        steps: of the whole reverse process.
+        eta: of DDIM.
+        strength: share of the process that is done, starting from the normal picture noised so far.
+        guidance: scale of classifier-free guidance; 1 for none.
+        reweight: adaptive attention re-weighting: `paper`, `official` (the authors' code) or `off`.
+        candidates: of each picture, of which the best is taken.
+        masks: `augmented` real masks, or a folder that `MaskDiffusion` wrote.
+        foreground: where a defect may lie: `auto` (estimated), `all`, or a folder of object masks.
+        feather: pixels of the picture inside the mask over which the defect fades in.
+        least_change: grey levels within the mask, on average, below which nothing has changed.
+        least_covered: share of the mask that must have changed.
+        repair: whether the label is where the picture changed within the mask, not all of the mask.
+        keep_rejected: whether rejected candidates are written, too.
+        batch: pictures that go through the network together; the same pictures on any number of processes.
+        output: folder of the data set; null for `generated` in the run's folder.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    count: int = 100
+    types: list[str] | None = None
+    preset: Literal["fast", "paper"] = "fast"
+    sampler: Literal["ddpm", "ddim", "dpmsolver", "unipc"] | None = None
+    steps: int | None = None
+    eta: float | None = None
+    strength: float | None = None
+    guidance: float = 1.0
+    reweight: Literal["paper", "official", "off"] | None = None
+    candidates: int | None = None
+    masks: str = "augmented"
+    foreground: str = "auto"
+    feather: float = 2.0
+    least_change: float = 3.0
+    least_covered: float = 0.3
+    repair: bool = True
+    keep_rejected: bool = False
+    batch: int = 8
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("count", "batch", "candidates"):
+            number = getattr(self, key)
+            if number is not None and number < 1:
+                raise UserError(f"{KEY}.{key} = {number}: expected at least 1")
+        if self.guidance < 1:
+            raise UserError(f"{KEY}.guidance = {self.guidance}: expected 1 (none) or more")
+        if self.feather < 0:
+            raise UserError(f"{KEY}.feather = {self.feather}: expected pixels, 0 or more")
+
+    def resolved(self) -> Mapping[str, Any]:
+        """Every option that decides the pixels, the preset's where none is given."""
+        given = asdict(self)
+        own = PRESETS[self.preset]
+        if given["sampler"] not in (None, own["sampler"]):
+            own = own | {"eta": None}  # the preset's belongs to its sampler
+        filled = {key: own[key] if key in own and value is None else value for key, value in given.items()}
+        incidental = ("count", "types", "preset", "output", "keep_rejected", "batch")
+        return {key: value for key, value in filled.items() if key not in incidental}

@@ -1,0 +1,337 @@
+"""Makes pictures with defects of normal ones: masks, blended sampling, the choice among candidates, the data set."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from lit_defect.diffusion.attention import Reweight, official_weights, paper_weights
+from lit_defect.diffusion.latent_sampling import Region, guided, sample
+from lit_defect.diffusion.samplers import Sampler
+from lit_defect.errors import UserError
+from lit_defect.generation.foreground import Foreground
+from lit_defect.generation.judgement import Measures, Rule, Verdict, change, covered, likeness
+from lit_defect.generation.mask_rules import MaskRules
+from lit_defect.generation.mask_shapes import fit_mask
+from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskFolder, MaskSource, rules_of
+from lit_defect.generation.options import KEY, Generation
+from lit_defect.generation.pasting import paste_back, repair_label
+from lit_defect.generation.store import About, GeneratedStore
+from lit_defect.losses.diffusion import latent_mask
+from lit_defect.tasks.generation_plan import Job
+from lit_defect.tasks.inversion import mask_of
+from lit_defect.tasks.views import resize, unit_range
+
+_MASK, _SAMPLE = 1, 2  # every kind of draw of a job has its own random stream
+
+
+class Candidate(NamedTuple):
+    """One attempt: the picture (H, W, 3) uint8 and label (H, W) at the source's size, and what was measured."""
+
+    picture: Any
+    label: Any
+    measures: Measures
+
+
+class DefectGeneration:
+    """Carries out the jobs of a generation.
+
+    Args:
+        task: an `AnomalyDiffusion` that is ready, on its device.
+        options: see `Generation`.
+        seed: of the generation.
+        root: folder of the data set.
+        sources: the split of the data module that holds the normal pictures.
+        rank: of this process.
+
+    Raises:
+        UserError: options out of range, another generation in `root`, a type without usable masks.
+    """
+
+    def __init__(self, task: Any, options: Generation, seed: int, root: Path, sources: str, rank: int) -> None:
+        self.task, self.options, self.sources = task, options, sources
+        self.settings = options.resolved()
+        self.base = task.network
+        self.size: tuple[int, int] = task.data.image_size
+        self.sampler = make_sampler(self.base, self.settings)
+        self.rule = Rule(options.least_change, options.least_covered)
+        self.foreground = Foreground(options.foreground)
+        positions = _defect_positions(task)
+        masks = {pair: [(name, task.data.original("train", i)[1] > 0) for i, name in found]
+                 for pair, found in positions.items()}  # fmt: skip
+        self.rules: dict[tuple[str, str], MaskRules] = rules_of(masks)
+        self.masks: MaskSource = (
+            AugmentedMasks(masks, self.rules, self.size)
+            if options.masks == "augmented"
+            else MaskFolder(Path(options.masks).expanduser(), self.rules, self.size)
+        )
+        self.real = {pair: self._descriptors([i for i, _ in found]) for pair, found in positions.items()}
+        self.tokens = task.tokens_hash()
+        about = About(
+            generator="AnomalyDiffusion",
+            base={"source": self.base.source, "fingerprint": self.base.fingerprint},
+            tokens=self.tokens,
+            options={**self.settings, "template": task.template, "image_size": list(self.size),
+                     "prompt_noise": task.prompt_noise},
+            seed=seed,
+        )  # fmt: skip
+        samples = task.data.samples["train"]
+        learnt = [(samples[i].name, samples[i].group) for found in positions.values() for i, _ in found]
+        self.store = GeneratedStore(root, about, learnt, rank)
+        self.done = self.store.done()
+
+    # --- a group of jobs ---
+
+    @torch.no_grad()
+    def make(self, jobs: Sequence[Job]) -> None:
+        """Make the pictures of a group, judge them and write those that are not there yet."""
+        if all(job.number in self.done for job in jobs):
+            return
+        samples = self.task.data.samples[self.sources]
+        originals = [self.task.data.original(self.sources, job.source)[0] for job in jobs]
+        objects = [
+            self.foreground.of(samples[job.source].name, picture) for job, picture in zip(jobs, originals, strict=True)
+        ]
+        drawn = [
+            self.masks.draw(job.pair, np.random.default_rng([*job.seed, _MASK]), fit_mask(area, self.size))
+            for job, area in zip(jobs, objects, strict=True)
+        ]
+        normal = torch.cat([self._small(picture) for picture in originals])  # (J, 3, H, W) in [0, 1]
+        masks = torch.from_numpy(np.stack([found.mask for found in drawn]))[:, None].float().to(self.task.device)
+        pictures, latents = self.generate(jobs, normal, masks)  # (J, N, ...)
+        for row, job in enumerate(jobs):
+            if job.number not in self.done:
+                original = (originals[row], _levels(normal[row]), objects[row])
+                self._write(job, drawn[row], original, _plain(pictures[row]), latents[row])
+
+    def generate(self, jobs: Sequence[Job], normal: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """N candidates of J pictures (J, 3, H, W) in [0, 1] with defects at masks (J, 1, H, W).
+
+        Returns:
+            Pictures (J, N, 3, H, W) about [0, 1], all of them the autoencoder's; and their latents (J, N, C, h, w),
+            outside the masks those of the normal pictures.
+        """
+        task, base, count = self.task, self.base, int(self.settings["candidates"])
+        streams = [_stream([*job.seed, _SAMPLE, number]) for job in jobs for number in range(count)]
+        pairs = torch.tensor([task.learnt["tokens"].row_of(*job.pair) for job in jobs for _ in range(count)])
+        clean = base.encode(2 * normal - 1).float().repeat_interleave(count, dim=0)  # (J N, C, h, w)
+        marks = masks.repeat_interleave(count, dim=0)
+        told = task.states(pairs.to(task.device), marks, lambda *shape: _draws(shape, streams))
+        pixels = (2 * normal - 1).repeat_interleave(count, dim=0)
+        places = latent_mask(marks, clean.shape[2:])
+        attention = _Attention(task, str(self.settings["reweight"]), pixels, clean, marks, places)
+        latents = sample(
+            guided(attention.told(told), attention.untold(task.unconditional(len(told))), self.options.guidance),
+            self.sampler,
+            base.prediction,
+            tuple(clean.shape[1:]),
+            streams,
+            clean,
+            region=Region(clean, places),
+            after=attention.look,
+        )
+        attention.off()
+        pictures = (base.decode(latents) + 1) / 2
+        split = (len(jobs), count)
+        return pictures.unflatten(0, split), latents.unflatten(0, split)
+
+    def _write(self, job: Job, drawn: Drawn, original: Any, pictures: Any, latents: Tensor) -> None:
+        """Judge the candidates (N, H, W, 3) of a job and write the best."""
+        places = torch.from_numpy(drawn.mask)[None, None].float()
+        candidates = [
+            self._candidate(job, drawn, original, picture, self._descriptor(latent[None].cpu(), places)[0].numpy())
+            for picture, latent in zip(pictures, latents, strict=True)
+        ]
+        verdict = self.rule.judge([candidate.measures for candidate in candidates])
+        told = verdict.chosen if verdict.chosen is not None else _best_of(candidates)
+        shown = candidates[told]
+        made = self._line(job, drawn, shown, verdict)
+        taken = verdict.chosen is not None
+        kept = {}
+        if self.options.keep_rejected:
+            kept = {n: c.picture for n, c in enumerate(candidates) if verdict.reasons[n] is not None}
+        self.store.add(made, shown.picture if taken else None, shown.label if taken else None, kept)
+        self.done.add(job.number)
+
+    def _candidate(self, job: Job, drawn: Drawn, original: Any, picture: Any, descriptor: Any) -> Candidate:
+        native, small, area = original
+        result, asked = paste_back(native, picture, drawn.mask, self.options.feather)
+        label = repair_label(native, result, asked, self.options.least_change) if self.options.repair else asked
+        inside, outside = change(small, picture, drawn.mask)
+        measures = Measures(
+            change_inside=inside,
+            change_outside=outside,
+            covered=covered(asked, label),
+            likeness=likeness(descriptor, self.real[job.pair]),
+            mask_fault=self.rules[job.pair].fault(label, area),
+        )
+        return Candidate(result, label, measures)
+
+    def _line(self, job: Job, drawn: Drawn, shown: Candidate, verdict: Verdict) -> Any:
+        sample_of = self.task.data.samples[self.sources][job.source]
+        measures = shown.measures
+        rejected = Counter(verdict.rejected) + Counter({f"mask drawn again: {k}": n for k, n in drawn.rejected.items()})
+        return {
+            "number": job.number,
+            "source": sample_of.name,
+            "source_group": sample_of.group,
+            "category": job.pair[0],
+            "defect_type": job.pair[1],
+            "seed": job.seed[0],
+            "prompt": self.task.prompts[job.pair[0]].text,
+            "base": self.base.fingerprint,
+            "tokens": self.tokens,
+            "sampler": self.settings["sampler"],
+            "steps": self.settings["steps"],
+            "strength": self.settings["strength"],
+            "guidance": self.options.guidance,
+            "reweight": self.settings["reweight"],
+            "mask_source": drawn.source,
+            "candidates": self.settings["candidates"],
+            "rejected": dict(rejected),
+            "change_inside": measures.change_inside,
+            "change_outside": measures.change_outside,
+            "covered": measures.covered,
+            "likeness": measures.likeness,
+            "area": float(shown.label.mean()),
+            "accepted": verdict.chosen is not None,
+            "reason": verdict.reason,
+        }
+
+    # --- descriptors ---
+
+    @torch.no_grad()
+    def _descriptors(self, positions: Sequence[int]) -> Any:
+        """(n, 2 C) of real training defects."""
+        found = []
+        for position in positions:
+            picture = self._small(self.task.data.original("train", position)[0])
+            mask = mask_of(self.task.data, "train", position, self.size)[None, None]
+            found.append(self._descriptor(self.base.encode(2 * picture - 1).cpu(), mask))
+        return torch.cat(found).numpy()
+
+    @staticmethod
+    def _descriptor(latents: Tensor, mask: Tensor) -> Tensor:
+        """How a defect differs from what is around it: latents (1, C, h, w), mask (1, 1, H, W) -> (1, 2 C).
+
+        Of each channel the mean inside minus the mean outside, and the standard deviation inside.
+        """
+        latents = latents.float()
+        inside = latent_mask(mask, latents.shape[2:])
+        outside = 1 - inside
+        mean_in, mean_out = (
+            (latents * part).sum(dim=(2, 3)) / part.sum(dim=(2, 3)).clamp(min=1) for part in (inside, outside)
+        )
+        spread = ((latents - mean_in[..., None, None]).square() * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3))
+        return torch.cat([mean_in - mean_out, spread.sqrt()], dim=1)
+
+    def _small(self, picture: Any) -> Tensor:
+        """A picture (H, W, 3) uint8 as the base takes it: (1, 3, h, w) in [0, 1], in whole grey levels."""
+        whole = unit_range(torch.from_numpy(picture).permute(2, 0, 1)[None].to(self.task.device))
+        return (255 * resize(whole, self.size)).round() / 255
+
+
+class _Attention:
+    """The U-Net with and without condition, and re-weighting between two of its calls (Hu et al., section 3.4)."""
+
+    def __init__(self, task: Any, mode: str, pixels: Tensor, latents: Tensor, masks: Tensor, places: Tensor) -> None:
+        self.task, self.mode = task, mode
+        self.pixels, self.latents, self.masks, self.places = pixels, latents, masks, places
+        self.reweight: Reweight | None = None
+
+    def told(self, states: Tensor) -> Any:
+        """By the prompt, with the weights that the last look gave."""
+
+        def denoise(state: Tensor, t: Tensor) -> Tensor:
+            self.task.cross.reweight = self.reweight
+            answer: Tensor = self.task.network.unet(state, t, states).sample
+            return answer
+
+        return denoise
+
+    def untold(self, states: Tensor) -> Any:
+        """By the empty prompt."""
+
+        def denoise(state: Tensor, t: Tensor) -> Tensor:
+            self.task.cross.reweight = None
+            answer: Tensor = self.task.network.unet(state, t, states).sample
+            return answer
+
+        return denoise
+
+    def look(self, x0: Tensor, state: Tensor) -> None:
+        """Where the picture is still normal, attention rises at the next call."""
+        if self.mode == "paper":
+            weights = paper_weights(self.task.network.decode(x0), self.pixels, self.masks)
+            self.reweight = Reweight(weights, self.task.positions, "paper")
+        elif self.mode == "official":
+            weights = official_weights(state, self.latents, self.places)
+            self.reweight = Reweight(weights, self.task.positions, "official")
+
+    def off(self) -> None:
+        """Leave the U-Net as it was."""
+        self.task.cross.reweight = None
+
+
+def make_sampler(base: Any, settings: Any) -> Sampler:
+    """The sampler of a generation's options.
+
+    Raises:
+        UserError: a step, strength or eta out of range, or no step at all.
+    """
+    try:
+        made = Sampler(
+            settings["sampler"], base.process,
+            steps=settings["steps"], strength=settings["strength"], eta=settings["eta"],
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(str(error).replace("model.init_args.", f"{KEY}.", 1)) from None
+    if made.calls == 0:
+        raise UserError(f"{KEY}.strength = 0 changes nothing: expected a share of the steps, above 0")
+    return made
+
+
+def _defect_positions(task: Any) -> dict[tuple[str, str], list[tuple[int, str]]]:
+    """Positions and names of the real training defects of each pair that was learnt."""
+    data, found = task.data, {pair: [] for pair in task.pairs}  # type: ignore[var-annotated]
+    for position, sample_of in enumerate(data.samples.get("train", ())):
+        pair = (sample_of.category, sample_of.defect_type)
+        if pair in found and sample_of.source == "real" and sample_of.label != data.normal_class:
+            found[pair].append((position, sample_of.name))
+    missing = sorted("/".join(pair) for pair, names in found.items() if not names)
+    if missing:
+        raise UserError(
+            f"no training pictures of {', '.join(missing)}, whose masks a generation needs: use the data options that "
+            "the training had (its config.yaml)"
+        )
+    return found
+
+
+def _best_of(candidates: Sequence[Candidate]) -> int:
+    """Which candidate to tell of when none is taken: the one that changed most."""
+    figures = [c.measures.change_inside for c in candidates]
+    return int(np.argmax([-math.inf if math.isnan(figure) else figure for figure in figures]))
+
+
+def _stream(words: Sequence[int]) -> Generator:
+    state = np.random.SeedSequence(list(words)).generate_state(1, np.uint64)[0]
+    return Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def _draws(shape: Sequence[int], streams: Sequence[Generator]) -> Tensor:
+    return torch.stack([torch.randn(*shape[1:], generator=stream) for stream in streams])
+
+
+def _levels(picture: Tensor) -> Any:
+    return (255 * picture).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def _plain(pictures: Tensor) -> Any:
+    return pictures.float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,432 @@
+"""What is learnt of a few defects on a frozen base: vectors in a prompt, and optionally LoRA on the U-Net.
+
+Textual inversion (Gal et al., ICLR 2023) for many (category, defect type) pairs at once. The few pictures are encoded
+once, in all views, and each step draws the pairs equally often: a type of four pictures learns as much as one of forty.
+Checkpoints hold what was learnt and the hash of the base, not the base.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lit_defect.diffusion.attention import CrossAttention
+from lit_defect.diffusion.base_model import LatentBase
+from lit_defect.diffusion.prompts import Prompt, encode_prompt, text_states
+from lit_defect.errors import UserError
+from lit_defect.generation.mask_shapes import fit_mask
+from lit_defect.losses.diffusion import min_snr_weights, offset_noise
+from lit_defect.nets.fitting import fingerprint
+from lit_defect.nets.inserted_tokens import AnomalyTokens, SpatialEncoder
+from lit_defect.tasks.base import Batch, DefectTask
+from lit_defect.tasks.pixels import Listed
+from lit_defect.tasks.views import VIEWS, unit_range, view
+
+EXPORT = "learnt.safetensors"
+_LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+_FEWEST = 2
+
+
+class FewShots(NamedTuple):
+    """The defective pictures of a split, encoded in every view.
+
+    Attributes:
+        moments: (n, V, 2 C, h, w) float32 on the CPU.
+        masks: (n, V, 1, H, W) uint8.
+        pairs: (n,) int64, row of each picture's (category, defect type).
+        row_of: index of a sample in its split -> row.
+    """
+
+    moments: Tensor
+    masks: Tensor
+    pairs: Tensor
+    row_of: dict[int, int]
+
+
+class Inversion(DefectTask):
+    """Base of the tasks that learn prompts on a frozen latent diffusion model.
+
+    Args:
+        base: hub name, folder of a pipeline of diffusers, or run of a `LatentDiffusion`.
+        template: of the prompt; the learnt vectors stand for "*".
+        anomaly_tokens: k vectors for each pair.
+        spatial_tokens: n vectors that the spatial encoder makes of the mask; 0 for none.
+        start_word: whose embedding the vectors start from.
+        prompt_noise: standard deviation of noise on the vectors in training and sampling, as a share of their own root
+            mean square.
+        lora: rank of low-rank adapters in the U-Net's attention; 0 for none (the paper).
+        spatial_lr, lora_lr: learning rates as shares of `lr`.
+        augment: views that training draws from: `none`, `flip`, `flips`, `dihedral`.
+        min_snr_gamma: of min-SNR weighting; null weighs all steps alike (the paper).
+        offset_noise: strength of noise that is constant over a picture.
+        kwargs: see `DefectTask`.
+
+    Raises:
+        UserError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        template: str = "a photo of a *",
+        anomaly_tokens: int = 8,
+        spatial_tokens: int = 0,
+        start_word: str = "anomaly",
+        prompt_noise: float = 0.0,
+        lora: int = 0,
+        spatial_lr: float = 1.0,
+        lora_lr: float = 1.0,
+        augment: Listed = "flips",
+        min_snr_gamma: float | None = None,
+        offset_noise: float = 0.0,
+        pairs: list[tuple[str, str]] | None = None,
+        monitor: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(monitor=monitor, **kwargs)
+        least = {"anomaly_tokens": 1, "spatial_tokens": 0, "lora": 0, "prompt_noise": 0, "offset_noise": 0}
+        given = {"anomaly_tokens": anomaly_tokens, "spatial_tokens": spatial_tokens, "lora": lora,
+                 "prompt_noise": prompt_noise, "offset_noise": offset_noise}  # fmt: skip
+        for key, number in given.items():
+            if number < least[key]:
+                raise UserError(f"model.init_args.{key} = {number}: expected at least {least[key]}")
+        self.base_source = base
+        self.template = template
+        self.counts = (anomaly_tokens, spatial_tokens)
+        self.start_word = start_word
+        self.prompt_noise = prompt_noise
+        self.lora = lora
+        self.lr_shares = {"spatial": spatial_lr, "lora": lora_lr}
+        self.augment: Listed = augment
+        self.min_snr_gamma = min_snr_gamma
+        self.offset = offset_noise
+        self.pairs = None if pairs is None else [(category, kind) for category, kind in pairs]
+        self.base: LatentBase | None = None
+        self._shots: dict[str, FewShots] = {}
+
+    # --- what a subclass provides ---
+
+    @abstractmethod
+    def shown(self, images: Tensor, masks: Tensor) -> Tensor:
+        """What the base learns to make of pictures (B, 3, H, W) and masks (B, 1, H, W) in [0, 1]: (B, 3, H, W)."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, target: Tensor, masks: Tensor, weights: Tensor | None) -> Tensor:
+        """Of the U-Net's answer (B, C, h, w); masks (B, 1, H, W), weights (B,)."""
+
+    # --- construction ---
+
+    @property
+    def network(self) -> LatentBase:
+        """The base, after `configure_model`."""
+        if self.base is None:
+            raise UserError("the base is not open yet: call configure_model, or load a checkpoint")
+        return self.base
+
+    def setup(self, stage: str) -> None:
+        """Look which pairs there are, and whether each can be learnt.
+
+        Raises:
+            UserError: no masks, no defects to learn from, a type with one picture, a verb that does not apply.
+        """
+        super().setup(stage)
+        data, name = self.data, type(self).__name__
+        if stage not in ("fit", "predict"):
+            raise UserError(f"{name} is judged by what it makes (python -m lit_defect.quality): it has no verb {stage}")
+        if data is None or data.normal_class is None or not data.with_masks:
+            raise UserError(f"{name} needs a data module with a good class and masks: set data.init_args.with_masks")
+        if data.image_size is None:
+            raise UserError(f"{name} needs pictures of one size: set data.init_args.image_size")
+        if stage == "fit":
+            found = Counter((s.category, s.defect_type) for s in self.defects("train"))
+            if not found:
+                raise UserError(f"{name} learns from defective pictures, and none trains: set data.setting to few_shot")
+            for pair, count in sorted(found.items()):
+                if count < _FEWEST:
+                    raise UserError(
+                        f"{'/'.join(pair)} has {count} training picture: {name} needs {_FEWEST} of each type, so that "
+                        "it does not learn one by heart; add some, or leave the type out of the data set"
+                    )
+            pairs = sorted(found)
+            if self.pairs is not None and self.pairs != pairs:
+                raise UserError(f"the checkpoint knows {_named(self.pairs)}, the data have {_named(pairs)}")
+            self.pairs = pairs
+        self.hparams.update(pairs=[list(pair) for pair in self.pairs or ()])
+
+    def defects(self, split: str) -> list[Any]:
+        """The defective samples of a split that are real."""
+        samples = self.data.samples.get(split, ())
+        return [s for s in samples if s.label != self.data.normal_class and s.source == "real"]
+
+    def configure_model(self) -> None:
+        """Open the base and make what is learnt."""
+        if self.base is not None:
+            return
+        base = LatentBase.open(self.base_source)
+        if self.data is not None and self.data.image_size is not None:
+            base.check_size(*self.data.image_size)
+        _, n = self.counts
+        self.learnt = nn.ModuleDict()
+        if n:
+            self.learnt["spatial"] = SpatialEncoder(n, base.width, float(base.embeddings.norm(dim=1).mean()))
+        if self.lora:
+            from peft import LoraConfig
+
+            base.unet.add_adapter(
+                LoraConfig(
+                    r=self.lora, lora_alpha=self.lora, target_modules=_LORA_TARGETS, init_lora_weights="gaussian"
+                )
+            )
+        self.base = base
+        self.cross = CrossAttention(base.unet)
+        if self.pairs is not None:  # else a checkpoint will tell them
+            self._make_tokens(self.pairs)
+
+    def _make_tokens(self, pairs: list[tuple[str, str]]) -> None:
+        base = self.network
+        start = base.embeddings[encode_words(base.tokenizer, self.start_word)].mean(dim=0)
+        self.learnt["tokens"] = AnomalyTokens(pairs, self.counts[0], base.width, start).to(self.device)
+        self.pairs = pairs
+        self.hparams.update(pairs=[list(pair) for pair in pairs])
+        self.prompts = self._prompts()
+
+    def _prompts(self) -> dict[str, Prompt]:
+        """By category; the vectors stand at the same places in all."""
+        categories = sorted({category for category, _ in self.pairs or ()})
+        made = {c: encode_prompt(self.network.tokenizer, self.template, sum(self.counts), c) for c in categories}
+        if len({prompt.positions for prompt in made.values()}) > 1:
+            raise UserError(
+                f"model.init_args.template = {self.template!r}: the categories have names of different lengths, so "
+                'that the vectors would stand at different places: put {category} behind the "*"'
+            )
+        return made
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Of the vectors in the prompts."""
+        return next(iter(self.prompts.values())).positions
+
+    def train(self, mode: bool = True) -> Inversion:
+        """The base stays as it is."""
+        super().train(mode)
+        if self.base is not None:
+            self.base.eval()
+        return self
+
+    # --- checkpoints ---
+
+    def learnt_state(self) -> dict[str, Tensor]:
+        """Everything that was learnt, by its name in the state of the task."""
+        return {key: value for key, value in self.state_dict().items() if is_learnt(key)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was learnt, and the hash of the base."""
+        checkpoint["base"] = {"source": self.base_source, "fingerprint": self.network.fingerprint}
+        state = checkpoint["state_dict"]
+        for key in [key for key in state if not is_learnt(key)]:
+            del state[key]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the base back in, if it is the same.
+
+        Raises:
+            UserError: learnt on another base, for other pairs, or with other options.
+        """
+        known = checkpoint.get("base", {})
+        if known.get("fingerprint") != self.network.fingerprint:
+            raise UserError(
+                f"model.init_args.base: {self.base_source} ({self.network.fingerprint[:12]}) is not the base that this "
+                f"checkpoint was learnt on, {known.get('source')} ({str(known.get('fingerprint'))[:12]}); vectors mean "
+                "nothing to another base"
+            )
+        pairs: list[Any] = [tuple(pair) for pair in checkpoint.get("hyper_parameters", {}).get("pairs", ())]
+        if self.pairs is None or self.pairs != pairs:
+            self._make_tokens(pairs)
+        own = self.state_dict()
+        learnt = checkpoint["state_dict"]
+        misfit = sorted(
+            {key for key, value in own.items() if is_learnt(key) and learnt.get(key, own[key][:0]).shape != value.shape}
+            | (learnt.keys() - own.keys())
+        )
+        if misfit:
+            raise UserError(
+                f"the checkpoint does not fit this {type(self).__name__}: {misfit[0]} is missing, left over or of "
+                "another shape; take the model's options from the config.yaml of its run"
+            )
+        learnt.update({key: value for key, value in own.items() if not is_learnt(key)})
+
+    def export(self, path: Path) -> None:
+        """Write what was learnt as safetensors, with the base's hash and the pairs in its header."""
+        from safetensors.torch import save_file
+
+        about = {
+            "task": type(self).__name__,
+            "base": self.base_source,
+            "fingerprint": self.network.fingerprint,
+            "template": self.template,
+            "pairs": json.dumps(self.pairs),
+        }
+        save_file({key: value.contiguous().cpu() for key, value in self.learnt_state().items()}, path, about)
+
+    def tokens_hash(self) -> str:
+        """SHA-256 of what was learnt."""
+        return fingerprint(self.learnt_state())
+
+    def on_train_end(self) -> None:
+        """Write `learnt.safetensors` into the run's folder."""
+        trainer = self.trainer
+        if not getattr(trainer, "fast_dev_run", False) and trainer.is_global_zero:
+            self.export(Path(trainer.default_root_dir) / EXPORT)
+
+    # --- training ---
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Vectors, spatial encoder and adapters, each with its own rate; none has a decay but the adapters."""
+        groups = [{"params": list(self.learnt["tokens"].parameters()), "lr": self.lr, "weight_decay": 0.0}]
+        if "spatial" in self.learnt:
+            spatial = list(self.learnt["spatial"].parameters())
+            groups.append({"params": spatial, "lr": self.lr * self.lr_shares["spatial"], "weight_decay": 0.0})
+        adapters = [p for p in self.network.unet.parameters() if p.requires_grad]
+        groups.append({"params": adapters, "lr": self.lr * self.lr_shares["lora"], "weight_decay": self.weight_decay})
+        return groups
+
+    def on_fit_start(self) -> None:
+        """Encode the few pictures once."""
+        for split in ("train", "val"):
+            if self.defects(split) and split not in self._shots:
+                self._shots[split] = self._encode(split, VIEWS[self.augment] if split == "train" else 1)
+        self.data.serve_images = False
+
+    @torch.no_grad()
+    def _encode(self, split: str, views: int) -> FewShots:
+        """All views of a split's defects; masks are made smaller without losing what is smaller than a pixel."""
+        data, base = self.data, self.network
+        tokens: Any = self.learnt["tokens"]
+        known = set(self.pairs or ())
+        chosen = [
+            i
+            for i, s in enumerate(data.samples[split])
+            if s.label != data.normal_class and s.source == "real" and (s.category, s.defect_type) in known
+        ]
+        moments, masks, pairs = [], [], []
+        loader = data.loader(split)
+        for i in chosen:
+            sample = data.samples[split][i]
+            images = unit_range(loader.batch([i])["image"].to(self.device))
+            mask = mask_of(data, split, i, images.shape[-2:])[None, None].to(self.device)
+            seen = [(view(images, v), view(mask, v)) for v in range(views)]
+            given = torch.cat([2 * self.shown(picture, marked) - 1 for picture, marked in seen])
+            moments.append(base.moments(given).float().cpu())
+            masks.append(torch.cat([marked for _, marked in seen]).byte().cpu())
+            pairs.append(tokens.row_of(sample.category, sample.defect_type))
+        return FewShots(
+            torch.stack(moments),
+            torch.stack(masks),
+            torch.tensor(pairs),
+            {index: row for row, index in enumerate(chosen)},
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of as many pictures as the batch has, drawn so that each pair comes up equally often."""
+        shots, count = self._shots["train"], len(batch["index"])
+        wanted = torch.randint(len(self.pairs or ()), (count,))
+        rows = torch.stack([_one(torch.nonzero(shots.pairs == pair)[:, 0]) for pair in wanted])
+        views = torch.randint(shots.moments.shape[1], (count,))
+        loss = self._loss(shots, rows, views)
+        self.log("train/loss", loss, batch_size=count, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """The same steps and noise after each epoch."""
+        torch.manual_seed(self.global_rank)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss of the defects that do not train, where there are any."""
+        shots = self._shots.get("val")
+        if shots is None:
+            return
+        rows = [shots.row_of[i] for i in batch["index"].tolist() if i in shots.row_of]
+        if rows:
+            loss = self._loss(shots, torch.tensor(rows), torch.zeros(len(rows), dtype=torch.int64))
+            self.log("val/loss", loss, batch_size=len(rows), prog_bar=True, sync_dist=self.trainer.world_size == 1)
+
+    def _loss(self, shots: FewShots, rows: Tensor, views: Tensor) -> Tensor:
+        base, device = self.network, self.device
+        moments, masks = shots.moments[rows, views].to(device), shots.masks[rows, views].to(device).float()
+        pairs = shots.pairs[rows].to(device)
+        mean = moments[:, : base.channels]
+        latents = base.latents(moments, torch.randn_like(mean))
+        t = torch.randint(base.process.train_steps, (len(latents),), device=device)
+        noise = offset_noise(torch.randn_like(latents), self.offset)
+        state = base.process.add_noise(latents, noise, t)
+        output = base.unet(state, t, self.states(pairs, masks, torch.randn)).sample.float()
+        weights = None
+        if self.min_snr_gamma is not None:
+            weights = min_snr_weights(base.process.alpha_bar.to(device)[t], self.min_snr_gamma, base.prediction)
+        return self.loss(output, base.process.target(state, latents, t, base.prediction), masks, weights)
+
+    def states(self, pairs: Tensor, masks: Tensor, draw: Any = None) -> Tensor:
+        """Text states (B, L, D) of pairs (B,) with the defects at masks (B, 1, H, W).
+
+        Args:
+            draw: (*shape) -> standard normal numbers for `prompt_noise`; None for none.
+        """
+        inserted = self.learnt["tokens"](pairs)
+        if "spatial" in self.learnt:
+            inserted = torch.cat([inserted, self.learnt["spatial"](masks)], dim=1)  # (B, k + n, d)
+        if self.prompt_noise and draw is not None:
+            size = inserted.detach().square().mean(dim=(1, 2), keepdim=True).sqrt()
+            inserted = inserted + self.prompt_noise * size * draw(*inserted.shape).to(inserted)
+        assert self.pairs is not None
+        ids = torch.stack([self.prompts[self.pairs[pair][0]].ids for pair in pairs.tolist()]).to(self.device)
+        return text_states(self.network.text_encoder, ids, inserted, self.positions)
+
+    def unconditional(self, count: int) -> Tensor:
+        """Text states (B, L, D) of the empty prompt."""
+        ids = encode_prompt(self.network.tokenizer, "", 0).ids.to(self.device)
+        return text_states(self.network.text_encoder, ids[None]).expand(count, -1, -1)
+
+
+def is_learnt(key: str) -> bool:
+    """Whether a tensor of a task's state is not the base's."""
+    return key.startswith("learnt.") or ".lora_" in key
+
+
+def encode_words(tokenizer: Any, words: str) -> list[int]:
+    """Token ids of words alone.
+
+    Raises:
+        UserError: there are none.
+    """
+    ids = list(tokenizer(words, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise UserError(f"model.init_args.start_word = {words!r}: expected a word")
+    return ids
+
+
+def mask_of(data: Any, split: str, position: int, size: Any) -> Tensor:
+    """The mask (H, W) float of a sample at `size`, made of the file's own, its area kept: no small defect is lost.
+
+    Raises:
+        UserError: a mask that marks nothing or everything.
+    """
+    _, values = data.original(split, position)
+    if values is None or not values.any() or values.all():
+        name = data.samples[split][position].name
+        state = "has no mask" if values is None else "marks nothing" if not values.any() else "marks everything"
+        raise UserError(f"the mask of {name} {state}; mend it, or set data.init_args.on_bad_file to skip")
+    return torch.from_numpy(fit_mask(values > 0, (int(size[0]), int(size[1])))).float()
+
+
+def _one(rows: Tensor) -> Tensor:
+    return rows[torch.randint(len(rows), ())]
+
+
+def _named(pairs: Any) -> str:
+    return ", ".join("/".join(pair) for pair in pairs) or "none"
