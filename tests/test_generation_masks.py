@@ -330,6 +330,15 @@ def test_a_broken_rim_stays_at_the_rim_and_a_band_reaches_from_edge_to_edge():
     assert min(sides.values()) > 8
 
 
+def test_what_is_broken_off_is_widest_at_the_rim():
+    source = augmented([("bite", disc((100, 120), (0, 60), 18))] * 2)
+    rng, everywhere = np.random.default_rng(0), np.ones((50, 60), bool)
+    for _ in range(20):
+        mask = source.draw(PAIR, rng, everywhere).mask
+        rim, inner = (mask[0], mask[4]) if mask[0].any() else (mask[-1], mask[-5])
+        assert rim.sum() > inner.sum() > 0
+
+
 def test_masks_larger_than_the_room_are_drawn_still():
     large = [("large", box((100, 120), 0, 0, 95, 118)), ("tall", box((100, 120), 5, 50, 98, 70))]
     source, everywhere = augmented(large), np.ones((50, 60), bool)

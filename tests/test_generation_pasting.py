@@ -174,7 +174,8 @@ def test_the_label_is_the_part_of_the_mask_that_changed():
     result[0:3, 0:3] = 200  # not asked for
     np.testing.assert_array_equal(repair_label(normal, result, mask, 8), box((20, 30), 5, 5, 15, 15))
     assert not repair_label(normal, result, mask, 10.5).any()
-    np.testing.assert_array_equal(repair_label(normal, result, mask, 10), box((20, 30), 5, 5, 15, 15))
+    result[3:5], result[5] = 200, 100  # nor is what lies close to the mask
+    np.testing.assert_array_equal(repair_label(normal, result, mask, 10), box((20, 30), 6, 5, 15, 15))
 
 
 def test_darker_counts_as_brighter_and_channels_are_averaged():
