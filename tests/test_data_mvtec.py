@@ -13,7 +13,7 @@ from PIL import Image
 from lit_defect.data import download
 from lit_defect.data.mvtec import MVTecAD, first_third
 from lit_defect.data.samples import Sample
-from lit_defect.errors import DataError
+from lit_defect.errors import DataError, UserError
 from tests.fakes import make_mvtec
 
 TILES = Path(__file__).parents[2] / "shared" / "data" / "magnetic_tile"
@@ -278,3 +278,16 @@ def test_real_tiles(tmp_path: Path) -> None:
     assert table(masked)["test"]["uneven"] == 99  # four have an empty mask
     with pytest.raises(DataError, match="empty mask: 4"):
         ready(TILES, tmp_path, cache="off", with_masks=True)
+
+
+def test_kinds_of_defect_alone(tmp_path):
+    root = make_mvtec(tmp_path / "d", train_good=6, test_good=4, defects={"crack": 6, "hole": 9})
+    data = ready(root, tmp_path / "c", setting="few_shot", target="defects", val_fraction=0)
+    assert data.class_names == ["crack", "hole"]
+    assert data.normal_class is None
+    assert data.counts() == {"train": {"crack": 2, "hole": 3}, "test": {"crack": 4, "hole": 6}}
+
+
+def test_kinds_of_defect_alone_have_no_one_class_setting(tmp_path):
+    with pytest.raises(UserError, match=r"data\.setting=one_class does not train on: set data\.setting to few_shot"):
+        MVTecAD(root=str(tmp_path), target="defects")

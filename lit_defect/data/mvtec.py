@@ -71,7 +71,8 @@ class MVTecAD(DefectDataModule):
         root: folder of the categories, or of one category itself.
         category: name of a category, a list of them, or `all` that `root` has.
         setting: `one_class`, `few_shot` or `supervised`; the table above says what trains.
-        target: labels are good and defective (`binary`), or good and each kind of defect (`type`).
+        target: labels are good and defective (`binary`), good and each kind of defect (`type`), or the kinds of defect
+            alone (`defects`), without the good pictures.
         download: fetch MVTec AD if `root` has no such category; its licence forbids commercial use.
         kwargs: as for `DefectDataModule`.
 
@@ -84,7 +85,7 @@ class MVTecAD(DefectDataModule):
         root: str,
         category: str | list[str] = "all",
         setting: Literal["one_class", "few_shot", "supervised"] = "one_class",
-        target: Literal["binary", "type"] = "binary",
+        target: Literal["binary", "type", "defects"] = "binary",
         download: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -93,20 +94,25 @@ class MVTecAD(DefectDataModule):
         self.category = category
         self.setting = setting
         self.target = target
+        if target == "defects" and setting == "one_class":
+            raise UserError(
+                "data.target=defects tells kinds of defect apart, which data.setting=one_class does not train on: set "
+                "data.setting to few_shot or supervised"
+            )
         self.download = download
 
     @property
     def class_names(self) -> list[str]:
-        """`good` first, then `defective` or the kinds of defect of all chosen categories, by name."""
+        """`good` first (not for `defects`), then `defective` or the kinds of all chosen categories, by name."""
         if self.target == "binary":
             return [GOOD, "defective"]
         kinds = {folder.name for home in self.homes().values() for folder in _folders(home)}
-        return [GOOD, *sorted(kinds - {GOOD})]
+        return [*([GOOD] if self.target == "type" else []), *sorted(kinds - {GOOD})]
 
     @property
-    def normal_class(self) -> int:
-        """The label of `good`."""
-        return 0
+    def normal_class(self) -> int | None:
+        """The label of `good`; None where it is left out."""
+        return None if self.target == "defects" else 0
 
     @property
     def needed_classes(self) -> list[str]:
@@ -115,7 +121,7 @@ class MVTecAD(DefectDataModule):
 
     def label_of(self, defect_type: str) -> int | None:
         """As listed in `class_names`; with `binary`, every kind of defect is defective."""
-        return super().label_of(defect_type) if self.target == "type" else int(defect_type != GOOD)
+        return int(defect_type != GOOD) if self.target == "binary" else super().label_of(defect_type)
 
     @property
     def good_only(self) -> bool:
@@ -190,6 +196,8 @@ class MVTecAD(DefectDataModule):
         samples = []
         for folder in _folders(home):
             kind, split = folder.name, FOLDERS[folder.parent.name]
+            if kind == GOOD and self.target == "defects":
+                continue
             if self.setting == "one_class" and kind != GOOD and split != "test":
                 raise DataError(f"{folder} holds defects, but data.setting=one_class trains on good ones only.")
             masks = _masks(home / "ground_truth" / kind) if has_masks and kind != GOOD else {}
@@ -206,7 +214,7 @@ class MVTecAD(DefectDataModule):
                     Sample(
                         path=str(path),
                         name=path.relative_to(self.root).as_posix(),
-                        label=labels[kind] if self.target == "type" else int(kind != GOOD),
+                        label=int(kind != GOOD) if self.target == "binary" else labels[kind],
                         mask=mask,
                         category=category,
                         defect_type=kind,
