@@ -32,8 +32,12 @@ def defect_sheet(tiles: Sequence[GeneratedTile]) -> Image.Image:
 
     Generated ones have their normal picture before them.
     """
-    cells = []
+    cells: list[Cell] = []
+    before: tuple[str, bool] | None = None
     for tile in tiles:
+        if before not in (None, (tile.kind, tile.generated)):  # a new row
+            cells += [Cell([], [[Words("")]])] * (-len(cells) % _COLUMNS)
+        before = tile.kind, tile.generated
         panels = [fit(tile.picture, _SIZE), outlined(tile.picture, tile.mask, _SIZE)]
         if tile.source is not None:
             panels.insert(0, fit(tile.source, _SIZE))

@@ -63,7 +63,7 @@ class DefectGeneration:
         self.sampler = make_sampler(self.base, self.settings)
         self.rule = Rule(options.least_change, options.least_covered)
         self.foreground = Foreground(options.foreground)
-        positions = _defect_positions(task)
+        positions = defect_positions(task)
         masks = {pair: [(name, task.data.original("train", i)[1] > 0) for i, name in found]
                  for pair, found in positions.items()}  # fmt: skip
         self.rules: dict[tuple[str, str], MaskRules] = rules_of(masks)
@@ -298,7 +298,7 @@ def make_sampler(base: Any, settings: Any) -> Sampler:
     return made
 
 
-def _defect_positions(task: Any) -> dict[tuple[str, str], list[tuple[int, str]]]:
+def defect_positions(task: Any) -> dict[tuple[str, str], list[tuple[int, str]]]:
     """Positions and names of the real training defects of each pair that was learnt."""
     data, found = task.data, {pair: [] for pair in task.pairs}  # type: ignore[var-annotated]
     for position, sample_of in enumerate(data.samples.get("train", ())):
