@@ -162,12 +162,18 @@ def test_rules_are_the_real_masks_areas_with_slack_and_a_third_of_an_edge():
         (box((20, 20), 4, 0, 11, 3), "along the border"),
         (box((20, 20), 0, 4, 4, 10), None),
         (box((20, 20), 4, 5, 9, 9), None),
-        (box((20, 20), 9, 9, 10, 10), None),  # a pixel is the least that a mask can be
+        (box((20, 20), 9, 9, 10, 10), "too small"),
     ],
 )
 def test_faults(mask, fault):
     rules = MaskRules(least=0.02, most=0.3, border=1 / 3)
     assert rules.fault(mask, box((20, 20), 0, 0, 20, 16)) == fault
+
+
+def test_a_pixel_is_not_too_large_where_defects_are_smaller_still():
+    rules = MaskRules(least=1e-5, most=1e-4, border=1 / 3)
+    assert rules.fault(box((20, 20), 9, 9, 10, 10), np.ones((20, 20), bool)) is None
+    assert rules.fault(box((20, 20), 9, 9, 10, 11), np.ones((20, 20), bool)) == "too large"
 
 
 def test_a_tenth_of_a_mask_may_lie_off_the_object():

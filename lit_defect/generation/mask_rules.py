@@ -41,14 +41,14 @@ class MaskRules:
     def fault(self, mask: Bools, foreground: Bools) -> str | None:
         """What is wrong with a mask (H, W) on a picture whose object is `foreground` (H, W); None if nothing is.
 
-        Small defects may cover less than a pixel of a small picture: one pixel is neither too small nor too large.
+        Small defects may cover less than a pixel of a small picture, where one pixel is not too large.
         """
         area = float(mask.mean())
         if area == 0:
             return "empty"
         if area == 1:
             return "full"
-        if area < self.least and mask.sum() > 1:
+        if area < self.least:
             return "too small"
         if area > self.most and mask.sum() > 1:
             return "too large"
