@@ -8,12 +8,8 @@ the result.
 
 from __future__ import annotations
 
-import math
-import os
-import time
 from abc import abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,20 +18,13 @@ from torch import Tensor
 
 from lit_defect.errors import UserError
 from lit_defect.metrics.anomaly import threshold_for_overkill
-from lit_defect.metrics.localization import BinnedPixelMetrics, PixelMetrics
-from lit_defect.reporting.maps import Map
-from lit_defect.runs import keep_previous
 from lit_defect.scoring.detector import SCORES, Detector
-from lit_defect.tasks.anomaly_maps import MapWriter
-from lit_defect.tasks.anomaly_report import AnomalyEvaluation, Shown, latency, write_report
-from lit_defect.tasks.base import Batch, DefectTask
+from lit_defect.tasks.anomaly_scoring import ScoringTask
 from lit_defect.tasks.processes import joined
-from lit_defect.tasks.views import resize, unit_range
-
-_TIMED = 30  # single pictures that the latency is measured on
+from lit_defect.tasks.views import resize
 
 
-class AnomalyTask(DefectTask):
+class AnomalyTask(ScoringTask):
     """Base of the anomaly detectors.
 
     Args:
@@ -48,18 +37,15 @@ class AnomalyTask(DefectTask):
         map_positions: one Gaussian for each place (`aligned`) or for all (`shared`); `auto` leaves it to the task.
         map_dimensions: at most so many dimensions of each map.
         smoothing: standard deviation of the anomaly map's smoothing, as a share of the picture's longer side.
-        pixel_metrics: `exact` (all scores are kept), `binned` (constant memory) or `off`; at the masks' own size.
-        allowed_overkill: share of the good validation pictures that may be rejected; sets the thresholds.
-        maps: what `predict` writes of each picture beside the scores: `npy`, `tiff`, or `off`.
-        overlays: whether `predict` also writes each picture with its map laid over.
-        kwargs: see `DefectTask`.
+        kwargs: pixel figures, thresholds and what `predict` writes as for `ScoringTask`, the schedule as for
+            `DefectTask`.
 
     Raises:
         UserError: an option out of range.
     """
 
-    thresholds: Tensor  # (5,) on each of SCORES; nan without validation pictures
-    minutes: Tensor  # () of training, over all its parts
+    score_names = SCORES
+
     detector: Detector
 
     def __init__(
@@ -72,38 +58,22 @@ class AnomalyTask(DefectTask):
         map_positions: Literal["auto", "aligned", "shared"] = "auto",
         map_dimensions: int = 64,
         smoothing: float = 4 / 256,
-        pixel_metrics: Literal["exact", "binned", "off"] = "exact",
-        allowed_overkill: float = 0.05,
-        maps: Literal["npy", "tiff", "off"] = "npy",
-        overlays: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(monitor=None, **kwargs)
-        for key, share in (("allowed_overkill", allowed_overkill), ("smoothing", smoothing)):
-            if not 0 <= share < 1:
-                raise UserError(f"model.init_args.{key} = {share}: expected a share, 0 <= s < 1")
+        super().__init__(monitor=None, score=score, **kwargs)
+        if not 0 <= smoothing < 1:
+            raise UserError(f"model.init_args.smoothing = {smoothing}: expected a share, 0 <= s < 1")
         for key, number in (("neighbours", neighbours), ("map_dimensions", map_dimensions)):
             if number < 1:
                 raise UserError(f"model.init_args.{key} = {number}: expected at least 1")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if self.image_size is not None and min(self.image_size) < 1:
             raise UserError(f"model.init_args.image_size = {image_size}: expected pixels, at least 1")
-        self.score = score
         self.neighbours = neighbours
         self.map_strides = (8, 16, 32) if map_strides is None else tuple(map_strides)
         self.map_positions = map_positions
         self.map_dimensions = map_dimensions
         self.smoothing = smoothing
-        self.pixel_metrics = pixel_metrics
-        self.allowed_overkill = allowed_overkill
-        self.maps = maps
-        self.overlays = overlays
-        self.register_buffer("thresholds", torch.full((len(SCORES),), torch.nan, dtype=torch.float64))
-        self.register_buffer("minutes", torch.zeros((), dtype=torch.float64))
-        self._pixels: PixelMetrics | BinnedPixelMetrics | None = None
-        self._evaluation: AnomalyEvaluation
-        self._since = 0.0
-        self._maps: MapWriter | None = None
 
     # --- what a subclass provides ---
 
@@ -116,34 +86,20 @@ class AnomalyTask(DefectTask):
     def pose_is_free(self) -> bool:
         """Whether the product lies in any direction, so that no place of its maps is like itself."""
 
-    def about(self) -> dict[str, Any]:
-        """Settings to be written beside the figures."""
-        return {}
-
-    def explain(self, images: Tensor) -> Tensor | None:
-        """Pictures (B, 3, H, W) in [0, 1] -> what their scores rest on (B, H, W) in [0, 1], if it can be told."""
-        return None
-
     # --- construction ---
 
     def setup(self, stage: str) -> None:
-        """Check that the splits allow what is asked for.
+        """Also check that the splits allow what is asked for.
 
         Raises:
-            UserError: no good class, defective or too few pictures to train on, a precision without float32 weights.
+            UserError: no good class, defective or too few pictures to train on.
         """
         super().setup(stage)
-        data, name = self.data, type(self).__name__
-        if data is None:
-            raise UserError(f"{name} takes its pictures from a data module: pass datamodule=")
+        data = self.data
         if stage != "predict" and data.normal_class is None:  # new pictures need no data set beside them
-            raise UserError(f"{name} learns what is normal, and this data module has no good class")
-        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
-            raise UserError(f"trainer.precision = {self.trainer.precision}: take 32-true, bf16-mixed or 16-mixed")
+            raise UserError(f"{type(self).__name__} learns what is normal, and this data module has no good class")
         if stage == "fit":
             self._check_training(data.samples["train"], data.normal_class)
-        elif stage == "validate" and not data.samples.get("val"):
-            raise UserError("there is no validation split: set data.val_fraction, or use `test`")
 
     def _check_training(self, samples: list[Any], normal: int) -> None:
         defective = [sample.name for sample in samples if sample.label != normal]
@@ -175,26 +131,20 @@ class AnomalyTask(DefectTask):
 
     def pixels(self, images: Tensor) -> Tensor:
         """Pictures as a batch holds them -> float in [0, 1], at the size of the network's input, on its device."""
-        return resize(unit_range(images.to(self.device)), self.image_size)
+        return resize(super().pixels(images), self.image_size)
+
+    def enlarge(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
+        """Grid (B, h, w) -> smoothed map (B, H, W)."""
+        return self.detector.enlarge(grid, size)
 
     # --- fitting ---
 
-    def on_train_start(self) -> None:
-        """Begin; a resumed run may go on within an epoch, which has no start then."""
-        self.on_train_epoch_start()
-
     def on_train_epoch_start(self) -> None:
-        """Start the clock after a validation; forget scores that were fitted to other weights."""
-        self._since = time.monotonic()
+        """Also forget scores that were fitted to other weights."""
+        super().on_train_epoch_start()
         if self.detector.fitted:
             self.detector = self.make_detector().to(self.device)
             self.thresholds.fill_(torch.nan)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Count the time of the step, so that a checkpoint within an epoch knows it."""
-        now = time.monotonic()
-        self.minutes += (now - self._since) / 60
-        self._since = now
 
     def on_train_epoch_end(self) -> None:
         """Fit the scores if the training ends here, before a checkpoint is written."""
@@ -232,9 +182,7 @@ class AnomalyTask(DefectTask):
             return total
 
         several = self.trainer.world_size > 1
-        for buffer in self.buffers() if several else ():  # each process has seen other batches in the last step
-            if buffer.numel():
-                torch.distributed.broadcast(buffer, src=0)
+        self.share_buffers()  # each process has seen other batches in the last step
         with self.trainer.precision_plugin.forward_context():
             self.detector.fit(features(), gather=gather if several else None, add_up=add_up if several else None)
             if self.data.samples.get("val"):
@@ -257,8 +205,8 @@ class AnomalyTask(DefectTask):
         limits = [threshold_for_overkill(column.cpu().numpy(), self.allowed_overkill) for column in columns.values()]
         self.thresholds.copy_(torch.tensor(limits, dtype=torch.float64))
 
-    def _begin(self, stage: str) -> None:
-        """Make sure that there are scores, and prepare the pixel metrics."""
+    def begin(self, stage: str) -> None:
+        """Also make sure that there are scores."""
         if not self.detector.fitted:
             if not self.data.samples.get("train"):
                 raise UserError(
@@ -268,128 +216,4 @@ class AnomalyTask(DefectTask):
             rank_zero_warn("the checkpoint was written before the training ended: its scores are fitted now")
             with torch.inference_mode(False):
                 self._fit_detector()
-        metrics = {"exact": PixelMetrics, "binned": BinnedPixelMetrics}.get(self.pixel_metrics)
-        self._pixels = metrics().to(self.device) if metrics and self.data.with_masks and stage != "predict" else None
-
-    def on_validation_start(self) -> None:
-        """Before the verb `validate`."""
-        if self.trainer.state.fn == "validate":
-            self._begin("val")
-
-    def on_test_start(self) -> None:
-        """Before a test."""
-        self._begin("test")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the pictures and their pixels."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
-        """Keep the scores of a batch, and those of its pixels where there are masks; gives the grid (B, h, w)."""
-        scores, grid = self(batch["image"])
-        self.collect(index=batch["index"], label=batch["label"], **scores)
-        if self._pixels is not None:
-            for position, cells in zip(batch["index"].tolist(), grid, strict=True):
-                _, mask = self.data.original(stage, position)
-                marked = torch.from_numpy(mask).to(self.device)[None] > 0  # (1, H, W)
-                scored = self.detector.enlarge(cells[None], (marked.shape[1], marked.shape[2]))
-                self._pixels.update(scored, marked)
-        return grid
-
-    def on_validation_epoch_end(self) -> None:
-        """All figures of the validation split, for the verb `validate`."""
-        if self.trainer.state.fn == "validate":
-            self._keep_result("val")
-
-    def on_test_epoch_end(self) -> None:
-        """All figures of the test split."""
-        self._keep_result("test")
-        self.log_dict(self._evaluation.watched("test"), sync_dist=True)
-
-    # --- new pictures ---
-
-    def on_predict_start(self) -> None:
-        """Make room for the maps; those of an earlier prediction are kept under a number."""
-        self._begin("predict")
-        folder = Path(self.trainer.default_root_dir) / "predict_maps"
-        self._maps = None
-        if self.maps != "off" and not getattr(self.trainer, "fast_dev_run", False):
-            if self.trainer.is_global_zero:
-                keep_previous(folder)
-            limit = float(self.thresholds[SCORES.index("map_max")])
-            self._maps = MapWriter(folder, self.maps, self.overlays, limit if math.isfinite(limit) else None)
-        self.trainer.strategy.barrier("maps of an earlier prediction kept")
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Scores (B,) by name; each picture's map and overlay go to the run's folder `predict_maps`."""
-        grid = self._evaluate(batch, "predict")
-        if self._maps is not None:
-            for position, name, cells in zip(batch["index"].tolist(), batch["name"], grid, strict=True):
-                picture, _ = self.data.original("predict", position)
-                scored = self.detector.enlarge(cells[None], (picture.shape[0], picture.shape[1]))[0]
-                self._maps.write(name, picture, scored.cpu().numpy())
-        return {name: value for name, value in self._evaluated[-1].items() if name in SCORES}
-
-    def on_predict_epoch_end(self) -> None:
-        """Keep the scores of all processes."""
-        self._keep_result("predict")
-        if self._maps is None:
-            return
-        count: Any = torch.tensor(self._maps.saturated, device=self.device)
-        saturated = int(self.trainer.strategy.reduce(count, reduce_op="sum"))  # type: ignore[arg-type]
-        if saturated:
-            rank_zero_warn(
-                f"{saturated} pixels score above {self._maps.full_scale:g}, the white of the TIFFs, and were held "
-                "there; --model.maps npy keeps every score"
-            )
-
-    # --- results ---
-
-    def _keep_result(self, stage: str) -> None:
-        found = self.gathered()
-        samples = self.data.samples[stage]
-        positions = found["index"].tolist()
-        labels = found["label"].numpy()
-        normal = self.data.normal_class if (labels >= 0).any() else 0
-        pixel = {} if self._pixels is None else {key: float(value) for key, value in self._pixels.compute().items()}
-        self._evaluation = AnomalyEvaluation(
-            samples=[samples[position] for position in positions],
-            positions=positions,
-            is_defect=labels != normal,
-            known=bool((labels >= 0).all()),
-            scores={name: found[name].double().numpy() for name in SCORES},
-            thresholds=dict(zip(SCORES, self.thresholds.tolist(), strict=True)),
-            score=self.score,
-            pixel=pixel,
-        )
-
-    def write_results(self, folder: Path, stage: str) -> None:
-        """Figures, scores and pictures of the last evaluation, in the run folder; rank 0 only."""
-        loader = self.data.loader(stage)
-
-        def look(position: int, how: Literal["map", "grad_cam"]) -> Shown:
-            image = loader.batch([position])["image"]
-            picture, mask = self.data.original(stage, position)
-            if how == "map":
-                return picture, mask, self._map_of(image)
-            heat = self.explain(self.pixels(image))
-            return picture, mask, None if heat is None else heat[0].cpu().numpy()
-
-        about: dict[str, Any] = {}
-        if stage != "predict":
-            seeds = {"training_seed": int(os.environ.get("PL_GLOBAL_SEED", 0)), "split_seed": self.data.seed}
-            category = ", ".join(sorted({sample.category for sample in self.data.samples[stage]}))
-            about = {**seeds, **self.about(), "category": category, "training_minutes": round(float(self.minutes), 2)}
-        near = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
-        with self.trainer.precision_plugin.forward_context():  # as the scores were computed
-            if about:
-                first = range(min(_TIMED, len(self._evaluation.samples)))
-                about["latency_ms"] = latency(self._map_of, (loader.batch([place])["image"] for place in first))
-            write_report(folder, stage, self._evaluation, about, near, look)
-
-    @torch.no_grad()
-    def _map_of(self, image: Tensor) -> Map:
-        """Smoothed map (H, W) of a picture (1, 3, H, W), at the size of the network's input."""
-        _, grid = self(image)
-        size = self.image_size or (image.shape[-2], image.shape[-1])
-        return self.detector.enlarge(grid, size)[0].cpu().numpy()
+        super().begin(stage)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lit_defect.reporting.maps import Map, overlay, write_map
+from lit_defect.reporting.maps import Map, Scale, overlay, write_map
 
 _TIFF_RANGE = 16  # white, in multiples of the map's threshold
 
@@ -22,22 +22,29 @@ class MapWriter:
         kind: of the maps' files.
         overlays: whether to write overlays, too.
         limit: a picture is rejected where a place of its map reaches this; None where that is unknown.
+        scale: the maps' range, for colours and greys; without it, one that suits the limit.
 
     Attributes:
+        full_scale: the white of a TIFF.
         saturated: pixels so far that lie above the white of a TIFF.
     """
 
-    def __init__(self, folder: Path, kind: Literal["npy", "tiff"], overlays: bool, limit: float | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kind: Literal["npy", "tiff"],
+        overlays: bool,
+        limit: float | None,
+        scale: Scale | None = None,
+    ) -> None:
         self.folder = folder
         self.kind = kind
         self.overlays = overlays
         self.limit = limit
+        self.scale = scale or ((0.5 * limit, 2 * limit) if limit else None)
+        # far above what is normal, the same for all pictures of one checkpoint
+        self.full_scale = scale[1] if scale else _TIFF_RANGE * (limit or 1.0)
         self.saturated = 0
-
-    @property
-    def full_scale(self) -> float:
-        """The white of a TIFF: far above what is normal, the same for all pictures of one checkpoint."""
-        return _TIFF_RANGE * (self.limit or 1.0)
 
     def write(self, name: str, picture: npt.NDArray[np.uint8], scores: Map) -> None:
         """Write the files of one picture.
@@ -51,6 +58,5 @@ class MapWriter:
         file = place.with_name(f"{place.name}.{self.kind}")
         self.saturated += write_map(file, scores, full_scale=self.full_scale)
         if self.overlays:
-            scale = (0.5 * self.limit, 2 * self.limit) if self.limit else None
-            laid = overlay(picture, scores, scale=scale, threshold=self.limit)
+            laid = overlay(picture, scores, scale=self.scale, threshold=self.limit)
             Image.fromarray(laid).save(place.with_name(f"{place.name}.overlay.png"))

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
 from torch import Tensor
 
-from lit_defect.anomalies import PseudoAnomalies, PseudoAnomaly
+from lit_defect.anomalies import PseudoAnomalies, PseudoAnomaly, explain_rejection
+from lit_defect.errors import UserError
 from lit_defect.metrics.anomaly import evaluate_scores
 from lit_defect.reporting.anomalies import AnomalyTile, PseudoTile, anomaly_gallery, choose, pseudo_anomaly_sheet
 from lit_defect.reporting.anomaly_figures import auroc_by_type_figure, discard_figure, score_histogram_figure
 from lit_defect.reporting.anomaly_tables import anomaly_table
 from lit_defect.reporting.figures import precision_recall_figure, roc_figure, save_figure, training_figure
-from lit_defect.reporting.maps import colour_scale
+from lit_defect.reporting.maps import Scale, colour_scale
 from lit_defect.runs import keep_previous, write_json
 
 Shown = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None, npt.NDArray[np.float32] | None]
@@ -33,6 +36,7 @@ LABELS = {
     "knn": "cosine distance to the nearest normal features",
     "kde": "minus log density of the features",
     "map_max": "highest score of the anomaly map",
+    "pooled_max": "highest mean of a window of the anomaly map",
     "combined": "features and map together, in standard deviations",
 }
 _SHOWN = 8  # pictures in each gallery
@@ -51,6 +55,8 @@ class AnomalyEvaluation:
         thresholds: by name; nan without validation pictures.
         score: name of the one that decides.
         pixel: figures of the maps; empty without masks.
+        pixel_by_type: the same of each kind of defect, against good pictures.
+        map_scale: the maps' range, where they have one.
     """
 
     samples: list[Any]
@@ -61,6 +67,8 @@ class AnomalyEvaluation:
     thresholds: dict[str, float]
     score: str
     pixel: dict[str, float]
+    pixel_by_type: dict[str, dict[str, float]] = field(default_factory=dict)
+    map_scale: Scale | None = None
 
     def figures(self, resamples: int = 2000) -> dict[str, dict[str, Any]]:
         """All figures of each score; where parts were photographed more than once, parts are counted."""
@@ -95,7 +103,22 @@ class AnomalyEvaluation:
             is_defect=self.is_defect[kept],
             scores={name: values[kept] for name, values in self.scores.items()},
             pixel={},
+            pixel_by_type={},
         )
+
+
+def first_look(maker: PseudoAnomaly, images: Tensor) -> PseudoAnomalies:
+    """What a maker makes of some training pictures (B, 3, H, W) in [0, 1], by the run's seed; on the CPU.
+
+    Raises:
+        UserError: it changes none of them, or its gate rejects everything.
+    """
+    made = maker(images, torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0))))
+    if not made.accepted.any():
+        if maker.ssim_scope == "off":
+            raise UserError("the pseudo-anomalies change no pixel of the training pictures: are these blank?")
+        raise UserError(explain_rejection(made.tried_ssim, maker.ssim_threshold))
+    return PseudoAnomalies(*(part.cpu() for part in made))
 
 
 def write_preview(folder: Path, sources: Tensor, names: list[str], made: PseudoAnomalies, maker: PseudoAnomaly) -> None:
@@ -174,7 +197,8 @@ def write_report(
         "score": evaluation.score,
         "n": count,
         "image": evaluation.figures(),
-        "pixel": {name: None if math.isnan(value) else value for name, value in evaluation.pixel.items()},
+        "pixel": _defined(evaluation.pixel),
+        "pixel_by_type": {kind: _defined(figures) for kind, figures in evaluation.pixel_by_type.items()},
         **about,
     }
     fresh = evaluation.without(near)
@@ -188,6 +212,10 @@ def write_report(
     console.print(anomaly_table(result, f"{stage}: {count} pictures"))
     console.print(f"metrics      {metrics}\npredictions  {predictions}", soft_wrap=True)
     console.print(f"figures      {folder / 'figures'}: {', '.join(path.name for path in written)}", soft_wrap=True)
+
+
+def _defined(figures: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in figures.items()}
 
 
 def write_scores(path: Path, evaluation: AnomalyEvaluation, stage: str) -> None:
@@ -248,7 +276,7 @@ def _galleries(figures: Path, stage: str, evaluation: AnomalyEvaluation, look: L
     }
     tiles["grad_cam"] = [tile for tile in tiles["grad_cam"] if tile.scores is not None]
     maps = [tile.scores for name in tiles if name != "grad_cam" for tile in tiles[name] if tile.scores is not None]
-    scale = colour_scale(maps)  # one for all galleries
+    scale = evaluation.map_scale or colour_scale(maps)  # one for all galleries
     written = []
     for name, (_, how, title) in named.items():
         path = figures / f"{stage}_{name}.png"
