@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture, read_mask
+from lit_defect.generation.options import KEY
 
 UNIFORM = 12.0  # grey levels, root mean square over the channels, as all distances here
 STANDS_OUT = 3.0  # times the frame's own distances, and `UNIFORM` at least
@@ -76,7 +77,7 @@ class Foreground:
         self._folder = None if source in ("auto", "all") else Path(source).expanduser()
         if self._folder is not None and not self._folder.is_dir():
             raise UserError(
-                f"model.init_args.foreground = {source}: expected auto, all, or a folder of object masks; "
+                f"{KEY}.foreground = {source}: expected auto, all, or a folder of object masks; "
                 "there is no such folder"
             )
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lit_defect.errors import UserError
 from lit_defect.generation.files import Bools, Picture
+from lit_defect.generation.options import KEY
 
 Floats = NDArray[np.floating]
 
@@ -80,9 +81,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not 0 <= self.least_change <= 255:
-            raise UserError(f"model.init_args.least_change = {self.least_change}: expected 0 to 255 grey levels")
+            raise UserError(f"{KEY}.least_change = {self.least_change}: expected 0 to 255 grey levels")
         if not 0 <= self.least_covered <= 1:
-            raise UserError(f"model.init_args.least_covered = {self.least_covered}: expected a share from 0 to 1")
+            raise UserError(f"{KEY}.least_covered = {self.least_covered}: expected a share from 0 to 1")
 
     def objection(self, candidate: Measures) -> str | None:
         """Why a candidate is rejected; None if it may be taken."""

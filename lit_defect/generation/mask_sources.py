@@ -18,6 +18,7 @@ from lit_defect.errors import DataError
 from lit_defect.generation.files import Bools, read_mask
 from lit_defect.generation.mask_rules import MaskRules, fix_to
 from lit_defect.generation.mask_shapes import fit_mask, vary
+from lit_defect.generation.options import KEY
 
 Pair = tuple[str, str]  # category, defect type
 RealMasks = Mapping[Pair, Sequence[tuple[str, Bools]]]  # name and mask (H, W) of the real defects; sizes may differ
@@ -109,7 +110,7 @@ class MaskSource(ABC):
             told = ", ".join(f"{times} {reason}" for reason, times in rejected.most_common())
             raise DataError(
                 f"no mask of {'/'.join(pair)} lies on the object ({TRIES} tries: {told}); look at the object's mask, "
-                "or set model.init_args.foreground to all"
+                f"or set {KEY}.foreground to all"
             )
         return Drawn(best[1], best[2], rejected)
 

@@ -105,10 +105,13 @@ class AnomalyDiffusion(Inversion):
                 normal = [s for s in data.samples["train"] if s.label == data.normal_class and s.source == "real"]
             else:
                 normal = list(data.samples["predict"])
+                data.setup("fit")  # the real defects, whose masks are varied
             if not normal:
                 raise UserError("there are no normal pictures to put defects on")
             data.samples[SOURCES] = normal
             data.serve_images = False
+            if self.pairs is not None:  # else a checkpoint will tell them
+                self._plan()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With the checkpoint the pairs are known, and what there is to make of them."""
@@ -123,8 +126,9 @@ class AnomalyDiffusion(Inversion):
         chosen = choose_pairs(self.pairs, options.types, categories)
         jobs = plan(self.pairs, chosen, categories, options.count, self._seed)
         self._groups = [jobs[i : i + options.batch] for i in range(0, len(jobs), options.batch)]
+        self._groups += [[]] * (self.trainer.world_size - len(self._groups))  # no process may be without one
         # One sample stands for a group: the loader gives each process its share of them.
-        self.data.samples["predict"] = [normal[group[0].source] for group in self._groups]
+        self.data.samples["predict"] = [normal[group[0].source if group else 0] for group in self._groups]
 
     @property
     def _seed(self) -> int:
@@ -147,11 +151,13 @@ class AnomalyDiffusion(Inversion):
         if self.trainer.is_global_zero:
             self.trainer.strategy.barrier("the data set is begun")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Make some groups of pictures."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Make some groups of pictures; their numbers."""
         assert self._maker is not None
         for group in batch["index"].tolist():
             self._maker.make(self._groups[group])
+        groups: Tensor = batch["index"]
+        return groups
 
     def on_predict_epoch_end(self) -> None:
         """Join what the processes have written."""

@@ -83,8 +83,8 @@ class DefectGeneration:
             seed=seed,
         )  # fmt: skip
         samples = task.data.samples["train"]
-        learnt = [(samples[i].name, samples[i].group) for found in positions.values() for i, _ in found]
-        self.store = GeneratedStore(root, about, learnt, rank)
+        varied = {(samples[i].name, samples[i].group) for found in positions.values() for i, _ in found}
+        self.store = GeneratedStore(root, about, task.learnt_from | varied, rank)
         self.done = self.store.done()
 
     # --- a group of jobs ---

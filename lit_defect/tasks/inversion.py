@@ -108,6 +108,7 @@ class Inversion(DefectTask):
         self.offset = offset_noise
         self.pairs = None if pairs is None else [(category, kind) for category, kind in pairs]
         self.base: LatentBase | None = None
+        self.learnt_from: set[tuple[str, str]] = set()  # name and group of each picture
         self._shots: dict[str, FewShots] = {}
 
     # --- what a subclass provides ---
@@ -143,6 +144,8 @@ class Inversion(DefectTask):
             raise UserError(f"{name} needs a data module with a good class and masks: set data.init_args.with_masks")
         if data.image_size is None:
             raise UserError(f"{name} needs pictures of one size: set data.init_args.image_size")
+        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
+            raise UserError(f"trainer.precision = {self.trainer.precision}: take 32-true, bf16-mixed or 16-mixed")
         if stage == "fit":
             found = Counter((s.category, s.defect_type) for s in self.defects("train"))
             if not found:
@@ -153,11 +156,18 @@ class Inversion(DefectTask):
                         f"{'/'.join(pair)} has {count} training picture: {name} needs {_FEWEST} of each type, so that "
                         "it does not learn one by heart; add some, or leave the type out of the data set"
                     )
-            pairs = sorted(found)
-            if self.pairs is not None and self.pairs != pairs:
-                raise UserError(f"the checkpoint knows {_named(self.pairs)}, the data have {_named(pairs)}")
-            self.pairs = pairs
+            self._check_pairs(self.pairs, sorted(found))
+            self.pairs = sorted(found)
+            self.learnt_from |= {(s.name, s.group) for s in self.defects("train")}
         self.hparams.update(pairs=[list(pair) for pair in self.pairs or ()])
+
+    @staticmethod
+    def _check_pairs(learnt: list[tuple[str, str]] | None, there: list[tuple[str, str]]) -> None:
+        if learnt is not None and learnt != there:
+            raise UserError(
+                f"the checkpoint knows {_named(learnt)}, the data have {_named(there)}: go on with the data options of "
+                "its run (config.yaml), or start a new one"
+            )
 
     def defects(self, split: str) -> list[Any]:
         """The defective samples of a split that are real."""
@@ -169,7 +179,7 @@ class Inversion(DefectTask):
         if self.base is not None:
             return
         base = LatentBase.open(self.base_source)
-        if self.data is not None and self.data.image_size is not None:
+        if self._trainer is not None and self.data is not None:  # else a checkpoint is opened without data
             base.check_size(*self.data.image_size)
         _, n = self.counts
         self.learnt = nn.ModuleDict()
@@ -228,6 +238,8 @@ class Inversion(DefectTask):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was learnt, and the hash of the base."""
         checkpoint["base"] = {"source": self.base_source, "fingerprint": self.network.fingerprint}
+        checkpoint["task"] = type(self).__name__
+        checkpoint["learnt_from"] = sorted(list(picture) for picture in self.learnt_from)
         state = checkpoint["state_dict"]
         for key in [key for key in state if not is_learnt(key)]:
             del state[key]
@@ -238,7 +250,10 @@ class Inversion(DefectTask):
         Raises:
             UserError: learnt on another base, for other pairs, or with other options.
         """
-        known = checkpoint.get("base", {})
+        name = type(self).__name__
+        if checkpoint.get("task") != name:
+            raise UserError(f"the checkpoint is of {checkpoint.get('task', 'another task')}, not of this {name}")
+        known = checkpoint["base"]
         if known.get("fingerprint") != self.network.fingerprint:
             raise UserError(
                 f"model.init_args.base: {self.base_source} ({self.network.fingerprint[:12]}) is not the base that this "
@@ -246,8 +261,11 @@ class Inversion(DefectTask):
                 "nothing to another base"
             )
         pairs: list[Any] = [tuple(pair) for pair in checkpoint.get("hyper_parameters", {}).get("pairs", ())]
-        if self.pairs is None or self.pairs != pairs:
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self._check_pairs(pairs, self.pairs or [])
+        if self.pairs != pairs or "tokens" not in self.learnt:
             self._make_tokens(pairs)
+        self.learnt_from |= {(picture, group) for picture, group in checkpoint["learnt_from"]}
         own = self.state_dict()
         learnt = checkpoint["state_dict"]
         misfit = sorted(
@@ -256,7 +274,7 @@ class Inversion(DefectTask):
         )
         if misfit:
             raise UserError(
-                f"the checkpoint does not fit this {type(self).__name__}: {misfit[0]} is missing, left over or of "
+                f"the checkpoint does not fit this {name}: {misfit[0]} is missing, left over or of "
                 "another shape; take the model's options from the config.yaml of its run"
             )
         learnt.update({key: value for key, value in own.items() if not is_learnt(key)})
@@ -272,6 +290,7 @@ class Inversion(DefectTask):
             "template": self.template,
             "pairs": json.dumps(self.pairs),
         }
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous().cpu() for key, value in self.learnt_state().items()}, path, about)
 
     def tokens_hash(self) -> str:
@@ -420,7 +439,7 @@ def mask_of(data: Any, split: str, position: int, size: Any) -> Tensor:
     if values is None or not values.any() or values.all():
         name = data.samples[split][position].name
         state = "has no mask" if values is None else "marks nothing" if not values.any() else "marks everything"
-        raise UserError(f"the mask of {name} {state}; mend it, or set data.init_args.on_bad_file to skip")
+        raise UserError(f"the mask of {name} {state}; mend it, or take the picture out of the data set")
     return torch.from_numpy(fit_mask(values > 0, (int(size[0]), int(size[1])))).float()
 
 
