@@ -77,8 +77,7 @@ class Foreground:
         self._folder = None if source in ("auto", "all") else Path(source).expanduser()
         if self._folder is not None and not self._folder.is_dir():
             raise UserError(
-                f"{KEY}.foreground = {source}: expected auto, all, or a folder of object masks; "
-                "there is no such folder"
+                f"{KEY}.foreground = {source}: expected auto, all, or a folder of object masks; there is no such folder"
             )
 
     def of(self, name: str, picture: Picture) -> Bools:

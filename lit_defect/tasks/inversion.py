@@ -251,9 +251,9 @@ class Inversion(DefectTask):
             UserError: learnt on another base, for other pairs, or with other options.
         """
         name = type(self).__name__
-        if checkpoint.get("task") != name:
-            raise UserError(f"the checkpoint is of {checkpoint.get('task', 'another task')}, not of this {name}")
-        known = checkpoint["base"]
+        known, kind = checkpoint.get("base"), checkpoint.get("task", name)
+        if known is None or kind != name:
+            raise UserError(f"the checkpoint is of {'another task' if known is None else kind}, not of this {name}")
         if known.get("fingerprint") != self.network.fingerprint:
             raise UserError(
                 f"model.init_args.base: {self.base_source} ({self.network.fingerprint[:12]}) is not the base that this "
@@ -265,7 +265,7 @@ class Inversion(DefectTask):
             self._check_pairs(pairs, self.pairs or [])
         if self.pairs != pairs or "tokens" not in self.learnt:
             self._make_tokens(pairs)
-        self.learnt_from |= {(picture, group) for picture, group in checkpoint["learnt_from"]}
+        self.learnt_from |= {(picture, group) for picture, group in checkpoint.get("learnt_from", ())}
         own = self.state_dict()
         learnt = checkpoint["state_dict"]
         misfit = sorted(
