@@ -7,7 +7,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test slow lint environment
+# make anomaly DATA=FOLDER: generated defects, and what they are worth, on a folder in MVTec AD's layout; goes on where it
+# was stopped.
+CHAIN := --data.root "$(DATA)" --run_id chain --resume
+STEPS := experiments/anomaly_diffusion
+FIT := $(BIN)/python -m lit_defect fit
+
+.PHONY: quickstart test slow lint anomaly environment
 
 quickstart: environment
 	$(BIN)/python -m lit_defect fit --config experiments/quickstart.yaml
@@ -26,6 +32,17 @@ slow: environment
 
 lint: environment
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+anomaly: environment
+	@test -d "$(DATA)" || { echo "name a folder in MVTec AD's layout: make anomaly DATA=/path/to/tiles" >&2; exit 1; }
+	$(FIT) --config $(STEPS)/autoencoder_magnetic_tile.yaml $(CHAIN)
+	$(FIT) --config $(STEPS)/base_magnetic_tile.yaml --model.autoencoder runs/autoencoder_magnetic_tile/chain $(CHAIN)
+	$(FIT) --config $(STEPS)/anomaly_magnetic_tile.yaml --model.base runs/base_magnetic_tile/chain $(CHAIN)
+	$(BIN)/python -m lit_defect predict --config runs/anomaly_magnetic_tile/chain/config.yaml --run_id chain --ckpt_path last
+	$(FIT) --config $(STEPS)/localizer_magnetic_tile.yaml $(CHAIN)
+	$(FIT) --config $(STEPS)/localizer_magnetic_tile.yaml --experiment localizer_generated \
+		--data.synthetic runs/anomaly_magnetic_tile/chain/generated $(CHAIN)
+	$(BIN)/python -m lit_defect.reporting.localization real=runs/localizer_magnetic_tile generated=runs/localizer_generated
 
 environment: $(READY)
 

@@ -284,7 +284,8 @@ class LatentDiffusion(DefectTask):
         bank = self._banks.get("val") or self._banks.get("train")
         if bank is None:
             return
-        prompts = [bank.captions[row % len(bank.captions)][row % len(bank.captions[0])] for row in range(_SHOWN)]
+        said = sorted({caption for captions in bank.captions for caption in captions}, key=lambda c: (" with " in c, c))
+        prompts = [said[round(i * (len(said) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)]
         networks: Any = self.ema.module
         ids = torch.stack([encode_prompt(self.tokenizer, prompt, 0).ids for prompt in (*prompts, "")]).to(self.device)
         states = text_states(networks["text"], ids, None, ())

@@ -150,11 +150,13 @@ class MaskDiffusion(Inversion):
         self._sampler = make_sampler(self.network, {**settings, "strength": 1.0})
 
     @torch.no_grad()
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Make some groups of masks; those that are there stay."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Make some groups of masks, those that are there stay; the groups' numbers."""
         size = self.generation.batch
         for group in batch["index"].tolist():
             self._make(self._jobs[group * size : (group + 1) * size])
+        groups: Tensor = batch["index"]
+        return groups
 
     def _make(self, jobs: list[tuple[int, int]]) -> None:
         assert self.pairs is not None
