@@ -11,7 +11,9 @@ of one's own.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from lit_defect.nets.weights import knock_at_hub
 KEY = "model.init_args.base"
 INDEX = "model_index.json"
 _PARTS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text_encoder": ("text_encoder", "bert")}
-_FETCHED = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
+_FOLDERS = (*itertools.chain(*_PARTS.values()), "tokenizer", "scheduler")
+_DESCRIPTIONS = ("*.json", "*.txt", "*.model")
+_OTHER_PRECISIONS = ("*.fp16*", "*.non_ema*")
 
 
 class LatentBase(nn.Module):
@@ -65,7 +69,7 @@ class LatentBase(nn.Module):
         self.shift = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
         self.multiple = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         self.width = int(self.text_encoder.get_input_embeddings().weight.shape[1])
-        _check_channels(self)
+        _check_agreement(self)
         self.fingerprint = fingerprint(self.state_dict())
         self.requires_grad_(False).eval()
 
@@ -88,9 +92,8 @@ class LatentBase(nn.Module):
         except UserError:
             raise
         except Exception as error:  # a damaged folder fails in as many ways as there are files
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{KEY}: the pipeline in {folder} cannot be opened ({reason}); copy or train it again"
+                f"{KEY}: the pipeline in {folder} cannot be opened ({_reason(error)}); copy or train it again"
             ) from error
         return cls(**parts, tokenizer=tokenizer, scheduler=scheduler, source=source)
 
@@ -179,24 +182,35 @@ def _folder(source: str) -> Path:
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    """The folder of a repository in the hub's cache, fetched if it is not there."""
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
-    arguments: dict[str, Any] = {"allow_patterns": [f"*/{kind}" for kind in _FETCHED] + ["*.json"]}
     try:
-        return Path(snapshot_download(source, local_files_only=True, **arguments))
-    except Exception:  # it is not cached
-        pass
-    try:
+        index = try_to_load_from_cache(source, INDEX)
+        if isinstance(index, str) and _is_whole(Path(index).parent):  # whoever has put it there
+            return Path(index).parent
         if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
+            raise OSError("it is not in the cache, and HF_HUB_OFFLINE is set")
         knock_at_hub()
-        return Path(snapshot_download(source, **arguments))
+        for weights in ("*.safetensors", "*.bin"):  # the latter only where there are none of the former
+            wanted = [f"{part}/{kind}" for part in _FOLDERS for kind in (*_DESCRIPTIONS, weights)]
+            options: Any = {"allow_patterns": [INDEX, *wanted], "ignore_patterns": list(_OTHER_PRECISIONS)}
+            folder = Path(snapshot_download(source, **options))
+            if _is_whole(folder):
+                break
+        return folder
     except Exception as error:  # the client's errors have changed their base class between versions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{KEY}: could not fetch {source} from the hub ({reason}). Copy the pipeline's folder here and name it, or "
-            "train a base on your own pictures: experiments/anomaly_diffusion/base_*.yaml"
+            f"{KEY}: could not fetch {source} from the hub ({_reason(error)}). Copy the pipeline's folder here and "
+            "name it, or train a base on your own pictures: experiments/anomaly_diffusion/base_*.yaml"
         ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cached pipeline, of which a client may have fetched some files only, has all that is opened."""
+    weights = {path.parent.name for kind in ("safetensors", "bin") for path in folder.glob(f"*/*.{kind}")}
+    others = all((folder / part).is_dir() for part in ("tokenizer", "scheduler"))
+    return others and all(weights.intersection(names) for names in _PARTS.values())
 
 
 def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
@@ -207,10 +221,7 @@ def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     if index.get("text_encoder_2", [None, None])[1]:
         raise UserError(f"{KEY}: {folder} has two text encoders (Stable Diffusion XL); take a model with one")
-    name = next((name for name in _PARTS[part] if index.get(name, [None, None])[1]), None)
-    if name is None:
-        raise UserError(f"{KEY}: the pipeline in {folder} has no {part}: {', '.join(sorted(index))}")
-    kind = str(index[name][1])
+    name, kind = _entry(folder, index, _PARTS[part])
     expected = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}.get(part, kind)
     if kind != expected:
         raise UserError(f"{KEY}: the {name} in {folder} is a {kind}, expected a {expected}")
@@ -221,23 +232,52 @@ def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
         factory = pipeline_latent_diffusion.LDMBertModel
     if factory is None:
         raise UserError(f"{KEY}: diffusers and transformers have no {kind}, the {name} in {folder}")
-    loaded: nn.Module = factory.from_pretrained(folder / name)
-    return loaded.float()
+    loaded, report = factory.from_pretrained(folder / name, output_loading_info=True)
+    if report["missing_keys"]:  # both libraries fill them with random numbers
+        raise UserError(
+            f"{KEY}: the weights of the {name} in {folder} lack {', '.join(sorted(report['missing_keys']))}"
+        )
+    network: nn.Module = loaded.float()
+    return network
 
 
 def _load_tokenizer(folder: Path, index: dict[str, Any]) -> Any:
     import transformers
 
-    kind = str(index["tokenizer"][1])
+    _, kind = _entry(folder, index, ("tokenizer",))
     factory: Any = getattr(transformers, kind, transformers.AutoTokenizer)
     return factory.from_pretrained(folder / "tokenizer")
 
 
-def _check_channels(base: LatentBase) -> None:
+def _entry(folder: Path, index: dict[str, Any], names: Sequence[str]) -> tuple[str, str]:
+    """What a part is called in the index, of the names it may have, and its class."""
+    for name in names:
+        if index.get(name, [None, None])[1]:
+            return name, str(index[name][1])
+    raise UserError(f"{KEY}: the pipeline in {folder} has no {names[0]}: {', '.join(sorted(index))}")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_agreement(base: LatentBase) -> None:
+    """Raises `UserError` if the parts are not made for one another, or answer what has no name here."""
     wanted, known = int(base.unet.config.in_channels), base.channels
     if wanted != known:
         kind = "an inpainting model" if wanted == 2 * known + 1 else "a model that takes a picture beside the noise"
         raise UserError(
             f"{KEY}: the U-Net of {base.source} takes {wanted} channels, its autoencoder gives {known}: it is {kind}; "
             "take its text-to-image relative"
+        )
+    taken, given = base.unet.config.cross_attention_dim, base.text_encoder.config.hidden_size
+    if isinstance(taken, int) and taken != given:  # a list has one for each level
+        raise UserError(
+            f"{KEY}: the U-Net of {base.source} attends to states of width {taken}, its text encoder gives {given}: "
+            "they belong to different models"
+        )
+    if base.prediction not in ("epsilon", "v_prediction", "sample"):
+        raise UserError(
+            f"{KEY}: the scheduler of {base.source} has prediction_type {base.prediction}; known are epsilon, "
+            "v_prediction and sample"
         )

@@ -68,8 +68,8 @@ class ForwardProcess:
         schedule = names.get(config.get("beta_schedule", "linear"))
         if schedule is None or config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
             raise UserError(
-                f"the scheduler has beta_schedule {config.get('beta_schedule')}, trained_betas or "
-                f"rescale_betas_zero_snr; known are {', '.join(names)}, without the latter two"
+                f"model.init_args.base: its scheduler has beta_schedule {config.get('beta_schedule')}, trained_betas "
+                f"or rescale_betas_zero_snr; known are {', '.join(names)}, without the latter two"
             )
         ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
         return cls(config.get("num_train_timesteps", 1000), cast(BetaSchedule, schedule), ends)
