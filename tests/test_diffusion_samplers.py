@@ -320,7 +320,7 @@ def test_two_chains_of_one_sampler_do_not_meet():
         (10, -0.1, r"model\.init_args\.strength = -0\.1: expected a share of the steps, 0 to 1"),
         (10, 1.5, r"model\.init_args\.strength = 1\.5"),
         (10, float("nan"), r"model\.init_args\.strength = nan"),
-        (0, 0.5, r"model\.init_args\.steps = 0: must divide model\.init_args\.train_steps = 1000, such as 1, 2, 4, 5"),
+        (0, 0.5, r"model\.init_args\.steps = 0: must divide the 1000 steps .* such as 1, 2, 4, 5"),
         (30, 0.5, r"model\.init_args\.steps = 30: must divide .* such as 10, 20, 25, 40"),
         (2000, 0.5, r"such as 200, 250, 500, 1000"),
         (2, 0.3, r"steps = 2 and strength = 0\.3 leave no step to do: set steps to at least 4, or strength to 0"),

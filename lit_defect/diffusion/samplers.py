@@ -47,8 +47,8 @@ class Sampler:
         if steps < 1 or total % steps:
             near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))[:4]
             raise UserError(
-                f"model.init_args.steps = {steps}: must divide model.init_args.train_steps = {total}, such as "
-                f"{', '.join(map(str, sorted(near)))}"
+                f"model.init_args.steps = {steps}: must divide the {total} steps of the diffusion (train_steps), such "
+                f"as {', '.join(map(str, sorted(near)))}"
             )
         own = 1.0 if name == "ddpm" else 0.0
         self.eta = own if eta is None else eta
@@ -62,7 +62,7 @@ class Sampler:
         if strength > 0 and self.calls == 0:
             raise UserError(
                 f"model.init_args.steps = {steps} and strength = {strength} leave no step to do: set steps to at "
-                f"least {int(1 / strength + 0.999999)}, or strength to 0 for the first stage as it is"
+                f"least {int(1 / strength + 0.999999)}, or strength to 0 for the input as it is"
             )
         stride = total // steps
         self.timesteps = [stride * (k + 1) - 1 for k in reversed(range(self.calls))]

@@ -2,7 +2,7 @@
 
     preset   sampler    steps  eta  strength  reweight  candidates
     paper    ddim       200    1    1.0       paper     1            Hu et al., section 4
-    fast     dpmsolver  20     -    0.9       off       2            an ninth of the network calls of one picture
+    fast     dpmsolver  20     -    0.9       off       2            36 network calls for a picture, not 200
 
 Whatever is given beside a preset takes the place of its own value.
 """
@@ -77,9 +77,9 @@ class Generation:
             number = getattr(self, key)
             if number is not None and number < 1:
                 raise UserError(f"{KEY}.{key} = {number}: expected at least 1")
-        if self.guidance < 1:
+        if not self.guidance >= 1:
             raise UserError(f"{KEY}.guidance = {self.guidance}: expected 1 (none) or more")
-        if self.feather < 0:
+        if not self.feather >= 0:
             raise UserError(f"{KEY}.feather = {self.feather}: expected pixels, 0 or more")
 
     def resolved(self) -> Mapping[str, Any]:

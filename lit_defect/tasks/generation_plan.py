@@ -67,11 +67,15 @@ def choose_pairs(pairs: Sequence[tuple[str, str]], types: Sequence[str] | None, 
     """The pairs of these defect types, of categories that there are pictures of.
 
     Raises:
-        UserError: an unknown type.
+        UserError: an unknown type, or none of those asked for has a normal picture.
     """
     known = sorted({kind for _, kind in pairs})
     for kind in types or ():
         if kind not in known:
             raise UserError(f"model.init_args.generation.types: {kind!r} was not learnt; there are {', '.join(known)}")
     there = set(categories)
-    return [pair for pair in pairs if (not types or pair[1] in types) and (pair[0] in there or there == {""})]
+    wanted = [pair for pair in pairs if not types or pair[1] in types]
+    chosen = [pair for pair in wanted if pair[0] in there or there == {""}]
+    if not chosen:
+        raise UserError(f"there is no normal picture of {wanted[0][0]!r} to put a defect on")
+    return chosen
