@@ -63,7 +63,9 @@ def sample(
     process, scheduler = sampler.process, sampler.begin()
     noise = draw_normal(shape, generators, like)
     state = noise
-    if region is not None and sampler.timesteps:
+    if region is not None:
+        if not sampler.timesteps:  # a strength of 0
+            return region.normal
         state = process.add_noise(region.normal, noise, _steps(sampler.timesteps[0], noise))
     for step in sampler.timesteps:
         t = _steps(step, state)
