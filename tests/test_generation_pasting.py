@@ -208,12 +208,12 @@ def test_change_is_the_mean_of_grey_levels_on_either_side():
             for channel in range(3):
                 sums[mask[y, x]] += abs(float(normal[y, x, channel]) - float(generated[y, x, channel]))
                 numbers[mask[y, x]] += 1
-    inside, outside = change(normal, generated / 255, mask)
+    inside, outside = change(normal / 255, generated / 255, mask)
     assert inside == pytest.approx(sums[True] / numbers[True])
     assert outside == pytest.approx(sums[False] / numbers[False])
-    assert change(normal, generated / 255, np.zeros((9, 7), bool))[0] == 0
-    assert change(normal, generated / 255, np.ones((9, 7), bool))[1] == 0
-    assert math.isnan(change(normal, np.full((9, 7, 3), np.nan), mask)[0])
+    assert change(normal / 255, generated / 255, np.zeros((9, 7), bool))[0] == 0
+    assert change(normal / 255, generated / 255, np.ones((9, 7), bool))[1] == 0
+    assert math.isnan(change(normal / 255, np.full((9, 7, 3), np.nan), mask)[0])
 
 
 def test_covered_is_the_share_of_what_was_asked_for():
@@ -293,5 +293,17 @@ def test_when_all_are_rejected_the_most_frequent_reason_is_told():
 
 @pytest.mark.parametrize(("name", "value"), [("least_change", -1), ("least_change", math.nan), ("least_covered", 1.1)])
 def test_a_rule_out_of_range_names_its_key(name, value):
-    with pytest.raises(UserError, match=rf"model\.init_args\.{name} = "):
+    with pytest.raises(UserError, match=rf"generation\.{name} = "):
         Rule(**{"least_change": 5, "least_covered": 0.5, name: value})
+
+
+def test_a_change_keeps_the_grain_of_the_normal_picture():
+    rng = np.random.default_rng(0)
+    normal = rng.integers(60, 180, (20, 30, 3), dtype=np.uint8)
+    mask = np.zeros((20, 30), bool)
+    mask[5:15, 8:20] = True
+    flat = np.full((20, 30, 3), 0.5)  # an autoencoder that keeps nothing of the grain
+    result, _ = paste_back(normal, flat - 0.1, mask, 0, flat)
+    assert np.array_equal(result[~mask], normal[~mask])
+    assert np.array_equal(result[mask], np.rint(normal[mask] - 25.5).astype(np.uint8))
+    assert np.array_equal(paste_back(normal, flat, mask, 0, flat)[0], normal)  # where nothing changes, nothing does

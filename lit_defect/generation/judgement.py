@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_defect.errors import UserError
-from lit_defect.generation.files import Bools, Picture
+from lit_defect.generation.files import Bools
 from lit_defect.generation.options import KEY
 
 Floats = NDArray[np.floating]
@@ -106,15 +106,14 @@ class Rule:
         return Verdict(chosen, reasons)
 
 
-def change(normal: Picture, generated: Floats, mask: Bools) -> tuple[float, float]:
+def change(normal: Floats, generated: Floats, mask: Bools) -> tuple[float, float]:
     """Mean absolute change inside and outside of a mask, in grey levels; 0 where there are no such pixels.
 
     Args:
-        normal: (h, w, 3) uint8, at the generated picture's size.
-        generated: (h, w, 3) in [0, 1].
+        normal, generated: (h, w, 3) in [0, 1].
         mask: (h, w) bool.
     """
-    difference = np.abs(generated * 255.0 - normal).mean(axis=2)
+    difference = 255 * np.abs(generated - normal).mean(axis=2)
     inside, outside = (float(difference[part].mean()) if part.any() else 0.0 for part in (mask, ~mask))
     return inside, outside
 

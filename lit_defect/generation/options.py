@@ -19,7 +19,14 @@ KEY = "model.init_args.generation"
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"sampler": "ddim", "steps": 200, "eta": 1.0, "strength": 1.0, "reweight": "paper", "candidates": 1},
-    "fast": {"sampler": "dpmsolver", "steps": 20, "eta": None, "strength": 0.9, "reweight": "off", "candidates": 2},
+    "fast": {
+        "sampler": "dpmsolver",
+        "steps": 20,
+        "eta": None,
+        "strength": 0.9,
+        "reweight": "official",
+        "candidates": 2,
+    },
 }
 
 
@@ -40,6 +47,8 @@ class Generation:
         candidates: of each picture, of which the best is taken.
         masks: `augmented` real masks, or a folder that `MaskDiffusion` wrote.
         foreground: where a defect may lie: `auto` (estimated), `all`, or a folder of object masks.
+        paste: what goes into the normal picture: the `change` against its own reconstruction, so that its grain stays
+            whatever the base can't hold, or the generated `picture` as it is (the paper's, which keeps all of it).
         feather: pixels of the picture inside the mask over which the defect fades in.
         least_change: grey levels within the mask, on average, below which nothing has changed.
         least_covered: share of the mask that must have changed.
@@ -64,6 +73,7 @@ class Generation:
     candidates: int | None = None
     masks: str = "augmented"
     foreground: str = "auto"
+    paste: Literal["change", "picture"] = "change"
     feather: float = 2.0
     least_change: float = 3.0
     least_covered: float = 0.3

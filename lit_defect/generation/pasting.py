@@ -17,8 +17,13 @@ _NEAR = 1.5  # radii of a disc around its middle that reach into the corners of 
 Floats = NDArray[np.floating]
 
 
-def paste_back(normal: Picture, generated: Floats, mask: Bools, feather: float) -> tuple[Picture, Bools]:
+def paste_back(
+    normal: Picture, generated: Floats, mask: Bools, feather: float, reconstructed: Floats | None = None
+) -> tuple[Picture, Bools]:
     """Blend the inside of the mask into the normal picture.
+
+    With `reconstructed` it is the change that goes in, generated minus reconstructed, added to the normal picture: what
+    the autoencoder and the smaller size have lost of its grain stays, and where nothing was generated nothing changes.
 
     Where the normal picture is grey (three equal channels) the defect becomes grey, too: a tint would give it away.
 
@@ -27,6 +32,8 @@ def paste_back(normal: Picture, generated: Floats, mask: Bools, feather: float) 
         generated: (h, w, 3) in [0, 1]; what is not a number leaves the normal picture as it is.
         mask: (h, w) bool.
         feather: pixels of the normal picture from the mask's border to where only the generated picture counts.
+        reconstructed: (h, w, 3) in [0, 1], the normal picture as the autoencoder gives it back; None to put in the
+            generated picture itself.
 
     Returns:
         The picture (H, W, 3) uint8, equal to `normal` outside the mask; and the mask (H, W) bool.
@@ -34,6 +41,8 @@ def paste_back(normal: Picture, generated: Floats, mask: Bools, feather: float) 
     size = normal.shape[:2]
     large = fit_mask(mask, size)
     defect = _resized(generated, size) * 255
+    if reconstructed is not None:
+        defect += normal - _resized(reconstructed, size) * 255
     if (normal == normal[..., :1]).all():
         defect = np.repeat(defect.mean(axis=2, keepdims=True), 3, axis=2)
     weight = feathered(large, feather)[..., None]

@@ -40,6 +40,14 @@ class Candidate(NamedTuple):
     measures: Measures
 
 
+class Original(NamedTuple):
+    """A normal picture (H, W, 3) uint8, its object (H, W), and what it is compared with (h, w, 3) in [0, 1]."""
+
+    picture: Any
+    area: Any
+    before: Any
+
+
 class DefectGeneration:
     """Carries out the jobs of a generation.
 
@@ -106,9 +114,12 @@ class DefectGeneration:
         normal = torch.cat([self._small(picture) for picture in originals])  # (J, 3, H, W) in [0, 1]
         masks = torch.from_numpy(np.stack([found.mask for found in drawn]))[:, None].float().to(self.task.device)
         pictures, latents = self.generate(jobs, normal, masks)  # (J, N, ...)
+        # What a candidate is compared with: the normal picture, or what the autoencoder makes of it.
+        plain = self.options.paste == "picture"
+        before = _plain(normal if plain else (self.base.decode(self.base.encode(2 * normal - 1)) + 1) / 2)
         for row, job in enumerate(jobs):
             if job.number not in self.done:
-                original = (originals[row], _levels(normal[row]), objects[row])
+                original = Original(originals[row], objects[row], before[row])
                 self._write(job, drawn[row], original, _plain(pictures[row]), latents[row])
 
     def generate(self, jobs: Sequence[Job], normal: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +153,7 @@ class DefectGeneration:
         split = (len(jobs), count)
         return pictures.unflatten(0, split), latents.unflatten(0, split)
 
-    def _write(self, job: Job, drawn: Drawn, original: Any, pictures: Any, latents: Tensor) -> None:
+    def _write(self, job: Job, drawn: Drawn, original: Original, pictures: Any, latents: Tensor) -> None:
         """Judge the candidates (N, H, W, 3) of a job and write the best."""
         places = torch.from_numpy(drawn.mask)[None, None].float()
         candidates = [
@@ -160,17 +171,18 @@ class DefectGeneration:
         self.store.add(made, shown.picture if taken else None, shown.label if taken else None, kept)
         self.done.add(job.number)
 
-    def _candidate(self, job: Job, drawn: Drawn, original: Any, picture: Any, descriptor: Any) -> Candidate:
-        native, small, area = original
-        result, asked = paste_back(native, picture, drawn.mask, self.options.feather)
+    def _candidate(self, job: Job, drawn: Drawn, original: Original, picture: Any, descriptor: Any) -> Candidate:
+        native = original.picture
+        reference = original.before if self.options.paste == "change" else None
+        result, asked = paste_back(native, picture, drawn.mask, self.options.feather, reference)
         label = repair_label(native, result, asked, self.options.least_change) if self.options.repair else asked
-        inside, outside = change(small, picture, drawn.mask)
+        inside, outside = change(original.before, picture, drawn.mask)
         measures = Measures(
             change_inside=inside,
             change_outside=outside,
             covered=covered(asked, label),
             likeness=likeness(descriptor, self.real[job.pair]),
-            mask_fault=self.rules[job.pair].fault(label, area),
+            mask_fault=self.rules[job.pair].fault(label, original.area),
         )
         return Candidate(result, label, measures)
 
@@ -327,10 +339,6 @@ def _stream(words: Sequence[int]) -> Generator:
 
 def _draws(shape: Sequence[int], streams: Sequence[Generator]) -> Tensor:
     return torch.stack([torch.randn(*shape[1:], generator=stream) for stream in streams])
-
-
-def _levels(picture: Tensor) -> Any:
-    return (255 * picture).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def _plain(pictures: Tensor) -> Any:
