@@ -187,14 +187,16 @@ def test_darker_counts_as_brighter_and_channels_are_averaged():
     assert repair_label(normal, result, everywhere, 10.1).sum() == 0
 
 
-def test_single_unchanged_pixels_do_not_perforate_the_label():
-    normal, mask = np.zeros((20, 20, 3), np.uint8), disc((20, 20), (8, 8), 9)  # reaches over the frame
-    result = np.where(mask[..., None], np.uint8(9), normal)
-    for y, x in ((8, 8), (5, 10), (12, 4), (0, 8), (8, 0)):
-        result[y, x] = 0
-    np.testing.assert_array_equal(repair_label(normal, result, mask, 5), mask)
-    result[6:11, 6:11] = 0  # but a hole is a hole
-    assert not repair_label(normal, result, mask, 5)[8, 8]
+def test_what_a_change_encloses_is_of_the_label_and_a_bay_is_not():
+    normal = np.full((20, 30, 3), 100, np.uint8)
+    mask = box((20, 30), 3, 3, 17, 27)
+    result = np.where(mask[..., None], np.uint8(110), normal)
+    result[6:11, 6:11] = 100  # a hole
+    result[5:14, 20:27] = 100  # a bay, open to the mask's border
+    label = repair_label(normal, result, mask, 5)
+    assert label[6:11, 6:11].all()
+    assert not label[7:12, 22:27].any()
+    assert label.sum() > 0.7 * mask.sum()
 
 
 # --- measures ---

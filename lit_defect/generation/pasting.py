@@ -86,7 +86,7 @@ def _around(mask: Bools) -> tuple[slice, slice]:
 
 
 def repair_label(normal: Picture, result: Picture, mask: Bools, least: float) -> Bools:
-    """Where the picture has really changed within the mask; what encloses no more than a pixel or two is filled.
+    """Where the picture has really changed within the mask; what a change encloses belongs to it, as annotators see it.
 
     Args:
         normal, result: (H, W, 3) uint8.
@@ -98,7 +98,7 @@ def repair_label(normal: Picture, result: Picture, mask: Bools, least: float) ->
     """
     difference = np.abs(result.astype(np.int16) - normal).mean(axis=2)
     changed = np.pad((difference >= least) & mask, 1)  # the frame must not hinder the closing
-    closed = ndimage.binary_closing(changed, structure=np.ones((3, 3)))[1:-1, 1:-1]
+    closed = ndimage.binary_fill_holes(ndimage.binary_closing(changed, structure=np.ones((3, 3))))[1:-1, 1:-1]
     return np.asarray(closed & mask)
 
 
