@@ -55,7 +55,8 @@ def edit_of(before: npt.NDArray[np.float32], after: npt.NDArray[np.float32], mas
     least, most = np.linalg.eigvalsh(spread + np.eye(2) / 12)  # a pixel has a width of its own
     shape = SHAPES[int((most / least) ** 0.5 >= _LONG)]
     height, width = mask.shape
-    place = f"{ROWS[int(3 * rows.mean() / height)]} {COLUMNS[int(3 * columns.mean() / width)]}"
+    row, column = (rows.mean() + 0.5) / height, (columns.mean() + 0.5) / width  # of the centre, 0 to 1
+    place = f"{ROWS[int(3 * row)]} {COLUMNS[int(3 * column)]}"
     return f"with a {size} {tone} {shape} at the {place}"
 
 
@@ -76,23 +77,23 @@ def make_tokenizer(texts: Iterable[str], length: int) -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
+    # Ends of words are tokens of their own kind, which the trainer would make of those it meets, in no fixed order; so
+    # would be the merges, and a resumed run's tokenizer not that of the first.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])  # type: ignore[assignment]
     learner.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in letters)],
+        initial_alphabet=letters,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
-    # A letter that ends a word is a token of its own kind, which the trainer makes of those it has met only.
     vocab = learner.get_vocab()
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab.setdefault(f"{letter}</w>", len(vocab))
     merges: Any = [tuple(pair) for pair in _merges(learner)]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
