@@ -139,7 +139,8 @@ class Inversion(DefectTask):
         super().setup(stage)
         data, name = self.data, type(self).__name__
         if stage not in ("fit", "predict"):
-            raise UserError(f"{name} is judged by what it makes (python -m lit_defect.quality): it has no verb {stage}")
+            verb = getattr(stage, "value", stage)
+            raise UserError(f"{name} is judged by what it makes (python -m lit_defect.quality): it has no verb {verb}")
         if data is None or data.normal_class is None or not data.with_masks:
             raise UserError(f"{name} needs a data module with a good class and masks: set data.init_args.with_masks")
         if data.image_size is None:
@@ -374,6 +375,10 @@ class Inversion(DefectTask):
         if rows:
             loss = self._loss(shots, torch.tensor(rows), torch.zeros(len(rows), dtype=torch.int64))
             self.log("val/loss", loss, batch_size=len(rows), prog_bar=True, sync_dist=self.trainer.world_size == 1)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Without it Lightning would refuse in words of its own; `setup` comes before."""
+        raise NotImplementedError
 
     def _loss(self, shots: FewShots, rows: Tensor, views: Tensor) -> Tensor:
         base, device = self.network, self.device
