@@ -17,7 +17,8 @@ from lit_defect.diffusion.attention import CrossAttention
 from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.errors import DataError, UserError
 from lit_defect.tasks import AnomalyDiffusion, MaskDiffusion
-from lit_defect.tasks.inversion import EXPORT, FewShots
+from lit_defect.tasks.few_shots import FewShots
+from lit_defect.tasks.learnt_files import EXPORT
 from lit_defect.tasks.views import view
 from tests.anomaly_diffusion import NATIVE, PAIRS, SIZE, make_base, make_parts, parts, task_of, write_config
 from tests.contrastive import make_trainer

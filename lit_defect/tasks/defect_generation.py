@@ -25,8 +25,8 @@ from lit_defect.generation.options import KEY, Generation
 from lit_defect.generation.pasting import paste_back, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.losses.diffusion import latent_mask
+from lit_defect.tasks.few_shots import mask_of
 from lit_defect.tasks.generation_plan import Job
-from lit_defect.tasks.inversion import mask_of
 from lit_defect.tasks.views import resize, unit_range
 
 _MASK, _SAMPLE = 1, 2  # every kind of draw of a job has its own random stream
@@ -176,6 +176,7 @@ class DefectGeneration:
         reference = original.before if self.options.paste == "change" else None
         result, asked = paste_back(native, picture, drawn.mask, self.options.feather, reference)
         label = repair_label(native, result, asked, self.options.least_change) if self.options.repair else asked
+        result = np.where(label[..., None], result, native)  # what changed too little to be marked, has not
         inside, outside = change(original.before, picture, drawn.mask)
         measures = Measures(
             change_inside=inside,

@@ -7,11 +7,10 @@ Checkpoints hold what was learnt and the hash of the base, not the base.
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +19,17 @@ from lit_defect.diffusion.attention import CrossAttention
 from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.diffusion.prompts import Prompt, encode_prompt, text_states
 from lit_defect.errors import UserError
-from lit_defect.generation.mask_shapes import fit_mask
 from lit_defect.losses.diffusion import min_snr_weights, offset_noise
 from lit_defect.nets.fitting import fingerprint
 from lit_defect.nets.inserted_tokens import AnomalyTokens, SpatialEncoder
 from lit_defect.tasks.base import Batch, DefectTask
+from lit_defect.tasks.few_shots import FewShots, encode_shots, is_shot
+from lit_defect.tasks.learnt_files import EXPORT, is_learnt, start_from, write_learnt
 from lit_defect.tasks.pixels import Listed
-from lit_defect.tasks.views import VIEWS, unit_range, view
+from lit_defect.tasks.views import VIEWS
 
-EXPORT = "learnt.safetensors"
 _LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 _FEWEST = 2
-
-
-class FewShots(NamedTuple):
-    """The defective pictures of a split, encoded in every view.
-
-    Attributes:
-        moments: (n, V, 2 C, h, w) float32 on the CPU.
-        masks: (n, V, 1, H, W) uint8.
-        pairs: (n,) int64, row of each picture's (category, defect type).
-        row_of: index of a sample in its split -> row.
-    """
-
-    moments: Tensor
-    masks: Tensor
-    pairs: Tensor
-    row_of: dict[int, int]
 
 
 class Inversion(DefectTask):
@@ -62,6 +45,7 @@ class Inversion(DefectTask):
             mean square.
         lora: rank of low-rank adapters in the U-Net's attention; 0 for none (the paper).
         spatial_lr, lora_lr: learning rates as shares of `lr`.
+        start: `learnt.safetensors` of another run on the same base, to go on from with other pictures or further types.
         augment: views that training draws from: `none`, `flip`, `flips`, `dihedral`.
         min_snr_gamma: of min-SNR weighting; null weighs all steps alike (the paper).
         offset_noise: strength of noise that is constant over a picture.
@@ -82,6 +66,7 @@ class Inversion(DefectTask):
         lora: int = 0,
         spatial_lr: float = 1.0,
         lora_lr: float = 1.0,
+        start: str | None = None,
         augment: Listed = "flips",
         min_snr_gamma: float | None = None,
         offset_noise: float = 0.0,
@@ -103,6 +88,7 @@ class Inversion(DefectTask):
         self.prompt_noise = prompt_noise
         self.lora = lora
         self.lr_shares = {"spatial": spatial_lr, "lora": lora_lr}
+        self.start = None if start is None else Path(start).expanduser()
         self.augment: Listed = augment
         self.min_snr_gamma = min_snr_gamma
         self.offset = offset_noise
@@ -173,7 +159,7 @@ class Inversion(DefectTask):
     def defects(self, split: str) -> list[Any]:
         """The defective samples of a split that are real."""
         samples = self.data.samples.get(split, ())
-        return [s for s in samples if s.label != self.data.normal_class and s.source == "real"]
+        return [sample for sample in samples if is_shot(self.data, sample)]
 
     def configure_model(self) -> None:
         """Open the base and make what is learnt."""
@@ -280,20 +266,6 @@ class Inversion(DefectTask):
             )
         learnt.update({key: value for key, value in own.items() if not is_learnt(key)})
 
-    def export(self, path: Path) -> None:
-        """Write what was learnt as safetensors, with the base's hash and the pairs in its header."""
-        from safetensors.torch import save_file
-
-        about = {
-            "task": type(self).__name__,
-            "base": self.base_source,
-            "fingerprint": self.network.fingerprint,
-            "template": self.template,
-            "pairs": json.dumps(self.pairs),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous().cpu() for key, value in self.learnt_state().items()}, path, about)
-
     def tokens_hash(self) -> str:
         """SHA-256 of what was learnt."""
         return fingerprint(self.learnt_state())
@@ -302,7 +274,7 @@ class Inversion(DefectTask):
         """Write `learnt.safetensors` into the run's folder."""
         trainer = self.trainer
         if not getattr(trainer, "fast_dev_run", False) and trainer.is_global_zero:
-            self.export(Path(trainer.default_root_dir) / EXPORT)
+            write_learnt(self, Path(trainer.default_root_dir) / EXPORT)
 
     # --- training ---
 
@@ -317,48 +289,18 @@ class Inversion(DefectTask):
         return groups
 
     def on_fit_start(self) -> None:
-        """Encode the few pictures once."""
+        """Take what another run has learnt, and encode the few pictures once."""
+        if self.start is not None and self.trainer.ckpt_path is None:
+            start_from(self, self.start)
         for split in ("train", "val"):
             if self.defects(split) and split not in self._shots:
-                self._shots[split] = self._encode(split, VIEWS[self.augment] if split == "train" else 1)
+                self._shots[split] = encode_shots(self, split, VIEWS[self.augment] if split == "train" else 1)
         self.data.serve_images = False
-
-    @torch.no_grad()
-    def _encode(self, split: str, views: int) -> FewShots:
-        """All views of a split's defects; masks are made smaller without losing what is smaller than a pixel."""
-        data, base = self.data, self.network
-        tokens: Any = self.learnt["tokens"]
-        known = set(self.pairs or ())
-        chosen = [
-            i
-            for i, s in enumerate(data.samples[split])
-            if s.label != data.normal_class and s.source == "real" and (s.category, s.defect_type) in known
-        ]
-        moments, masks, pairs = [], [], []
-        loader = data.loader(split)
-        for i in chosen:
-            sample = data.samples[split][i]
-            images = unit_range(loader.batch([i])["image"].to(self.device))
-            mask = mask_of(data, split, i, images.shape[-2:])[None, None].to(self.device)
-            seen = [(view(images, v), view(mask, v)) for v in range(views)]
-            given = torch.cat([2 * self.shown(picture, marked) - 1 for picture, marked in seen])
-            moments.append(base.moments(given).float().cpu())
-            masks.append(torch.cat([marked for _, marked in seen]).byte().cpu())
-            pairs.append(tokens.row_of(sample.category, sample.defect_type))
-        return FewShots(
-            torch.stack(moments),
-            torch.stack(masks),
-            torch.tensor(pairs),
-            {index: row for row, index in enumerate(chosen)},
-        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of as many pictures as the batch has, drawn so that each pair comes up equally often."""
         shots, count = self._shots["train"], len(batch["index"])
-        wanted = torch.randint(len(self.pairs or ()), (count,))
-        rows = torch.stack([_one(torch.nonzero(shots.pairs == pair)[:, 0]) for pair in wanted])
-        views = torch.randint(shots.moments.shape[1], (count,))
-        loss = self._loss(shots, rows, views)
+        loss = self._loss(shots, *shots.draw(count, len(self.pairs or ())))
         self.log("train/loss", loss, batch_size=count, prog_bar=True)
         return loss
 
@@ -417,11 +359,6 @@ class Inversion(DefectTask):
         return text_states(self.network.text_encoder, ids[None]).expand(count, -1, -1)
 
 
-def is_learnt(key: str) -> bool:
-    """Whether a tensor of a task's state is not the base's."""
-    return key.startswith("learnt.") or ".lora_" in key
-
-
 def encode_words(tokenizer: Any, words: str) -> list[int]:
     """Token ids of words alone.
 
@@ -432,24 +369,6 @@ def encode_words(tokenizer: Any, words: str) -> list[int]:
     if not ids:
         raise UserError(f"model.init_args.start_word = {words!r}: expected a word")
     return ids
-
-
-def mask_of(data: Any, split: str, position: int, size: Any) -> Tensor:
-    """The mask (H, W) float of a sample at `size`, made of the file's own, its area kept: no small defect is lost.
-
-    Raises:
-        UserError: a mask that marks nothing or everything.
-    """
-    _, values = data.original(split, position)
-    if values is None or not values.any() or values.all():
-        name = data.samples[split][position].name
-        state = "has no mask" if values is None else "marks nothing" if not values.any() else "marks everything"
-        raise UserError(f"the mask of {name} {state}; mend it, or take the picture out of the data set")
-    return torch.from_numpy(fit_mask(values > 0, (int(size[0]), int(size[1])))).float()
-
-
-def _one(rows: Tensor) -> Tensor:
-    return rows[torch.randint(len(rows), ())]
 
 
 def _named(pairs: Any) -> str:

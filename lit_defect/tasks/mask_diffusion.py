@@ -29,8 +29,9 @@ from lit_defect.losses.diffusion import masked_mse
 from lit_defect.reporting.sheets import Cell, Words, sheet
 from lit_defect.tasks.base import Batch
 from lit_defect.tasks.defect_generation import defect_positions, make_sampler
+from lit_defect.tasks.few_shots import mask_of
 from lit_defect.tasks.generation_plan import choose_pairs
-from lit_defect.tasks.inversion import Inversion, mask_of
+from lit_defect.tasks.inversion import Inversion
 
 FOLDER = "masks"
 COUNTS = "masks.csv"

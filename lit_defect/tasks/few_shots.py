@@ -1,0 +1,80 @@
+"""The few defective pictures that an inversion learns from, encoded once in every view."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_defect.errors import UserError
+from lit_defect.generation.mask_shapes import fit_mask
+from lit_defect.tasks.views import unit_range, view
+
+
+class FewShots(NamedTuple):
+    """The defective pictures of a split.
+
+    Attributes:
+        moments: (n, V, 2 C, h, w) float32 on the CPU, mean and log variance of the latents in each view.
+        masks: (n, V, 1, H, W) uint8.
+        pairs: (n,) int64, row of each picture's (category, defect type).
+        row_of: index of a sample in its split -> row.
+    """
+
+    moments: Tensor
+    masks: Tensor
+    pairs: Tensor
+    row_of: dict[int, int]
+
+    def draw(self, count: int, pairs: int) -> tuple[Tensor, Tensor]:
+        """Rows and views (count,), by torch's global generator; each of so many pairs comes up equally often."""
+        wanted = torch.randint(pairs, (count,)).tolist()
+        members = [torch.nonzero(self.pairs == pair)[:, 0] for pair in wanted]
+        rows = torch.stack([rows[torch.randint(len(rows), ())] for rows in members])
+        return rows, torch.randint(self.moments.shape[1], (count,))
+
+
+@torch.no_grad()
+def encode_shots(task: Any, split: str, views: int) -> FewShots:
+    """All views of a split's defects; masks are made smaller without losing what is smaller than a pixel.
+
+    Args:
+        task: an `Inversion` on its device, which says what is shown of a picture and its mask.
+        split: of its data module.
+        views: as many as `tasks.views` lists for the augmentation.
+    """
+    data, tokens, known = task.data, task.learnt["tokens"], set(task.pairs)
+    chosen = [i for i, s in enumerate(data.samples[split]) if is_shot(data, s) and (s.category, s.defect_type) in known]
+    moments, masks, pairs = [], [], []
+    loader = data.loader(split)
+    for i in chosen:
+        sample = data.samples[split][i]
+        images = unit_range(loader.batch([i])["image"].to(task.device))
+        mask = mask_of(data, split, i, images.shape[-2:])[None, None].to(task.device)
+        seen = [(view(images, v), view(mask, v)) for v in range(views)]
+        given = torch.cat([2 * task.shown(picture, marked) - 1 for picture, marked in seen])
+        moments.append(task.network.moments(given).float().cpu())
+        masks.append(torch.cat([marked for _, marked in seen]).byte().cpu())
+        pairs.append(tokens.row_of(sample.category, sample.defect_type))
+    row_of = {index: row for row, index in enumerate(chosen)}
+    return FewShots(torch.stack(moments), torch.stack(masks), torch.tensor(pairs), row_of)
+
+
+def is_shot(data: Any, sample: Any) -> bool:
+    """Whether a sample is a real defect."""
+    return sample.label != data.normal_class and sample.source == "real"
+
+
+def mask_of(data: Any, split: str, position: int, size: Any) -> Tensor:
+    """The mask (H, W) float of a sample at `size`, made of the file's own, its area kept: no small defect is lost.
+
+    Raises:
+        UserError: a mask that marks nothing or everything.
+    """
+    _, values = data.original(split, position)
+    if values is None or not values.any() or values.all():
+        name = data.samples[split][position].name
+        state = "has no mask" if values is None else "marks nothing" if not values.any() else "marks everything"
+        raise UserError(f"the mask of {name} {state}; mend it, or take the picture out of the data set")
+    return torch.from_numpy(fit_mask(values > 0, (int(size[0]), int(size[1])))).float()
