@@ -80,7 +80,7 @@ class DefectClassifier(DefectTask):
         compile: bool = False,
         class_names: list[str] | None = None,
         normal_class: int | None = None,
-        monitor: str = "val/auroc",
+        monitor: str | None = "val/auroc",
         **kwargs: Any,
     ) -> None:
         super().__init__(monitor=monitor, **kwargs)
