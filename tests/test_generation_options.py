@@ -29,7 +29,7 @@ def test_presets():
     wanted = {"sampler": "ddim", "steps": 200, "eta": 1.0, "strength": 1.0, "reweight": "paper", "candidates": 1}
     assert {key: paper[key] for key in wanted} == wanted, "Hu et al., section 4"
     assert fast["sampler"] == "dpmsolver"
-    assert fast["reweight"] == "off"
+    assert fast["reweight"] == "official"
     assert fast["steps"] * fast["candidates"] <= 200 / 4
     for options in (paper, fast):
         assert None not in {key: value for key, value in options.items() if key != "eta"}.values()
@@ -54,7 +54,7 @@ def test_what_decides_no_pixel_is_left_out():
     assert plain == incidental
     spelt = {key: plain[key] for key in ("sampler", "steps", "eta", "strength", "reweight", "candidates")}
     assert Generation(preset="paper", **spelt).resolved() | {"eta": None} == plain | {"eta": None}
-    for other in ({"feather": 3.0}, {"guidance": 2.0}, {"masks": "folder"}, {"repair": False}, {"least_change": 9.0}):
+    for other in ({"feather": 3.0}, {"guidance": 2.0}, {"masks": "folder"}, {"repair": False}, {"paste": "picture"}):
         assert Generation(**other).resolved() != plain, other
 
 

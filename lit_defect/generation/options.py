@@ -2,7 +2,7 @@
 
     preset   sampler    steps  eta  strength  reweight  candidates
     paper    ddim       200    1    1.0       paper     1            Hu et al., section 4
-    fast     dpmsolver  20     -    0.9       off       2            36 network calls for a picture, not 200
+    fast     dpmsolver  20     -    0.9       official  2            36 network calls for a picture, not 200
 
 Whatever is given beside a preset takes the place of its own value.
 """

@@ -183,9 +183,17 @@ class DefectGeneration:
             change_outside=outside,
             covered=covered(asked, label),
             likeness=likeness(descriptor, self.real[job.pair]),
-            mask_fault=self.rules[job.pair].fault(label, original.area),
+            mask_fault=self._fault(job.pair, drawn.mask, label, original.area),
         )
         return Candidate(result, label, measures)
+
+    def _fault(self, pair: tuple[str, str], drawn: Any, label: Any, area: Any) -> str | None:
+        """What is wrong with a label (H, W) on an object (H, W), made of the mask `drawn` (h, w)."""
+        rules = self.rules[pair]
+        fault = rules.fault(label, area)
+        if fault == "too large" and rules.fault(drawn, fit_mask(area, self.size)) is None:
+            return None  # a pixel of what the base sees is larger than defects of this type are
+        return fault
 
     def _line(self, job: Job, drawn: Drawn, shown: Candidate, verdict: Verdict) -> Any:
         sample_of = self.task.data.samples[self.sources][job.source]
@@ -209,10 +217,10 @@ class DefectGeneration:
             "mask_source": drawn.source,
             "candidates": self.settings["candidates"],
             "rejected": dict(rejected),
-            "change_inside": measures.change_inside,
-            "change_outside": measures.change_outside,
+            "change_inside": round(measures.change_inside, 3),
+            "change_outside": round(measures.change_outside, 3),
             "covered": measures.covered,
-            "likeness": measures.likeness,
+            "likeness": round(measures.likeness, 3),
             "area": float(shown.label.mean()),
             "accepted": verdict.chosen is not None,
             "reason": verdict.reason,
