@@ -384,6 +384,31 @@ def test_labels_are_those_of_the_types(tmp_path: Path) -> None:
         build(folder, target="binary")
 
 
+def test_kinds_of_defect_are_told_apart_without_the_pictures_behind_them(tmp_path: Path) -> None:
+    """Good pictures are not in the data set, so none is evaluated; but a part of which a defect is."""
+    build = tiles(tmp_path)
+    folder = generate(tmp_path / "made", [replace(s, group=s.name) for s in good(build())])
+    data = build(folder, target="defects")
+    assert {(s.defect_type, s.label) for s in made(data)} == {("crack", 0), ("hole", 1)}
+    assert len(made(data)) == len(made(build(folder)))
+    assert not good(data)
+    seen = sorted({row["made_from"] for row in rows_of(data, tmp_path)})
+    test = next(s.name for s in data.samples["test"])
+    everything = [
+        path.relative_to(tmp_path / "tiles").as_posix() for path in (tmp_path / "tiles").rglob("test/*/*.png")
+    ]
+    groups = tmp_path / "parts.csv"
+    groups.write_text("path,group\n" + "".join(f"{name},{seen[0] if name == test else ''}\n" for name in everything))
+    with pytest.warns(UserWarning, match=r"2 generated pictures are not used.*source of a part that is evaluated: 2"):
+        fewer = build(folder, target="defects", group_file=str(groups))
+    assert {row["made_from"] for row in rows_of(fewer, tmp_path)} == set(seen[1:])
+
+
+def rows_of(data: DefectDataModule, tmp_path: Path) -> list[dict[str, str]]:
+    data.write_records(tmp_path / "records")
+    return rows(tmp_path / "records" / "synthetic.csv")
+
+
 def test_several_categories_take_their_own(tmp_path: Path) -> None:
     make_mvtec(tmp_path / "tiles", categories=("rug", "tile"))
     build = tiles(tmp_path)

@@ -149,6 +149,7 @@ class DefectDataModule(Serving):
         self.samples: dict[str, list[Sample]] = {}
         self.leaks: list[Leak] = []
         self.layout_problems: list[Problem] = []  # found by find_samples, such as a mask without image
+        self.unused_normal: set[str] = set()  # names of normal pictures that find_samples has left out
         self._checked: CheckResult | None = None  # of the data set
         self._generated: CheckResult | None = None  # of the generated pictures that are used
         self._choice: Choice | None = None  # how these were chosen
@@ -304,6 +305,7 @@ class DefectDataModule(Serving):
             normal_class=self.normal_class,
             seed=self.seed,
             by_design=self.test == "mirrored_train",
+            unused=self.unused_normal,
         )
         checked = self._check(self._choice.samples, normal_class=self.normal_class, with_masks=self.with_masks)
         self._generated = checked

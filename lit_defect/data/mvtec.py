@@ -197,6 +197,7 @@ class MVTecAD(DefectDataModule):
         for folder in _folders(home):
             kind, split = folder.name, FOLDERS[folder.parent.name]
             if kind == GOOD and self.target == "defects":
+                self.unused_normal |= {path.relative_to(self.root).as_posix() for path in _pictures(folder)}
                 continue
             if self.setting == "one_class" and kind != GOOD and split != "test":
                 raise DataError(f"{folder} holds defects, but data.setting=one_class trains on good ones only.")

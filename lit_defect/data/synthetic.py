@@ -5,7 +5,8 @@
 
 1. Offered are the accepted pictures of the manifest (`lit_defect.generation.store`) whose category is in the data set
    and whose type is asked for.
-2. A picture made from a normal picture that does not train here is left out: it shows what is evaluated.
+2. A picture made from a normal picture that does not train here is left out: it shows what is evaluated. Where a data
+   set is used without its normal pictures none of them is, and only those whose part is evaluated are left out.
 3. A generator that learnt from what tests here is refused, one that learnt from what validates is warned of.
 4. What was made from a share `holdout` of the normal pictures is a split of its own, "synthetic_val", to select models
    on. It does not depend on `ratio` and `per_type`: runs that differ in them are selected on the same pictures.
@@ -22,7 +23,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -38,6 +39,7 @@ from lit_defect.generation.store import Row, read_about, read_manifest, read_tra
 SYNTHETIC_VAL = "synthetic_val"
 PREFIX = "synthetic/"  # of the names of generated pictures
 OTHER_CATEGORY, OTHER_TYPE, FOREIGN = "another category", "a type not asked for", "source not in the data set"
+EVALUATED = "source of a part that is evaluated"
 SPARE = "more than asked for"
 
 
@@ -145,6 +147,7 @@ def choose(
     normal_class: int | None,
     seed: int,
     by_design: bool = False,
+    unused: Collection[str] = (),
 ) -> Choice:
     """The generated pictures that train beside `real`, and those that are held out.
 
@@ -154,6 +157,7 @@ def choose(
         normal_class: label that no generated picture may have; defects are counted without it.
         seed: decides the lots.
         by_design: the test shows training pictures anyway (`mirrored_train`): the generator may know them.
+        unused: names of normal pictures of the data set that are not among `real`, as none of them is used.
 
     Raises:
         DataError: the folder holds no finished generated data set, the generator learnt from what tests, a type is
@@ -173,10 +177,12 @@ def choose(
             f"{recipe.path} has pictures of {some(odd)}, which is no class of defects of this data set. "
             "Generate from the same data set, or leave the type out of data.synthetic.types."
         )
-    usable = [row for row in offered if _trains(row, place, left_out)]
+    evaluated = {sample.group for sample in real if sample.split in ("val", "test") and sample.group}
+    usable = [row for row in offered if _trains(row, place, unused, evaluated, left_out)]
     _tell(recipe, len(usable), left_out)
     # A group file of this run may know of more parts than the generator did.
-    groups = {row["source"]: place[row["source"]].group or row["source_group"] for row in usable}
+    known = {sample.name: sample.group for sample in real if sample.group}
+    groups = {row["source"]: known.get(row["source"]) or row["source_group"] for row in usable}
     held, rest = _hold_out(recipe, usable, groups, seed)
     defects = sum(s.split == "train" and s.label != normal_class and s.source == REAL for s in real)
     drawn = _draw(recipe, rest, defects, seed)
@@ -235,13 +241,18 @@ def _offered(recipe: Recipe, accepted: Sequence[Row], place: Mapping[str, Sample
     return offered, +left_out
 
 
-def _trains(row: Row, place: Mapping[str, Sample], left_out: Counter[str]) -> bool:
-    """Whether the normal picture behind a generated one trains; if not, it is counted."""
+def _trains(
+    row: Row, place: Mapping[str, Sample], unused: Collection[str], evaluated: Collection[str], left_out: Counter[str]
+) -> bool:
+    """Whether the normal picture behind a generated one trains, or might; if not, it is counted."""
     source = place.get(row["source"])
-    if source is not None and source.split == "train":
-        return True
-    left_out[FOREIGN if source is None else f"source in {source.split or 'no split'}"] += 1
-    return False
+    if source is not None:
+        fault = "" if source.split == "train" else f"source in {source.split or 'no split'}"
+    else:
+        fault = FOREIGN if row["source"] not in unused else EVALUATED if row["source_group"] in evaluated else ""
+    if fault:
+        left_out[fault] += 1
+    return not fault
 
 
 def _tell(recipe: Recipe, usable: int, left_out: Counter[str]) -> None:
