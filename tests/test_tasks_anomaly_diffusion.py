@@ -170,6 +170,30 @@ def test_validation_is_the_same_for_the_same_weights(made, tmp_path):
     assert seen == pytest.approx([seen[0]] * len(seen), rel=1e-5)
 
 
+def test_validation_does_not_depend_on_how_the_pictures_are_shared(made, tmp_path):
+    """Neither among batches nor among processes, of which one may have no defect; it is the mean over all pictures."""
+    root = make_parts(tmp_path / "data", defects={"crack": 18, "hole": 18})
+    task, data = task_of(made.base, alignment=0.1), parts(root, val_fraction=0.4, batches_per_epoch=1)
+    trainer = fit(task, data, default_root_dir=tmp_path)
+    logged = float(trainer.callback_metrics["val/loss"])
+    defects = sorted(task._shots["val"].row_of)
+    good = [i for i in range(len(data.samples["val"])) if i not in defects]
+    assert len(defects) > 2
+
+    def judged(*batches: list[int]) -> list[float]:
+        task.on_validation_epoch_start()
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                task.validation_step({"index": torch.tensor(batch)}, number)
+        return task._judged.tolist()
+
+    whole = judged(defects + good)
+    assert whole[0] / whole[1] == pytest.approx(logged, rel=1e-4), "after the only step"
+    parts_of = judged(defects[:1]), judged(good), judged(defects[2:], defects[1:2])
+    assert parts_of[1] == [0, 0]
+    assert [sum(part) for part in zip(*parts_of, strict=True)] == pytest.approx(whole, rel=1e-6)
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------
 
 

@@ -96,6 +96,7 @@ class Inversion(DefectTask):
         self.base: LatentBase | None = None
         self.learnt_from: set[tuple[str, str]] = set()  # name and group of each picture
         self._shots: dict[str, FewShots] = {}
+        self._judged: Tensor
 
     # --- what a subclass provides ---
 
@@ -305,18 +306,27 @@ class Inversion(DefectTask):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """The same steps and noise after each epoch."""
-        torch.manual_seed(self.global_rank)
+        """Sum of the losses, and number of pictures."""
+        self._judged = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss of the defects that do not train, where there are any."""
+        """The loss of the defects that do not train, where there are any.
+
+        Each has steps and noise of its own, the same after each epoch, in any batch and on any process.
+        """
         shots = self._shots.get("val")
-        if shots is None:
-            return
-        rows = [shots.row_of[i] for i in batch["index"].tolist() if i in shots.row_of]
-        if rows:
-            loss = self._loss(shots, torch.tensor(rows), torch.zeros(len(rows), dtype=torch.int64))
-            self.log("val/loss", loss, batch_size=len(rows), prog_bar=True, sync_dist=self.trainer.world_size == 1)
+        for index in batch["index"].tolist():
+            if shots is not None and index in shots.row_of:
+                torch.manual_seed(index)
+                row = torch.tensor([shots.row_of[index]])
+                loss = self._loss(shots, row, torch.zeros_like(row)).double()
+                self._judged += torch.stack([loss, torch.ones_like(loss)])
+
+    def on_validation_epoch_end(self) -> None:
+        """The mean over the pictures of all processes; one of these may have had none."""
+        total, count = self.trainer.strategy.reduce(self._judged, reduce_op="sum").tolist()  # type: ignore[union-attr, arg-type]
+        if count:
+            self.log("val/loss", total / count, prog_bar=True, sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Without it Lightning would refuse in words of its own; `setup` comes before."""
