@@ -1,8 +1,9 @@
 """Which of several candidates for one picture is taken: a rule that can be said in a sentence.
 
 A candidate is rejected if any of its figures is not a number, if nothing changed inside the mask, if most of its label
-was lost because the change covers too little of it, or if what is left of the label breaks a rule of its type; of the
-others the one most like the real training defects is taken, the first of equals.
+was lost because the change covers too little of it, if what is left of the label breaks a rule of its type, or if the
+defect stands out from its surroundings less than nearly all real ones do; of the others the one most like the real
+training defects is taken, the first of equals.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from lit_defect.errors import UserError
-from lit_defect.generation.files import Bools
+from lit_defect.generation.files import Bools, Picture
 from lit_defect.generation.options import KEY
 
 Floats = NDArray[np.floating]
@@ -30,6 +32,7 @@ class Measures:
         change_inside: mean absolute change within the mask, grey levels.
         change_outside: the same outside, before the paste-back undoes it.
         covered: share of the asked mask that the repaired label keeps.
+        contrast: of the label against what is around it, grey levels; infinite where nothing is around it.
         likeness: to the real training defects, at most 0, in standard deviations; 0 where there is no descriptor.
         mask_fault: what rule the repaired label breaks, if any.
     """
@@ -37,6 +40,7 @@ class Measures:
     change_inside: float
     change_outside: float
     covered: float
+    contrast: float = math.inf
     likeness: float = 0.0
     mask_fault: str | None = None
 
@@ -71,6 +75,7 @@ class Rule:
     Attributes:
         least_change: grey levels within the mask, on average.
         least_covered: share of the asked mask.
+        least_contrast: grey levels against the surroundings.
 
     Raises:
         UserError: a number out of range.
@@ -78,6 +83,7 @@ class Rule:
 
     least_change: float
     least_covered: float
+    least_contrast: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.least_change <= 255:
@@ -88,7 +94,7 @@ class Rule:
     def objection(self, candidate: Measures) -> str | None:
         """Why a candidate is rejected; None if it may be taken."""
         figures = (candidate.change_inside, candidate.change_outside, candidate.covered, candidate.likeness)
-        if not all(math.isfinite(figure) for figure in figures):
+        if not all(math.isfinite(figure) for figure in figures) or math.isnan(candidate.contrast):
             return "not a number"
         if candidate.change_inside < self.least_change:
             return "nothing changed"
@@ -96,6 +102,8 @@ class Rule:
             return "label mostly lost"
         if candidate.mask_fault:
             return f"mask: {candidate.mask_fault}"
+        if candidate.contrast < self.least_contrast:
+            return "fainter than real ones"
         return None
 
     def judge(self, candidates: Sequence[Measures]) -> Verdict:
@@ -116,6 +124,37 @@ def change(normal: Floats, generated: Floats, mask: Bools) -> tuple[float, float
     difference = 255 * np.abs(generated - normal).mean(axis=2)
     inside, outside = (float(difference[part].mean()) if part.any() else 0.0 for part in (mask, ~mask))
     return inside, outside
+
+
+def stands_out(picture: Picture | Floats, mask: Bools) -> float:
+    """Mean inside a defect's mask minus the mean of a ring around it, in grey levels; infinite where one is empty.
+
+    The ring begins 1 % of the picture's shorter side from the mask, a pixel at least, and is three times as wide.
+
+    Args:
+        picture: (H, W, 3), 0 to 255.
+        mask: (H, W) bool.
+    """
+    if not mask.any():
+        return math.inf
+    gap = max(1, round(0.01 * min(mask.shape)))
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    box = tuple(slice(max(0, found[0] - 5 * gap), found[-1] + 5 * gap + 1) for found in (rows, columns))
+    grey, mask = picture[box].mean(axis=2), mask[box]
+    distance = np.asarray(ndimage.distance_transform_edt(~mask))
+    ring = (distance > gap) & (distance <= 4 * gap)
+    return float(grey[mask].mean() - grey[ring].mean()) if ring.any() else math.inf
+
+
+def contrast_gain(real: Sequence[float], reconstructed: Sequence[float]) -> float:
+    """How much contrast the autoencoder takes of the defects of a type, as the factor that gives it back, 1 to 4.
+
+    The least-squares slope through zero of what real defects have (`stands_out`) on what their reconstructions have:
+    small and thin defects lose most.
+    """
+    pairs = [(a, b) for a, b in zip(real, reconstructed, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    power = sum(b * b for _, b in pairs)
+    return min(4.0, max(1.0, sum(a * b for a, b in pairs) / power)) if power else 1.0
 
 
 def covered(asked: Bools, repaired: Bools) -> float:

@@ -41,6 +41,7 @@ class Made(TypedDict):
     change_inside: float  # this and the next: grey levels
     change_outside: float
     covered: float  # share of the asked mask that the repaired label keeps
+    contrast: float  # grey levels against the surroundings
     likeness: float
     area: float  # share of the picture that the mask covers
     accepted: bool
@@ -72,7 +73,17 @@ def cells(row: Row) -> list[object]:
 
 
 def append(path: Path, row: Row) -> None:
+    """Add a row; see `append_line`."""
+    append_line(path, COLUMNS, cells(row))
+
+
+def append_line(path: Path, columns: Iterable[object], line: Iterable[object]) -> None:
     """Add a line that is whole on disk, or nothing; what a killed process left of its last line goes.
+
+    Args:
+        path: a CSV file; where it is new or empty, the line comes after one of its columns' names.
+        columns: their names.
+        line: the cells, without line breaks.
 
     Raises:
         OSError: as the disk says; the file is as it was.
@@ -80,7 +91,7 @@ def append(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:
         end = _whole(file)
-        content = table([cells(row)] if end else [COLUMNS, cells(row)])
+        content = table([line] if end else [columns, line])
         try:
             if file.write(content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,8 +1,8 @@
 """How defects are generated: what is asked for, how it is sampled, and what is accepted.
 
-    preset   sampler    steps  eta  strength  reweight  candidates
-    paper    ddim       200    1    1.0       paper     1            Hu et al., section 4
-    fast     dpmsolver  20     -    0.9       official  2            36 network calls for a picture, not 200
+    preset   sampler    steps  eta  strength  guidance  reweight  candidates
+    paper    ddim       200    1    1.0       1         paper     1            Hu et al., section 4
+    fast     dpmsolver  10     -    0.9       2         official  2            36 network calls for a picture, not 200
 
 Whatever is given beside a preset takes the place of its own value.
 """
@@ -18,12 +18,21 @@ from lit_defect.errors import UserError
 KEY = "model.init_args.generation"
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"sampler": "ddim", "steps": 200, "eta": 1.0, "strength": 1.0, "reweight": "paper", "candidates": 1},
+    "paper": {
+        "sampler": "ddim",
+        "steps": 200,
+        "eta": 1.0,
+        "strength": 1.0,
+        "guidance": 1.0,
+        "reweight": "paper",
+        "candidates": 1,
+    },
     "fast": {
         "sampler": "dpmsolver",
-        "steps": 20,
+        "steps": 10,
         "eta": None,
         "strength": 0.9,
+        "guidance": 2.0,
         "reweight": "official",
         "candidates": 2,
     },
@@ -49,9 +58,13 @@ class Generation:
         foreground: where a defect may lie: `auto` (estimated), `all`, or a folder of object masks.
         paste: what goes into the normal picture: the `change` against its own reconstruction, so that its grain stays
             whatever the base can't hold, or the generated `picture` as it is (the paper's, which keeps all of it).
+        restore: whether the change is enlarged by the contrast that the autoencoder takes of real defects of its type
+            (`generation.judgement.contrast_gain`); small defects need it.
         feather: pixels of the picture inside the mask over which the defect fades in.
         least_change: grey levels within the mask, on average, below which nothing has changed.
         least_covered: share of the mask that must have changed.
+        least_contrast: share of the real training defects of a type that stand out less from their surroundings than a
+            generated one has to; 0 lets every candidate pass.
         repair: whether the label is where the picture changed within the mask, not all of the mask.
         keep_rejected: whether rejected candidates are written, too.
         batch: pictures that go through the network together; the same pictures on any number of processes.
@@ -68,15 +81,17 @@ class Generation:
     steps: int | None = None
     eta: float | None = None
     strength: float | None = None
-    guidance: float = 1.0
+    guidance: float | None = None
     reweight: Literal["paper", "official", "off"] | None = None
     candidates: int | None = None
     masks: str = "augmented"
     foreground: str = "auto"
     paste: Literal["change", "picture"] = "change"
+    restore: bool = True
     feather: float = 2.0
     least_change: float = 3.0
     least_covered: float = 0.3
+    least_contrast: float = 0.1
     repair: bool = True
     keep_rejected: bool = False
     batch: int = 8
@@ -87,7 +102,7 @@ class Generation:
             number = getattr(self, key)
             if number is not None and number < 1:
                 raise UserError(f"{KEY}.{key} = {number}: expected at least 1")
-        if not self.guidance >= 1:
+        if self.guidance is not None and not self.guidance >= 1:
             raise UserError(f"{KEY}.guidance = {self.guidance}: expected 1 (none) or more")
         if not self.feather >= 0:
             raise UserError(f"{KEY}.feather = {self.feather}: expected pixels, 0 or more")

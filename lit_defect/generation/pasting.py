@@ -18,7 +18,12 @@ Floats = NDArray[np.floating]
 
 
 def paste_back(
-    normal: Picture, generated: Floats, mask: Bools, feather: float, reconstructed: Floats | None = None
+    normal: Picture,
+    generated: Floats,
+    mask: Bools,
+    feather: float,
+    reconstructed: Floats | None = None,
+    gain: float = 1.0,
 ) -> tuple[Picture, Bools]:
     """Blend the inside of the mask into the normal picture.
 
@@ -34,6 +39,7 @@ def paste_back(
         feather: pixels of the normal picture from the mask's border to where only the generated picture counts.
         reconstructed: (h, w, 3) in [0, 1], the normal picture as the autoencoder gives it back; None to put in the
             generated picture itself.
+        gain: factor of the change.
 
     Returns:
         The picture (H, W, 3) uint8, equal to `normal` outside the mask; and the mask (H, W) bool.
@@ -42,7 +48,7 @@ def paste_back(
     large = fit_mask(mask, size)
     defect = _resized(generated, size) * 255
     if reconstructed is not None:
-        defect += normal - _resized(reconstructed, size) * 255
+        defect = normal + gain * (defect - _resized(reconstructed, size) * 255)
     if (normal == normal[..., :1]).all():
         defect = np.repeat(defect.mean(axis=2, keepdims=True), 3, axis=2)
     weight = feathered(large, feather)[..., None]

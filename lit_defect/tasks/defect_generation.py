@@ -17,7 +17,16 @@ from lit_defect.diffusion.latent_sampling import Region, guided, sample
 from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
 from lit_defect.generation.foreground import Foreground
-from lit_defect.generation.judgement import Measures, Rule, Verdict, change, covered, likeness
+from lit_defect.generation.judgement import (
+    Measures,
+    Rule,
+    Verdict,
+    change,
+    contrast_gain,
+    covered,
+    likeness,
+    stands_out,
+)
 from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_shapes import fit_mask
 from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskFolder, MaskSource, rules_of
@@ -69,12 +78,18 @@ class DefectGeneration:
         self.base = task.network
         self.size: tuple[int, int] = task.data.image_size
         self.sampler = make_sampler(self.base, self.settings)
-        self.rule = Rule(options.least_change, options.least_covered)
         self.foreground = Foreground(options.foreground)
         positions = defect_positions(task)
         masks = {pair: [(name, task.data.original("train", i)[1] > 0) for i, name in found]
                  for pair, found in positions.items()}  # fmt: skip
         self.rules: dict[tuple[str, str], MaskRules] = rules_of(masks)
+        real = {pair: self._contrasts([i for i, _ in found]) for pair, found in positions.items()}
+        self.judges = {
+            pair: Rule(options.least_change, options.least_covered, self._least_contrast(own))
+            for pair, (own, _) in real.items()
+        }
+        restores = options.restore and options.paste == "change"
+        self.gains = {pair: contrast_gain(*both) if restores else 1.0 for pair, both in real.items()}
         self.masks: MaskSource = (
             AugmentedMasks(masks, self.rules, self.size)
             if options.masks == "augmented"
@@ -139,7 +154,7 @@ class DefectGeneration:
         places = latent_mask(marks, clean.shape[2:])
         attention = _Attention(task, str(self.settings["reweight"]), pixels, clean, marks, places)
         latents = sample(
-            guided(attention.told(told), attention.untold(task.unconditional(len(told))), self.options.guidance),
+            guided(attention.told(told), attention.untold(task.unconditional(len(told))), self.settings["guidance"]),
             self.sampler,
             base.prediction,
             tuple(clean.shape[1:]),
@@ -160,7 +175,7 @@ class DefectGeneration:
             self._candidate(job, drawn, original, picture, self._descriptor(latent[None].cpu(), places)[0].numpy())
             for picture, latent in zip(pictures, latents, strict=True)
         ]
-        verdict = self.rule.judge([candidate.measures for candidate in candidates])
+        verdict = self.judges[job.pair].judge([candidate.measures for candidate in candidates])
         told = verdict.chosen if verdict.chosen is not None else _best_of(candidates)
         shown = candidates[told]
         made = self._line(job, drawn, shown, verdict)
@@ -174,7 +189,8 @@ class DefectGeneration:
     def _candidate(self, job: Job, drawn: Drawn, original: Original, picture: Any, descriptor: Any) -> Candidate:
         native = original.picture
         reference = original.before if self.options.paste == "change" else None
-        result, asked = paste_back(native, picture, drawn.mask, self.options.feather, reference)
+        gain = self.gains[job.pair]
+        result, asked = paste_back(native, picture, drawn.mask, self.options.feather, reference, gain)
         label = repair_label(native, result, asked, self.options.least_change) if self.options.repair else asked
         result = np.where(label[..., None], result, native)  # what changed too little to be marked, has not
         inside, outside = change(original.before, picture, drawn.mask)
@@ -182,6 +198,7 @@ class DefectGeneration:
             change_inside=inside,
             change_outside=outside,
             covered=covered(asked, label),
+            contrast=abs(stands_out(result, label)),
             likeness=likeness(descriptor, self.real[job.pair]),
             mask_fault=self._fault(job.pair, drawn.mask, label, original.area),
         )
@@ -212,7 +229,7 @@ class DefectGeneration:
             "sampler": self.settings["sampler"],
             "steps": self.settings["steps"],
             "strength": self.settings["strength"],
-            "guidance": self.options.guidance,
+            "guidance": self.settings["guidance"],
             "reweight": self.settings["reweight"],
             "mask_source": drawn.source,
             "candidates": self.settings["candidates"],
@@ -220,13 +237,32 @@ class DefectGeneration:
             "change_inside": round(measures.change_inside, 3),
             "change_outside": round(measures.change_outside, 3),
             "covered": measures.covered,
+            "contrast": round(measures.contrast, 3),
             "likeness": round(measures.likeness, 3),
             "area": float(shown.label.mean()),
             "accepted": verdict.chosen is not None,
             "reason": verdict.reason,
         }
 
-    # --- descriptors ---
+    # --- the real defects ---
+
+    def _least_contrast(self, real: Sequence[float]) -> float:
+        """What so large a share of the real training defects of a type stands out less than; 0 if any may."""
+        seen = [abs(value) for value in real if math.isfinite(value)]
+        share = self.options.least_contrast
+        return float(np.quantile(seen, share)) if share and seen else 0.0
+
+    @torch.no_grad()
+    def _contrasts(self, positions: Sequence[int]) -> tuple[list[float], list[float]]:
+        """How real training defects stand out, and how they do when the autoencoder has had them at its size."""
+        real, reconstructed = [], []
+        for position in positions:
+            picture, values = self.task.data.original("train", position)
+            found = self.base.decode(self.base.encode(2 * self._small(picture) - 1))
+            back = 255 * resize((found.clamp(-1, 1) + 1) / 2, picture.shape[:2])
+            real.append(stands_out(picture, values > 0))
+            reconstructed.append(stands_out(back[0].permute(1, 2, 0).cpu().numpy(), values > 0))
+        return real, reconstructed
 
     @torch.no_grad()
     def _descriptors(self, positions: Sequence[int]) -> Any:
