@@ -68,6 +68,11 @@ def vocabulary(names: Iterable[str]) -> list[str]:
     return [f"{kind} {light} {name}" for kind in (PHOTO, MASK) for light in LIGHTS for name in names] + sentences
 
 
+def longest_caption(name: str) -> str:
+    """Words for an edited picture of `name`; all that there are have the same number."""
+    return f"{PHOTO} {LIGHTS[0]} {name} with a {SIZES[0]} {TONES[0]} {SHAPES[0]} at the {ROWS[0]} {COLUMNS[0]}"
+
+
 def make_tokenizer(texts: Iterable[str], length: int) -> Any:
     """A CLIPTokenizer whose vocabulary is the words of `texts`; other words are spelt in their bytes.
 

@@ -67,6 +67,9 @@ class ImageAutoencoder(DefectTask):
         self.save_hyperparameters(ignore=["anomaly"], logger=False)
         if not channels or any(c < 8 or c % 8 for c in channels):
             raise UserError(f"model.init_args.channels = {list(channels)}: expected multiples of 8")
+        for key, count in (("layers", layers), ("latent_channels", latent_channels)):
+            if count < 1:
+                raise UserError(f"model.init_args.{key} = {count}: expected at least 1")
         for key, number in (("kl", kl), ("ssim", ssim)):
             if not 0 <= number < math.inf:
                 raise UserError(f"model.init_args.{key} = {number}: expected a number >= 0")

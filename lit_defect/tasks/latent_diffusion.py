@@ -8,6 +8,7 @@ pictures and in arbitrary edits of them.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from lit_defect.anomalies import PseudoAnomaly
 from lit_defect.diffusion.base_model import save_pipeline
-from lit_defect.diffusion.captions import make_tokenizer, vocabulary
+from lit_defect.diffusion.captions import longest_caption, make_tokenizer, vocabulary
 from lit_defect.diffusion.labels import generators
 from lit_defect.diffusion.latent_sampling import guided, sample
 from lit_defect.diffusion.process import ForwardProcess
-from lit_defect.diffusion.prompts import encode_prompt, text_states
+from lit_defect.diffusion.prompts import LONGEST, encode_prompt, text_states
 from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
 from lit_defect.losses.diffusion import masked_mse, min_snr_weights, offset_noise
@@ -34,9 +35,10 @@ from lit_defect.tasks.latent_bank import LatentBank, fill_bank
 from lit_defect.tasks.picture_sheets import picture_sheet
 from lit_defect.tasks.pixels import Listed
 from lit_defect.tasks.variations import Variations, spoken
+from lit_defect.tasks.views import unit_range
 
 FOLDER = "pipeline"
-_GUIDANCE, _STEPS, _SHOWN = 3.0, 25, 12  # of the samples that are drawn at the end
+_GUIDANCE, _STEPS, _SHOWN = 3.0, 25, 12  # of the samples drawn at the end; fewer steps if 25 do not divide T
 
 
 class LatentDiffusion(DefectTask):
@@ -96,10 +98,12 @@ class LatentDiffusion(DefectTask):
     ) -> None:
         super().__init__(monitor=monitor, **kwargs)
         self.save_hyperparameters(ignore=["anomaly"], logger=False)
-        least = {"variants": (variants or 1, 1), "prompt_length": (prompt_length, 16), "text_layers": (text_layers, 1)}
-        for key, (number, smallest) in least.items():
-            if number < smallest:
-                raise UserError(f"model.init_args.{key} = {number}: expected at least {smallest}")
+        counts = {"layers": layers, "heads": heads, "text_width": text_width, "text_layers": text_layers}
+        for key, number in (counts if variants is None else {**counts, "variants": variants}).items():
+            if number < 1:
+                raise UserError(f"model.init_args.{key} = {number}: expected at least 1")
+        if not 16 <= prompt_length <= LONGEST:
+            raise UserError(f"model.init_args.prompt_length = {prompt_length}: expected 16 to {LONGEST}")
         if any(c % 16 or c % heads for c in channels) or not channels or text_width % heads:
             raise UserError(
                 f"model.init_args: channels = {list(channels)} must be multiples of 16, they and text_width = "
@@ -107,6 +111,10 @@ class LatentDiffusion(DefectTask):
             )
         if not 0 <= drop_caption < 1:
             raise UserError(f"model.init_args.drop_caption = {drop_caption}: expected a share, 0 <= s < 1")
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise UserError(f"model.init_args.min_snr_gamma = {min_snr_gamma}: expected more than 0, or null")
+        if not 0 <= offset_noise < math.inf:
+            raise UserError(f"model.init_args.offset_noise = {offset_noise}: expected a number >= 0")
         self.variations = Variations(anomaly, edited=edited, masks=masks, augment=augment, light=light)
         self.process = ForwardProcess(train_steps, "scaled_linear", (0.00085, 0.012))
         self.autoencoder = autoencoder
@@ -140,18 +148,29 @@ class LatentDiffusion(DefectTask):
         if stage != "fit":
             raise UserError("LatentDiffusion is judged by what is built upon it: it has no verb but fit")
         check_normal(self, stage)
-        samples = self.data.samples["train"]
+        self.data.serve_images = True  # also after a training on encoded pictures
+        samples = [*self.data.samples["train"], *self.data.samples.get("val", [])]
         self.names = {s.category: self.words.get(s.category, spoken(s.category)) for s in samples}
+        if unknown := sorted(set(self.words) - set(self.names)):
+            raise UserError(f"model.init_args.words names {unknown}; the data has {sorted(self.names)}")
         kinds = {spoken(s.defect_type) for split in self.data.samples.values() for s in split if s.defect_type}
         self.tokenizer = make_tokenizer(
             [*vocabulary(self.names.values()), "anomaly defect damage", *sorted(kinds)], self.prompt_length
         )
+        for name in self.names.values():
+            if cut := encode_prompt(self.tokenizer, longest_caption(name), 0).cut:
+                raise UserError(
+                    f"model.init_args.prompt_length = {self.prompt_length}: the captions of a {name} do not fit "
+                    f'("{cut}" is cut off); name a larger number'
+                )
 
     def configure_model(self) -> None:
         """Build the networks."""
         if self.networks is not None:
             return
         self.vae = _open_autoencoder(self.autoencoder).requires_grad_(False)
+        self.scale = float(self.vae.config.scaling_factor)
+        self.shift = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         multiple = factor * 2 ** (len(self.sizes["channels"]) - 1)
         if any(side % multiple for side in self.data.image_size):
@@ -224,7 +243,7 @@ class LatentDiffusion(DefectTask):
 
     @torch.no_grad()
     def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        images = batch["image"].float() / 255
+        images = unit_range(batch["image"])
         pictures, captions = self.variations(images, [self.names[category] for category in batch["category"]])
         posterior = self.vae.encode(2 * pictures - 1).latent_dist
         ids = torch.stack([encode_prompt(self.tokenizer, caption, 0).ids for caption in captions])
@@ -232,7 +251,7 @@ class LatentDiffusion(DefectTask):
 
     def _loss(self, networks: Any, moments: Tensor, ids: Tensor) -> Tensor:
         mean, logvar = moments.chunk(2, dim=1)
-        latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * self.vae.config.scaling_factor
+        latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean) - self.shift) * self.scale
         t = torch.randint(self.process.train_steps, (len(latents),), device=self.device)
         noise = offset_noise(torch.randn_like(latents), self.offset)
         state = self.process.add_noise(latents, noise, t)
@@ -256,6 +275,9 @@ class LatentDiffusion(DefectTask):
         moments, ids = self._banks["val"].draw(rows, rows % 2, self.device)
         loss = self._loss(self.ema.module, moments, ids)
         self.log("val/loss", loss, batch_size=len(rows), sync_dist=True, prog_bar=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """None: `setup` says so, which Lightning comes to if this is here."""
 
     # --- the result ---
 
@@ -290,19 +312,20 @@ class LatentDiffusion(DefectTask):
         ids = torch.stack([encode_prompt(self.tokenizer, prompt, 0).ids for prompt in (*prompts, "")]).to(self.device)
         states = text_states(networks["text"], ids, None, ())
         told, untold = states[:-1], states[-1:].expand(_SHOWN, -1, -1)
+        steps = max(n for n in range(1, _STEPS + 1) if self.process.train_steps % n == 0)
         latents = sample(
             guided(
                 lambda state, t: networks["unet"](state, t, told).sample,
                 lambda state, t: networks["unet"](state, t, untold).sample,
                 _GUIDANCE,
             ),
-            Sampler("ddim", self.process, steps=_STEPS, strength=1.0),
+            Sampler("ddim", self.process, steps=steps, strength=1.0),
             self.prediction,
             (bank.moments.shape[2] // 2, *bank.moments.shape[3:]),
             generators(0, range(_SHOWN)),
             states,
         )
-        pictures = (self.vae.decode(latents / self.vae.config.scaling_factor).sample.float() + 1) / 2
+        pictures = (self.vae.decode(latents / self.scale + self.shift).sample.float() + 1) / 2
         picture_sheet(path, [pictures.clamp(0, 1)], prompts, "What the base makes of these prompts", columns=4)
 
 
@@ -357,7 +380,10 @@ def _open_autoencoder(source: str) -> Any:
             "AutoencoderKL; train one by experiments/anomaly_diffusion/autoencoder_*.yaml"
         )
     try:
-        return AutoencoderKL.from_pretrained(folder).float()
+        vae, report = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
+        if report["missing_keys"]:  # diffusers goes on with random numbers
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        return vae.float()
     except Exception as error:  # a damaged folder fails in as many ways as there are bytes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.init_args.autoencoder: {folder} cannot be opened ({reason})") from error
