@@ -59,7 +59,7 @@ def generate(
                 number=number, source=normal.name, source_group=normal.group, category=normal.category,
                 defect_type=kind, seed=number, prompt="a *", base="b", tokens="t", sampler="ddim", steps=1,
                 strength=0.9, guidance=1.0, reweight="off", mask_source="real", candidates=1, rejected={},
-                change_inside=9.0, change_outside=0.0, covered=1.0, likeness=float(j), area=0.1,
+                change_inside=9.0, change_outside=0.0, covered=1.0, contrast=9.0, likeness=float(j), area=0.1,
                 accepted=source is not None, reason="" if source is not None else "nothing changed",
             )  # fmt: skip
             if source is None:

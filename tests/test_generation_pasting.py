@@ -9,7 +9,7 @@ import pytest
 from skimage.measure import label
 
 from lit_defect.errors import UserError
-from lit_defect.generation.judgement import Measures, Rule, change, covered, likeness
+from lit_defect.generation.judgement import Measures, Rule, change, contrast_gain, covered, likeness, stands_out
 from lit_defect.generation.pasting import feathered, paste_back, repair_label
 
 RULE = Rule(least_change=5, least_covered=0.5)
@@ -309,3 +309,37 @@ def test_a_change_keeps_the_grain_of_the_normal_picture():
     assert np.array_equal(result[~mask], normal[~mask])
     assert np.array_equal(result[mask], np.rint(normal[mask] - 25.5).astype(np.uint8))
     assert np.array_equal(paste_back(normal, flat, mask, 0, flat)[0], normal)  # where nothing changes, nothing does
+
+
+def test_a_gain_enlarges_the_change():
+    normal = np.full((8, 8, 3), 100, np.uint8)
+    flat, mask = np.full((8, 8, 3), 0.5), box((8, 8), 2, 2, 6, 6)
+    result, _ = paste_back(normal, flat - 0.05, mask, 0, flat, gain=2.5)
+    assert set(np.unique(result[mask])) == {68}  # 100 - 0.05 * 2.5 * 255
+    assert (result[~mask] == 100).all()
+
+
+def test_what_stands_out_is_measured_against_a_ring():
+    picture = np.full((60, 80, 3), 90.0)
+    mask = box((60, 80), 20, 30, 30, 45)
+    picture[mask] = 50
+    picture[:12] = 250  # farther away than the ring
+    assert stands_out(picture, mask) == pytest.approx(-40)
+    assert stands_out(picture, np.zeros((60, 80), bool)) == math.inf
+    assert stands_out(picture, np.ones((60, 80), bool)) == math.inf
+
+
+def test_the_gain_is_the_slope_through_zero_between_one_and_four():
+    assert contrast_gain([-20.0, 40.0, math.inf], [-10.0, 20.0, 3.0]) == pytest.approx(2)
+    assert contrast_gain([10.0, -4.0], [5.0, 3.0]) == pytest.approx((50 - 12) / 34)
+    assert contrast_gain([10.0], [20.0]) == 1
+    assert contrast_gain([100.0], [1.0]) == 4
+    assert contrast_gain([], []) == 1
+
+
+def test_a_candidate_fainter_than_real_ones_is_rejected():
+    rule = Rule(1.0, 0.1, least_contrast=8.0)
+    verdict = rule.judge([Measures(9, 0, 1, contrast=7.9), Measures(9, 0, 1, contrast=8.0)])
+    assert verdict.chosen == 1
+    assert verdict.reasons == ("fainter than real ones", None)
+    assert rule.judge([Measures(9, 0, 1, contrast=math.nan)]).reason == "not a number"

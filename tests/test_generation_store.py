@@ -24,7 +24,7 @@ LEARNT = [("tile/test/crack/000.png", "7"), ("tile/test/crack/001.png", "")]
 NAMES = [
     "number", "image", "mask", "source", "source_group", "category", "defect_type", "seed", "prompt", "base", "tokens",
     "sampler", "steps", "strength", "guidance", "reweight", "mask_source", "candidates", "rejected", "change_inside",
-    "change_outside", "covered", "likeness", "area", "accepted", "reason",
+    "change_outside", "covered", "contrast", "likeness", "area", "accepted", "reason",
 ]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def made(number: int, accepted: bool = True, **changes: object) -> manifest.Made
         "defect_type": "crack", "seed": 3, "prompt": 'a "photo", of a *', "base": "ab", "tokens": "cd", "sampler": "ddim",
         "steps": 20, "strength": 0.1 + 0.2, "guidance": 1.0, "reweight": "paper", "mask_source": "augmented 000.png",
         "candidates": 4, "rejected": {"nothing changed": 2, "mask: too small": 1}, "change_inside": 12.25,
-        "change_outside": math.nan, "covered": 0.5, "likeness": -math.inf, "area": 1e-5, "accepted": accepted,
+        "change_outside": math.nan, "covered": 0.5, "contrast": math.inf, "likeness": -math.inf, "area": 1e-5, "accepted": accepted,
         "reason": "" if accepted else "nothing changed",
     }  # fmt: skip
     return {**values, **changes}

@@ -96,7 +96,7 @@ def made(number: int, kind: str, accepted: bool, category: str = "tile") -> Made
         "category": category, "defect_type": kind, "seed": number, "prompt": "", "base": "b", "tokens": "t",
         "sampler": "ddim", "steps": 5, "strength": 0.9, "guidance": 1.0, "reweight": "off", "mask_source": "real",
         "candidates": 1, "rejected": {} if accepted else {"nothing changed": 1}, "change_inside": 9.0,
-        "change_outside": 0.0, "covered": 1.0, "likeness": 0.0, "area": 0.1, "accepted": accepted,
+        "change_outside": 0.0, "covered": 1.0, "contrast": 9.0, "likeness": 0.0, "area": 0.1, "accepted": accepted,
         "reason": "" if accepted else "nothing changed",
     }  # fmt: skip
 

@@ -32,17 +32,17 @@ class Measures:
         change_inside: mean absolute change within the mask, grey levels.
         change_outside: the same outside, before the paste-back undoes it.
         covered: share of the asked mask that the repaired label keeps.
-        contrast: of the label against what is around it, grey levels; infinite where nothing is around it.
         likeness: to the real training defects, at most 0, in standard deviations; 0 where there is no descriptor.
         mask_fault: what rule the repaired label breaks, if any.
+        contrast: of the label against what is around it, grey levels; infinite where nothing is around it.
     """
 
     change_inside: float
     change_outside: float
     covered: float
-    contrast: float = math.inf
     likeness: float = 0.0
     mask_fault: str | None = None
+    contrast: float = math.inf
 
 
 @dataclass(frozen=True)
