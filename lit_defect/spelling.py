@@ -82,7 +82,9 @@ def _wrong_value(message: str) -> str:
     value = re.search(r"(?:Got|Given) value: (?!NestedArg|Namespace|[\[{])(.*)", message[keys[-1].end() :])
     if not wanted or not value:
         return ""
-    return f"{_path_of_keys(message)} = {value.group(1)}: expected {' or '.join(map(_plain_type, wanted))}"
+    expected = " or ".join(map(_plain_type, wanted))
+    hint = '; YAML reads a plain off as false: write "off"' if value.group(1) == "False" and "off" in expected else ""
+    return f"{_path_of_keys(message)} = {value.group(1)}: expected {expected}{hint}"
 
 
 def _plain_type(text: str) -> str:

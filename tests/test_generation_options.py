@@ -26,11 +26,13 @@ def sampler(**options):
 
 def test_presets():
     paper, fast = Generation(preset="paper").resolved(), Generation().resolved()
-    wanted = {"sampler": "ddim", "steps": 200, "eta": 1.0, "strength": 1.0, "reweight": "paper", "candidates": 1}
+    wanted = {"sampler": "ddim", "steps": 200, "eta": 1.0, "strength": 1.0, "guidance": 1.0, "reweight": "paper",
+              "candidates": 1}  # fmt: skip
     assert {key: paper[key] for key in wanted} == wanted, "Hu et al., section 4"
     assert fast["sampler"] == "dpmsolver"
     assert fast["reweight"] == "official"
-    assert fast["steps"] * fast["candidates"] <= 200 / 4
+    calls = fast["steps"] * fast["candidates"] * (1 if fast["guidance"] == 1 else 2)
+    assert calls <= 200 / 5
     for options in (paper, fast):
         assert None not in {key: value for key, value in options.items() if key != "eta"}.values()
 
@@ -52,9 +54,9 @@ def test_what_decides_no_pixel_is_left_out():
     plain = Generation().resolved()
     incidental = Generation(count=7, types=["crack"], output="somewhere", keep_rejected=True, batch=3).resolved()
     assert plain == incidental
-    spelt = {key: plain[key] for key in ("sampler", "steps", "eta", "strength", "reweight", "candidates")}
+    spelt = {key: plain[key] for key in ("sampler", "steps", "eta", "strength", "guidance", "reweight", "candidates")}
     assert Generation(preset="paper", **spelt).resolved() | {"eta": None} == plain | {"eta": None}
-    for other in ({"feather": 3.0}, {"guidance": 2.0}, {"masks": "folder"}, {"repair": False}, {"paste": "picture"}):
+    for other in ({"feather": 3.0}, {"guidance": 1.5}, {"masks": "folder"}, {"repair": False}, {"paste": "picture"}):
         assert Generation(**other).resolved() != plain, other
 
 
@@ -70,6 +72,7 @@ def test_numbers_below_one(key, number):
     [
         ({"guidance": 0.5}, r"generation\.guidance = 0\.5"),
         ({"guidance": float("nan")}, r"generation\.guidance = nan"),
+        ({"least_contrast": 1.5}, r"generation\.least_contrast = 1\.5"),
         ({"feather": -1.0}, r"generation\.feather = -1"),
         ({"feather": float("nan")}, r"generation\.feather = nan"),
     ],
@@ -86,7 +89,7 @@ def test_numbers_out_of_range(options, expected):
         ({"steps": 0}, r"generation\.steps = 0"),
         ({"strength": 1.5}, r"generation\.strength = 1\.5"),
         ({"strength": 0.0}, r"generation\.strength = 0 changes nothing"),
-        ({"strength": 0.01}, r"generation\.steps = 20 and strength = 0\.01"),
+        ({"strength": 0.01}, r"generation\.steps = 10 and strength = 0\.01"),
         ({"eta": 0.5}, r"generation\.eta = 0\.5: only ddim"),
         ({"sampler": "ddim", "eta": 2.0}, r"generation\.eta = 2"),
     ],
@@ -101,7 +104,7 @@ def test_samplers_out_of_range(options, expected):
 def test_a_samplers_steps():
     found = sampler(sampler="ddim", steps=10, strength=0.5)
     assert found.timesteps == [499, 399, 299, 199, 99]
-    assert sampler().calls == 18
+    assert sampler().calls == 9
     assert sampler(preset="paper").calls == 200
 
 

@@ -41,7 +41,9 @@ from tests.contrastive import make_trainer
 from tests.fakes import make_mvtec, save, surface
 from tests.segmentation import fit
 
-NO_OTHER = dict.fromkeys(("sampler", "steps", "strength", "reweight", "candidates"))  # options than the preset's
+NO_OTHER = dict.fromkeys(
+    ("sampler", "steps", "strength", "guidance", "reweight", "candidates")
+)  # options than the preset's
 NORMAL = [f"tile/train/good/{i:03d}.png" for i in range(6)]
 
 
@@ -349,7 +351,7 @@ def test_reweighting_looks_at_the_pictures_as_they_are_foreseen(learnt, tmp_path
     ("options", "calls"),
     [
         (NO_OTHER | {"preset": "paper", "steps": 4}, 4),
-        (NO_OTHER | {"preset": "fast", "steps": 10}, 9),
+        (NO_OTHER | {"preset": "fast", "steps": 10}, 18),
         ({"sampler": "ddpm"}, 4),
         ({"sampler": "unipc", "strength": 0.5}, 2),
         ({"sampler": "ddim", "eta": 0.7}, 4),
@@ -395,6 +397,28 @@ def test_what_no_candidate_passes_is_counted_and_left_out(learnt, tmp_path):
     assert contents(tmp_path / "set").keys() == {"about.json", "manifest.csv", "trained_on.csv"}
     counts = json.loads((tmp_path / "set" / "about.json").read_text())["counts"]
     assert (counts["asked"], counts["accepted"], counts["rejections"]["nothing changed"]) == (4, 0, 12)
+
+
+def test_what_is_fainter_than_real_defects_is_left_out(learnt, tmp_path):
+    """Real ones are 60 grey levels or more from their surroundings, noise hardly any."""
+    rows = made(learnt, tmp_path / "set", least_contrast=1.0)
+    assert [row["reason"] for row in rows] == ["fainter than real ones"] * 4
+    assert all(float(row["contrast"]) < 60 for row in rows)
+
+
+def test_lost_contrast_is_given_back(learnt, plain, tmp_path):
+    """The change is enlarged by what real defects of the type have lost, four times at most."""
+    rows = made(learnt, tmp_path / "set", restore=True)
+    gains = learnt.task._maker.gains
+    assert max(gains.values()) > 1, "a random autoencoder takes nearly all"
+    assert all(1 <= gain <= 4 for gain in gains.values())
+    for row in rows:
+        gain = gains[row["category"], row["defect_type"]]
+        normal = pixels(learnt.root / row["source"]).astype(int)
+        once, more = (pixels(root / row["image"]).astype(int) for root in (plain, tmp_path / "set"))
+        inside = (more > 0) & (more < 255) & (once > 0) & (once < 255) & (once != normal)
+        assert inside.any()
+        assert (abs((more - normal) - gain * (once - normal))[inside] <= (gain + 1) / 2).all(), "but for whole levels"
 
 
 def test_rejected_candidates_are_kept_for_a_look(learnt, tmp_path):

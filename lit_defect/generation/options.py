@@ -104,6 +104,8 @@ class Generation:
                 raise UserError(f"{KEY}.{key} = {number}: expected at least 1")
         if self.guidance is not None and not self.guidance >= 1:
             raise UserError(f"{KEY}.guidance = {self.guidance}: expected 1 (none) or more")
+        if not 0 <= self.least_contrast <= 1:
+            raise UserError(f"{KEY}.least_contrast = {self.least_contrast}: expected a share from 0 to 1")
         if not self.feather >= 0:
             raise UserError(f"{KEY}.feather = {self.feather}: expected pixels, 0 or more")
 
