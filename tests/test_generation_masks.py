@@ -13,6 +13,7 @@ from skimage.filters import threshold_otsu
 from skimage.measure import label, regionprops
 
 from lit_defect.errors import DataError, UserError
+from lit_defect.generation import foreground as modules
 from lit_defect.generation.files import png, read_mask
 from lit_defect.generation.foreground import Foreground, foreground, otsu
 from lit_defect.generation.mask_rules import MaskRules, fix_to, largest_border_share
@@ -94,6 +95,23 @@ def test_otsu_is_scikit_images():
     for _ in range(5):
         values = np.concatenate([rng.normal(3, 1, 300), rng.normal(9, 2, int(rng.integers(20, 900)))])
         assert otsu(values) == pytest.approx(threshold_otsu(values))
+
+
+def test_an_object_is_looked_for_once(monkeypatch):
+    """Of each picture, by its name; sizes that no byte divides."""
+    calls = []
+    look = modules.foreground
+    monkeypatch.setattr(modules, "foreground", lambda picture: calls.append(picture.shape) or look(picture))
+    shown = {"a": np.full((21, 35, 3), 200, np.uint8), "b": np.full((35, 21, 3), 200, np.uint8)}
+    shown["a"][5:14, 8:25] = 40
+    objects = Foreground("auto")
+    for name in ("a", "b", "a", "b"):
+        found = objects.of(name, shown[name])
+        assert found.dtype == np.bool_
+        assert np.array_equal(found, look(shown[name]))
+        found[:] = False  # belongs to who has asked for it
+    assert 0 < objects.of("a", shown["a"]).mean() < 1
+    assert calls == [(21, 35, 3), (35, 21, 3)]
 
 
 def test_object_masks_come_from_a_folder_by_the_pictures_names(tmp_path):

@@ -46,6 +46,22 @@ def test_outside_the_mask_every_pixel_is_the_normal_pictures(size, feather):
     assert mask.mean() == pytest.approx(area, abs=0.02)
 
 
+def test_what_lies_around_the_mask_does_not_matter():
+    """Within a wide margin the picture and its label are those without it."""
+    rng = np.random.default_rng(11)
+    margin, inner = ((9, 5), (3, 8)), np.s_[9:33, 3:23]
+    for _ in range(30):
+        normal, generated = colours((24, 20), int(rng.integers(1000))), rng.random((24, 20, 3))
+        mask = np.pad(rng.random((22, 18)) < 0.7, 1)
+        wide = [np.pad(one, (*margin, (0, 0))[: one.ndim], mode) for one, mode in (
+            (normal, "reflect"), (generated, "reflect"), (mask, "constant"))]  # fmt: skip
+        (small, marked), (large, marked_too) = paste_back(normal, generated, mask, 2), paste_back(*wide, 2)
+        assert np.array_equal(small, large[inner])
+        label_of, label_too = repair_label(normal, small, marked, 60), repair_label(wide[0], large, marked_too, 60)
+        assert np.array_equal(label_of, label_too[inner])
+        assert 0 < label_of.sum() == label_too.sum() < mask.sum()
+
+
 def test_without_feather_the_inside_is_the_generated_picture():
     normal, mask = colours((20, 30)), disc((20, 30), (9, 12), 5)
     generated = colours((20, 30), 1)

@@ -45,15 +45,20 @@ def paste_back(
         The picture (H, W, 3) uint8, equal to `normal` outside the mask; and the mask (H, W) bool.
     """
     size = normal.shape[:2]
-    large = fit_mask(mask, size)
-    defect = _resized(generated, size) * 255
+    large, result = fit_mask(mask, size), normal.copy()
+    if not large.any():
+        return result, large
+    box = _around(large)  # a defect is a small part of a large picture, whose other pixels cost most of the time
+    before = normal[box]
+    defect = _resized(generated, size, box) * 255
     if reconstructed is not None:
-        defect = normal + gain * (defect - _resized(reconstructed, size) * 255)
+        defect = before + gain * (defect - _resized(reconstructed, size, box) * 255)
     if (normal == normal[..., :1]).all():
         defect = np.repeat(defect.mean(axis=2, keepdims=True), 3, axis=2)
-    weight = feathered(large, feather)[..., None]
-    blended = np.where(np.isfinite(defect), weight * defect + (1 - weight) * normal, normal)
-    return np.where(large[..., None], np.rint(blended).clip(0, 255), normal).astype(np.uint8), large
+    weight = feathered(large, feather)[box][..., None]
+    blended = np.where(np.isfinite(defect), weight * defect + (1 - weight) * before, before)
+    result[box] = np.where(large[box][..., None], np.rint(blended).clip(0, 255), before).astype(np.uint8)
+    return result, large
 
 
 def feathered(mask: Bools, feather: float) -> NDArray[np.float64]:
@@ -102,18 +107,22 @@ def repair_label(normal: Picture, result: Picture, mask: Bools, least: float) ->
     Returns:
         (H, W) bool, a part of the mask, which may be empty.
     """
-    difference = np.abs(result.astype(np.int16) - normal).mean(axis=2)
-    changed = np.pad((difference >= least) & mask, 1)  # the frame must not hinder the closing
-    closed = ndimage.binary_fill_holes(ndimage.binary_closing(changed, structure=np.ones((3, 3))))[1:-1, 1:-1]
-    return np.asarray(closed & mask)
+    label = np.zeros_like(mask)
+    if mask.any():
+        box = _around(mask)
+        difference = np.abs(result[box].astype(np.int16) - normal[box]).mean(axis=2)
+        changed = np.pad((difference >= least) & mask[box], 1)  # the frame must not hinder the closing
+        closed = ndimage.binary_fill_holes(ndimage.binary_closing(changed, structure=np.ones((3, 3))))[1:-1, 1:-1]
+        label[box] = closed & mask[box]
+    return label
 
 
-def _resized(picture: Floats, size: tuple[int, int]) -> NDArray[np.float64]:
-    """(h, w, 3) at `size`: bicubic when enlarged, antialiased when reduced; values stay between 0 and 1."""
+def _resized(picture: Floats, size: tuple[int, int], box: tuple[slice, slice]) -> NDArray[np.float64]:
+    """The box of (h, w, 3) at `size`: bicubic when enlarged, antialiased when reduced; values stay between 0 and 1."""
     if picture.shape[:2] == size:
-        return picture.astype(np.float64)
+        return picture[box].astype(np.float64)
     channels = [
         Image.fromarray(np.ascontiguousarray(channel, dtype=np.float32)) for channel in np.moveaxis(picture, 2, 0)
     ]
-    scaled = [np.asarray(one.resize((size[1], size[0]), Image.Resampling.BICUBIC)) for one in channels]
+    scaled = [np.asarray(one.resize((size[1], size[0]), Image.Resampling.BICUBIC))[box] for one in channels]
     return np.clip(np.stack(scaled, axis=2).astype(np.float64), 0, 1)
