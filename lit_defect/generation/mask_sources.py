@@ -19,6 +19,7 @@ from lit_defect.generation.files import Bools, read_mask
 from lit_defect.generation.mask_rules import MaskRules, fix_to
 from lit_defect.generation.mask_shapes import fit_mask, vary
 from lit_defect.generation.options import KEY
+from lit_defect.generation.store import TRAINED_ON, read_trained_on
 
 Pair = tuple[str, str]  # category, defect type
 RealMasks = Mapping[Pair, Sequence[tuple[str, Bools]]]  # name and mask (H, W) of the real defects; sizes may differ
@@ -70,11 +71,15 @@ class MaskSource(ABC):
     Args:
         rules: of each (category, defect type).
         out_size: (height, width) of the masks.
+
+    Attributes:
+        learnt_from: name and group of every picture that the masks were learnt from, as far as that is known.
     """
 
     def __init__(self, rules: Mapping[Pair, MaskRules], out_size: tuple[int, int]) -> None:
         self.rules = dict(rules)
         self.out_size = out_size
+        self.learnt_from: set[tuple[str, str]] = set()
 
     @abstractmethod
     def candidate(self, pair: Pair, rng: np.random.Generator, foreground: Bools) -> tuple[Bools, str]:
@@ -159,11 +164,13 @@ class MaskFolder(MaskSource):
         out_size: (height, width) of the masks drawn.
 
     Raises:
-        DataError: a pair has no files there.
+        DataError: a pair has no files there, or the list of what they were learnt from is damaged.
     """
 
     def __init__(self, folder: Path, rules: Mapping[Pair, MaskRules], out_size: tuple[int, int]) -> None:
         super().__init__(rules, out_size)
+        if (Path(folder) / TRAINED_ON).is_file():  # not where somebody has drawn them
+            self.learnt_from = set(read_trained_on(folder))
         self._files = {pair: sorted(Path(folder, *pair).glob("*.png")) for pair in rules}
         for pair, files in self._files.items():
             if not files:

@@ -31,7 +31,7 @@ from lit_defect.generation.files import Bools, Picture, png, write_whole
 from lit_defect.generation.manifest import COLUMNS, Made, Row, append, cells, read_rows, read_table, table
 
 ABOUT, MANIFEST, TRAINED_ON, PARTS, REJECTED = "about.json", "manifest.csv", "trained_on.csv", ".parts", "rejected"
-FORMAT = "lit_defect generated data set"
+KIND = "generated data set"
 VERSION = 1
 
 
@@ -54,12 +54,12 @@ class About:
     seed: int
 
 
-class GeneratedStore:
-    """A generated data set that is being written, by one process or several.
+class Store:
+    """A folder that one generation writes into, by one process or several; begun once, then gone on with.
 
     Args:
         root: its folder; made if need be.
-        about: what decides its pixels, the same in all processes.
+        about: what decides the pixels, the same in all processes.
         trained_on: name and group of every picture that the generator has learnt from.
         rank: number of this process; each has another.
 
@@ -67,17 +67,69 @@ class GeneratedStore:
         UserError: `root` holds another generation, or anything else; or it cannot be written.
     """
 
+    kind = KIND
+    manifest = MANIFEST
+
     def __init__(self, root: Path, about: About, trained_on: Iterable[tuple[str, str]], rank: int = 0) -> None:
         self.root = Path(root)
         self._part = self.root / PARTS / f"manifest.{rank}.csv"
         learnt = table([("name", "group"), *sorted(set(trained_on))])
-        content = {"format": FORMAT, "version": VERSION, **asdict(about)}
+        content = {"format": _format(self.kind), "version": VERSION, **asdict(about)}
         self._about = json.loads(json.dumps(content | {"trained_on": hashlib.sha256(learnt).hexdigest()}))
         with self._writing():
             if self._is_new():
                 write_whole(self.root / TRAINED_ON, learnt)
                 self._write_about({})
         self._check_same()
+
+    def _parts(self) -> list[Path]:
+        return sorted((self.root / PARTS).glob("manifest.*.csv"))
+
+    def _is_new(self) -> bool:
+        """Whether nobody has begun here.
+
+        The first process of a launch writes `about.json` before any picture, so another that finds pictures finds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        strange = [path.name for path in self.root.iterdir() if path.name[0] != "." and path.name != TRAINED_ON]
+        if (self.root / ABOUT).is_file():
+            return False
+        if strange:
+            raise UserError(
+                f"{self.root} is no {self.kind}, but holds {sorted(strange)[0]}; give an empty or a new folder"
+            )
+        return True
+
+    def _check_same(self) -> None:
+        """What is written here goes together with what was written before."""
+        there = {key: value for key, value in read_about(self.root, self.kind).items() if key != "counts"}
+        before, now = dict(_flat(there)), dict(_flat(self._about))
+        keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if keys:
+            told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys[:5])
+            raise UserError(
+                f"{self.root} holds another generation ({told}). Give a new folder, or the options of {ABOUT} there."
+            )
+
+    def _write_about(self, counts: Mapping[str, Any]) -> None:
+        text = json.dumps({**self._about, "counts": counts}, indent=2, ensure_ascii=False)
+        write_whole(self.root / ABOUT, (text + "\n").encode())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the disk refuses is told to the user, with what it means."""
+        try:
+            yield
+        except OSError as problem:
+            raise UserError(
+                f"{self.root} cannot be written ({problem.strerror or problem}). Every picture with a line in "
+                f"{self.manifest} or {PARTS}/ is whole. Make room or mend the folder; the same command then goes on "
+                "where it stopped."
+            ) from problem
+
+
+class GeneratedStore(Store):
+    """A generated data set that is being written; see `Store`."""
 
     def done(self) -> set[int]:
         """Numbers of the pictures that need not be made any more, whichever process made them."""
@@ -107,18 +159,18 @@ class GeneratedStore:
         """
         if made["accepted"] != (picture is not None) or made["accepted"] != (mask is not None):
             raise ValueError("an accepted picture comes with its mask, one that is not with neither")
-        stem = f"{made['number']:05d}"
+        stem, pair = f"{made['number']:05d}", (made["category"], made["defect_type"])
         row = cast(Row, {**made, "image": "", "mask": ""})
         with self._writing():
             if picture is not None and mask is not None:
                 if picture.shape != (*mask.shape, 3):
                     raise ValueError(f"a picture of {picture.shape} does not fit a mask of {mask.shape}")
-                row["image"] = _place(made, "test") + f"/{stem}.png"
-                row["mask"] = _place(made, "ground_truth") + f"/{stem}_mask.png"
+                row["image"] = place(*pair, "test") + f"/{stem}.png"
+                row["mask"] = place(*pair, "ground_truth") + f"/{stem}_mask.png"
                 write_whole(self.root / row["mask"], png(mask))
                 write_whole(self.root / row["image"], png(picture))
             for number, pixels in (rejected or {}).items():
-                write_whole(self.root / REJECTED / _place(made) / f"{stem}_{number}.png", png(pixels))
+                write_whole(self.root / REJECTED / place(*pair) / f"{stem}_{number}.png", png(pixels))
             append(self._part, row)
         return row
 
@@ -145,51 +197,6 @@ class GeneratedStore:
         manifest = self.root / MANIFEST
         merged = read_rows(manifest) if manifest.is_file() else []
         return list(({row["number"]: row for row in merged} | found).values())
-
-    def _parts(self) -> list[Path]:
-        return sorted((self.root / PARTS).glob("manifest.*.csv"))
-
-    def _is_new(self) -> bool:
-        """Whether nobody has begun here.
-
-        The first process of a launch writes `about.json` before any picture, so another that finds pictures finds it.
-        """
-        self.root.mkdir(parents=True, exist_ok=True)
-        strange = [path.name for path in self.root.iterdir() if path.name[0] != "." and path.name != TRAINED_ON]
-        if (self.root / ABOUT).is_file():
-            return False
-        if strange:
-            raise UserError(
-                f"{self.root} is no generated data set, but holds {sorted(strange)[0]}; give an empty or a new folder"
-            )
-        return True
-
-    def _check_same(self) -> None:
-        """What is written here goes together with what was written before."""
-        there = {key: value for key, value in read_about(self.root).items() if key != "counts"}
-        before, now = dict(_flat(there)), dict(_flat(self._about))
-        keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if keys:
-            told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys[:5])
-            raise UserError(
-                f"{self.root} holds another generation ({told}). Give a new folder, or the options of {ABOUT} there."
-            )
-
-    def _write_about(self, counts: Mapping[str, Any]) -> None:
-        text = json.dumps({**self._about, "counts": counts}, indent=2, ensure_ascii=False)
-        write_whole(self.root / ABOUT, (text + "\n").encode())
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What the disk refuses is told to the user, with what it means."""
-        try:
-            yield
-        except OSError as problem:
-            raise UserError(
-                f"{self.root} cannot be written ({problem.strerror or problem}). Every picture with a line in "
-                f"{MANIFEST} or {PARTS}/ is whole. Make room or mend the folder; the same command then goes on "
-                "where it stopped."
-            ) from problem
 
 
 def count(rows: Iterable[Row]) -> dict[str, Any]:
@@ -236,7 +243,7 @@ def read_manifest(root: Path) -> list[Row]:
     return rows
 
 
-def read_about(root: Path) -> dict[str, Any]:
+def read_about(root: Path, kind: str = KIND) -> dict[str, Any]:
     """What `about.json` says: the fields of `About`, `trained_on` (hash) and `counts`.
 
     Raises:
@@ -246,13 +253,11 @@ def read_about(root: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"{root} is no generated data set: it has no {ABOUT}; give a folder that predict wrote"
-        ) from None
+        raise DataError(f"{root} is no {kind}: it has no {ABOUT}; give a folder that predict wrote") from None
     except (OSError, ValueError) as problem:
-        raise DataError(f"{path} cannot be read ({problem}); generate the data set anew") from problem
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
-        raise DataError(f"{path} is not of a generated data set of version {VERSION}; generate it with this version")
+        raise DataError(f"{path} cannot be read ({problem}); generate the {kind} anew") from problem
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (_format(kind), VERSION):
+        raise DataError(f"{path} is not of a {kind} of version {VERSION}; generate it with this version")
     return content
 
 
@@ -267,9 +272,16 @@ def read_trained_on(root: Path) -> list[tuple[str, str]]:
     return [(name, group) for _, (name, group) in lines]
 
 
-def _place(made: Made, *between: str) -> str:
-    """Folder of a picture: category, `between`, defect type."""
-    category, kind = made["category"], made["defect_type"]
+def _format(kind: str) -> str:
+    return f"lit_defect {kind}"
+
+
+def place(category: str, kind: str, *between: str) -> str:
+    """Folder of the pictures of a pair below the root: category, `between`, defect type.
+
+    Raises:
+        UserError: the names are no folders' names.
+    """
     for name in (category, kind):
         if name in (".", "..") or set(name) & set("/\\\0") or (name == kind and not name):
             raise UserError(f"the category {category!r} with the defect type {kind!r} gives no folder; rename it")

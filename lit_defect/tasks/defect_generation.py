@@ -107,7 +107,7 @@ class DefectGeneration:
         )  # fmt: skip
         samples = task.data.samples["train"]
         varied = {(samples[i].name, samples[i].group) for found in positions.values() for i, _ in found}
-        self.store = GeneratedStore(root, about, task.learnt_from | varied, rank)
+        self.store = GeneratedStore(root, about, task.learnt_from | varied | self.masks.learnt_from, rank)
         self.done = self.store.done()
 
     # --- a group of jobs ---

@@ -7,8 +7,6 @@ cuts them at a threshold and keeps those that the rules of their type allow; `An
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -21,10 +19,14 @@ from torch import Tensor
 
 from lit_defect.diffusion.labels import generators
 from lit_defect.diffusion.latent_sampling import guided, sample
+from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
-from lit_defect.generation.files import png, read_mask, write_whole
+from lit_defect.generation.files import read_mask
 from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_sources import rules_of
+from lit_defect.generation.mask_store import Asked, MaskStore, count
+from lit_defect.generation.options import KEY
+from lit_defect.generation.store import About
 from lit_defect.losses.diffusion import masked_mse
 from lit_defect.reporting.sheets import Cell, Words, sheet
 from lit_defect.tasks.base import Batch
@@ -34,8 +36,6 @@ from lit_defect.tasks.generation_plan import choose_pairs
 from lit_defect.tasks.inversion import Inversion
 
 FOLDER = "masks"
-COUNTS = "masks.csv"
-KEY = "model.init_args.generation"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MaskGeneration:
         eta: of DDIM.
         guidance: scale of classifier-free guidance; 1 for none.
         threshold: share of white above which a pixel is marked.
-        tries: how often a mask that breaks a rule is drawn anew.
+        tries: how often a mask is drawn, until one keeps the rules of its type.
         batch: masks that go through the network together.
         output: folder; null for `masks` in the run's folder.
 
@@ -75,7 +75,7 @@ class MaskGeneration:
                 raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected at least 1")
         if not 0 < self.threshold < 1:
             raise UserError(f"{KEY}.threshold = {self.threshold}: expected 0 < threshold < 1")
-        if self.guidance < 1:
+        if not self.guidance >= 1:
             raise UserError(f"{KEY}.guidance = {self.guidance}: expected 1 (none) or more")
 
 
@@ -100,9 +100,11 @@ class MaskDiffusion(Inversion):
         super().__init__(base, anomaly_tokens=anomaly_tokens, **kwargs)
         self.save_hyperparameters(ignore=["generation"], logger=False)
         self.generation = generation or MaskGeneration()
-        self._jobs: list[tuple[int, int]] = []  # row of the pair, number of the mask
+        self._jobs: list[Asked] = []
+        self._done: set[Asked] = set()
         self._rules: dict[tuple[str, str], MaskRules] = {}
-        self._rejected: dict[tuple[int, int], Counter[str]] = {}
+        self._store: MaskStore
+        self._sampler: Sampler
 
     @property
     def title(self) -> str:
@@ -120,18 +122,35 @@ class MaskDiffusion(Inversion):
 
     # --- generation ---
 
+    def setup(self, stage: str) -> None:
+        """For `predict`, serve the groups in place of a split.
+
+        Raises:
+            UserError: as for every `Inversion`; pictures of one's own, of which no mask is made.
+        """
+        super().setup(stage)
+        if stage == "predict":
+            if self.data.predict_root is not None:
+                raise UserError("data.predict_root: MaskDiffusion makes masks of noise, it takes no pictures; leave it")
+            self.data.serve_images = False
+            if self.pairs is not None:  # else a checkpoint will tell them
+                self._plan()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With the checkpoint the pairs are known, and what there is to make of them."""
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == "predict":
-            assert self.pairs is not None
-            categories = {category for category, _ in self.pairs}
-            chosen = choose_pairs(self.pairs, self.generation.types, categories)
-            numbers = range(self.generation.count)
-            self._jobs = [(self.pairs.index(pair), number) for pair in chosen for number in numbers]
-            groups = -(-len(self._jobs) // self.generation.batch)
-            self.data.samples["predict"] = [self.data.samples["train"][0]] * groups
-            self.data.serve_images = False
+            self._plan()
+
+    def _plan(self) -> None:
+        """The types take turns: more masks of each come behind those that were asked for before."""
+        assert self.pairs is not None
+        options, categories = self.generation, {category for category, _ in self.pairs}
+        chosen = choose_pairs(self.pairs, options.types, categories)
+        self._jobs = [Asked(category, kind, number) for number in range(options.count) for category, kind in chosen]
+        groups = max(-(-len(self._jobs) // options.batch), self.trainer.world_size)  # no process may be without one
+        # One sample stands for a group: the loader gives each process its share of them.
+        self.data.samples["predict"] = [self.data.samples["train"][0]] * groups
 
     @property
     def _root(self) -> Path:
@@ -139,53 +158,79 @@ class MaskDiffusion(Inversion):
         return Path(output).expanduser() if output else Path(self.trainer.default_root_dir) / FOLDER
 
     def on_predict_start(self) -> None:
-        """Take the rules from the real masks."""
+        """Open the folder; what is there already is not made again."""
+        if getattr(self.trainer, "fast_dev_run", False):
+            raise UserError(f"fast_dev_run would leave half a set of masks: set {KEY}.count instead")
+        self._sampler = make_sampler(self.network, {**self._deciding(), "strength": 1.0})
         positions = defect_positions(self)
-        self._rules = rules_of(
-            {
-                pair: [(name, self.data.original("train", i)[1] > 0) for i, name in found]
-                for pair, found in positions.items()
-            }
-        )
-        settings = {key: getattr(self.generation, key) for key in ("sampler", "steps", "eta")}
-        self._sampler = make_sampler(self.network, {**settings, "strength": 1.0})
+        masks = {pair: [(name, self.data.original("train", i)[1] > 0) for i, name in found]
+                 for pair, found in positions.items()}  # fmt: skip
+        self._rules = rules_of(masks)
+        if not self.trainer.is_global_zero:
+            self.trainer.strategy.barrier("the masks are begun")
+        self._store = self._open([i for found in positions.values() for i, _ in found])
+        if self.trainer.is_global_zero:
+            self.trainer.strategy.barrier("the masks are begun")
+        self._done = self._store.done(self.generation.tries)
+
+    def _deciding(self) -> dict[str, Any]:
+        """The options that decide the masks; not how many, nor how often one is drawn anew."""
+        return {key: getattr(self.generation, key) for key in ("sampler", "steps", "eta", "guidance", "threshold")}
+
+    def _open(self, positions: list[int]) -> MaskStore:
+        samples = self.data.samples["train"]
+        about = About(
+            generator=type(self).__name__,
+            base={"source": self.network.source, "fingerprint": self.network.fingerprint},
+            tokens=self.tokens_hash(),
+            options={**self._deciding(), "template": self.template, "image_size": list(self.data.image_size),
+                     "prompt_noise": self.prompt_noise},
+            seed=self._seed,
+        )  # fmt: skip
+        ruled = {(samples[i].name, samples[i].group) for i in positions}
+        return MaskStore(self._root, about, self.learnt_from | ruled, self.trainer.global_rank)
+
+    @property
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     @torch.no_grad()
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Make some groups of masks, those that are there stay; the groups' numbers."""
+        """Make some groups of masks; the groups' numbers."""
         size = self.generation.batch
         for group in batch["index"].tolist():
             self._make(self._jobs[group * size : (group + 1) * size])
         groups: Tensor = batch["index"]
         return groups
 
-    def _make(self, jobs: list[tuple[int, int]]) -> None:
-        assert self.pairs is not None
-        open_jobs = {job for job in jobs if not self._path(job).is_file()}
+    def _make(self, jobs: list[Asked]) -> None:
+        """The masks of a group go through the network together, also those that are there: they come out the same."""
+        rejected = {job: Counter[str]() for job in jobs if job not in self._done}
         for attempt in range(self.generation.tries):
-            if not open_jobs:
+            if not rejected:
                 return
             for job, mask in zip(jobs, self._sampled(jobs, attempt), strict=True):
-                if job not in open_jobs:
+                if job not in rejected:
                     continue
-                fault = self._rules[self.pairs[job[0]]].fault(mask, np.ones_like(mask))
+                fault = self._rules[job[:2]].fault(mask, np.ones_like(mask))
                 if fault is None:
-                    write_whole(self._path(job), png(mask))
-                    open_jobs.remove(job)
+                    self._store.add(job, mask, rejected.pop(job))
                 else:
-                    self._rejected.setdefault(job, Counter())[fault] += 1
+                    rejected[job][fault] += 1
+        for job, faults in rejected.items():
+            self._store.add(job, None, faults)
 
-    def _path(self, job: tuple[int, int]) -> Path:
-        assert self.pairs is not None
-        return self._root.joinpath(*self.pairs[job[0]], f"{job[1]:05d}.png")
-
-    def _sampled(self, jobs: list[tuple[int, int]], attempt: int) -> Any:
+    def _sampled(self, jobs: list[Asked], attempt: int) -> Any:
         """(J, H, W) bool."""
         base, options = self.network, self.generation
+        assert self.pairs is not None
         height, width = self.data.image_size
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        streams = [generators(seed, [pair], number * options.tries + attempt)[0] for pair, number in jobs]
-        pairs = torch.tensor([pair for pair, _ in jobs], device=self.device)
+        rows = [self.pairs.index(job[:2]) for job in jobs]
+        streams = [
+            generators(self._seed, [job.number], attempt * len(self.pairs) + row)[0]
+            for job, row in zip(jobs, rows, strict=True)
+        ]
+        pairs = torch.tensor(rows, device=self.device)
 
         def draw(*shape: int) -> Tensor:
             return torch.stack([torch.randn(*shape[1:], generator=stream) for stream in streams])
@@ -208,41 +253,32 @@ class MaskDiffusion(Inversion):
         return (white > options.threshold).cpu().numpy()
 
     def on_predict_epoch_end(self) -> None:
-        """Gather what was rejected."""
-        told: list[Any] = [None] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(told, self._rejected)
-        else:
-            told = [self._rejected]
-        self._rejected = {job: counts for part in told for job, counts in part.items()}
+        """Join what the processes have written."""
+        self.trainer.strategy.barrier("all masks are made")
+        if self.trainer.is_global_zero:
+            self._store.merge()
+        self.trainer.strategy.barrier("their list is written")
 
     def write_results(self, folder: Path, stage: str) -> None:
-        """`masks.csv` with the counts of each pair, and a sheet of real and new masks; rank 0 only."""
-        assert self.pairs is not None
-        rows, cells = [], []
-        for row in sorted({pair for pair, _ in self._jobs}):
-            paths = [path for job in self._jobs if job[0] == row and (path := self._path(job)).is_file()]
-            faults: Counter[str] = sum((c for job, c in self._rejected.items() if job[0] == row), Counter())
-            told = "; ".join(f"{times} {fault}" for fault, times in faults.most_common())
-            rows.append(("/".join(self.pairs[row]), self.generation.count, len(paths), told))
-            cells += self._cells(row, paths)
-        stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerows([("pair", "asked", "made", "rejected"), *rows])
-        write_whole(self._root / COUNTS, stream.getvalue().encode())
+        """Counts, and a sheet of real and new masks; rank 0 only."""
+        lines = self._store.lines()
+        asked = [(job, lines[job]) for job in sorted(self._jobs)]
+        cells, told = [], []
+        for pair, found in count(asked)["pairs"].items():
+            why = ", ".join(f"{times} {fault}" for fault, times in found["rejections"].most_common())
+            told.append(f"{pair:30} {found['made']} of {found['asked']}" + (f"   rejected: {why}" if why else ""))
+        for key in sorted({job[:2] for job in self._jobs}):
+            cells += self._cells(key, [self._root / line.mask for job, line in asked if job[:2] == key and line.mask])
         figure = folder / "figures" / "masks.png"
         figure.parent.mkdir(parents=True, exist_ok=True)
         sheet(cells, title="Real and generated masks", columns=2, size=96).save(figure)
-        lines = [
-            f"{pair:30} {made} of {asked}" + (f"   rejected: {why}" if why else "") for pair, asked, made, why in rows
-        ]
-        print("\n" + "\n".join(lines) + f"\n\nmasks   {self._root}\nfigure  {figure}\n")
+        print("\n" + "\n".join(told) + f"\n\nmasks   {self._root}\nfigure  {figure}\n")
 
-    def _cells(self, row: int, paths: list[Path]) -> list[Cell]:
-        assert self.pairs is not None
-        pair, samples = self.pairs[row], self.data.samples["train"]
+    def _cells(self, pair: tuple[str, str], paths: list[Path]) -> list[Cell]:
+        samples, size = self.data.samples["train"], self.data.image_size
         real = [i for i, s in enumerate(samples) if (s.category, s.defect_type, s.source) == (*pair, "real")][:8]
-        size = self.data.image_size
-        panels = [mask_of(self.data, "train", i, size).numpy() > 0 for i in real], [read_mask(p) for p in paths[:8]]
+        there = [path for path in paths if path.is_file()][:8]  # whoever has looked them through may have deleted some
+        panels = [mask_of(self.data, "train", i, size).numpy() > 0 for i in real], [read_mask(p) for p in there]
         return [
             Cell([np.repeat(255 * mask.astype(np.uint8)[..., None], 3, 2) for mask in masks] or ["none"],
                  [[Words(f"{what} {pair[1]}")]])
