@@ -18,19 +18,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lit_defect.errors import UserError
 from lit_defect.reporting import seeds
-from lit_defect.reporting.seeds import Line, Row, Run, Spread
+from lit_defect.reporting.seeds import (
+    CATEGORIES,
+    SEED_NOTE,
+    Line,
+    Row,
+    Run,
+    Spread,
+    difference,
+    paired,
+    parts,
+    split_note,
+)
 from lit_defect.reporting.tables import markdown_table
-from lit_defect.runs import RunFolder
-
-CATEGORIES = (
-    "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile",
-    "toothbrush", "transistor", "wood", "zipper",
-)  # fmt: skip
-"""Of MVTec AD, over which the published means are taken."""
 
 FIGURES = {
     "pixel_auroc": "pixel AUROC",
@@ -74,8 +76,6 @@ ABLATION = (
 )
 
 _INCIDENTAL = (*seeds.INCIDENTAL, "model.init_args.maps", "model.init_args.overlays")
-_SYNTHETIC = "data.init_args.synthetic"
-_SEED_NOTE = "An interval tells how a mean would move with other seeds, not with other test pictures."
 
 
 def read_runs(folders: Iterable[Path | str], arm: str | None = None) -> list[Run]:
@@ -114,20 +114,10 @@ def arms_table(rows: Sequence[Row], categories: Sequence[str]) -> str:
     compared = []
     for row in others:
         spreads = [paired(first, row, categories, key) for key in FIGURES]
-        compared.append([row.name, *map(_difference, spreads), str(max(spread.seeds for spread in spreads))])
+        compared.append([row.name, *map(difference, spreads), str(max(spread.seeds for spread in spreads))])
     if compared:
         text += "\n" + markdown_table((f"{title}: less {first.name}, points", *FIGURES.values(), "pairs"), compared)
     return text
-
-
-def split_note(rows: Sequence[Row], category: str) -> str:
-    """A warning where the runs were not tested on as many pictures; else empty."""
-    counts = sorted({run.figures["pictures"] for row in rows for run in row.runs[category]})
-    if len(counts) < 2:
-        return ""
-    return (
-        f"- Tested on {counts[0]:.0f} to {counts[-1]:.0f} pictures of {category}: the runs have not one test split.\n"
-    )
 
 
 def types_table(rows: Sequence[Row], category: str) -> str:
@@ -165,16 +155,10 @@ def ablation_table() -> str:
     return markdown_table(head, [[p.name, *map(_percent, p.values)] for p in ABLATION])
 
 
-def paired(first: Row, other: Row, categories: Sequence[str], figure: str) -> Spread:
-    """Over the seeds that both arms have for all categories: the difference of the means over categories."""
-    one, two = (_by_seed(row, categories, figure) for row in (first, other))
-    return Spread.of(two[seed] - one[seed] for seed in one if seed in two)
-
-
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write every figure on a line: data, configuration, figure, mean, sd, low, high, seeds, source."""
     lines: list[Line] = []
-    for names, present in _parts(rows):
+    for names, present in parts(rows):
         data = names[0] if len(names) == 1 else f"mean of {len(names)}"
         keys = [*FIGURES, *_kinds(present, names[0])] if len(names) == 1 else list(FIGURES)
         lines += [Line(data, row.name, key, row.spread_over(names, key)) for row in present for key in keys]
@@ -197,16 +181,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="also write every figure to this file")
     options = parser.parse_args(arguments)
     try:
-        rows = group([run for given in options.runs for run in _given(given)])
+        rows = group([run for given in options.runs for run in seeds.named_runs(given, read_runs)])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for names, present in _parts(rows):
+    for names, present in parts(rows):
         print(arms_table(present, names))
         if len(names) == 1:
             for text in (split_note(present, names[0]), types_table(present, names[0])):
                 print(text, end="\n" if text else "")
-    print(f"{_SEED_NOTE}\n")
+    print(f"{SEED_NOTE}\n")
     print(published_table(rows))
     print(ablation_table(), end="")
     if options.csv:
@@ -214,37 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _given(word: str) -> list[Run]:
-    """The runs behind NAME=RUNS, or RUNS."""
-    name, sign, folder = word.partition("=")
-    return read_runs([folder], name) if sign and name and not Path(word).exists() else read_runs([word])
-
-
-def _parts(rows: Sequence[Row]) -> list[tuple[list[str], list[Row]]]:
-    """Each category with the arms that have it; and all together, where every arm has them."""
-    categories = sorted({category for row in rows for category in row.runs})
-    parts = [([name], [row for row in rows if name in row.runs]) for name in categories]
-    if len(categories) > 1 and (whole := [row for row in rows if len(row.runs) == len(categories)]):
-        parts.append((categories, whole))
-    return parts
-
-
-def _by_seed(row: Row, categories: Sequence[str], figure: str) -> dict[tuple[Any, Any], float]:
-    """Mean over the categories, by the seeds that have a figure for all of them."""
-    found = [{run.seeds: run.figures.get(figure, math.nan) for run in row.runs[name]} for name in categories]
-    means = {seed: float(np.mean([part.get(seed, math.nan) for part in found])) for seed in found[0]}
-    return {seed: mean for seed, mean in means.items() if math.isfinite(mean)}
-
-
 def _kinds(rows: Sequence[Row], category: str) -> list[str]:
     """Names of the figures by kind of defect."""
     return sorted({key for row in rows for run in row.runs[category] for key in run.figures if "/" in key})
-
-
-def _difference(spread: Spread) -> str:
-    """`+3.1 ± 0.8 (+1.1 to +5.1)`."""
-    limits = spread.limits(100, 1, sign=True)
-    return spread.text(100, 1, sign=True) + (f" ({limits})" if limits else "")
 
 
 def _percent(value: float) -> str:
@@ -264,7 +220,7 @@ def _read(path: Path) -> Run:
         method=method,
         seeds=(result.get("training_seed"), result.get("split_seed")),
         figures=figures,
-        options=_options(path),
+        options=seeds.learning_options(path, _INCIDENTAL),
     )
 
 
@@ -295,24 +251,6 @@ def _method(result: Mapping[str, Any]) -> str:
     learned += sorted(name for name in counts if name not in ("good", "defective"))
     network = f"{result['architecture']} on {result['encoder']} ({result.get('weights') or 'random'} weights)"
     return f"{' + '.join(learned)}, {network}"
-
-
-def _options(path: Path) -> dict[str, str]:
-    """The configuration, flat; all of `data.synthetic` is one option, the same for all seeds of one experiment."""
-    options = seeds.read_options(path, _INCIDENTAL)
-    kept = {key: value for key, value in options.items() if not key.startswith(_SYNTHETIC)}
-    given = {key.rpartition(".")[2]: value for key, value in sorted(options.items() - kept.items())}
-    folder = given.pop("path", given.pop("synthetic", "None"))  # the folder alone, or one of several options
-    words = [f"{name} {value}" for name, value in given.items() if value not in ("None", "0", "0.0")]
-    return kept | {_SYNTHETIC: ", ".join([folder if folder == "None" else _experiment_of(Path(folder)), *words])}
-
-
-def _experiment_of(generated: Path) -> str:
-    """The experiment of the run in whose folder a generated data set lies; else its path."""
-    for folder in (generated, *generated.parents):
-        if RunFolder(folder).record():
-            return folder.resolve().parent.name
-    return str(generated)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,15 @@ INCIDENTAL = (
     "trainer.logger", "trainer.callbacks", "trainer.enable_", "trainer.log_every_n_steps", "trainer.default_root_dir",
 )  # fmt: skip
 
+_SYNTHETIC = "data.init_args.synthetic"
+
+CATEGORIES = (
+    "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile",
+    "toothbrush", "transistor", "wood", "zipper",
+)  # fmt: skip
+"""Of MVTec AD, over which published means are taken."""
+SEED_NOTE = "An interval tells how a mean would move with other seeds, not with other test pictures."
+
 
 @dataclass(frozen=True)
 class Run:
@@ -181,6 +190,16 @@ def read_options(path: Path, incidental: tuple[str, ...] = INCIDENTAL) -> dict[s
     return {key: str(value) for key, value in options.items() if not key.startswith(incidental)}
 
 
+def learning_options(path: Path, incidental: tuple[str, ...] = INCIDENTAL) -> dict[str, str]:
+    """As `read_options`; all of `data.synthetic` is one option, the same for all seeds of one experiment."""
+    options = read_options(path, incidental)
+    kept = {key: value for key, value in options.items() if not key.startswith(_SYNTHETIC)}
+    given = {key.rpartition(".")[2]: value for key, value in sorted(options.items() - kept.items())}
+    folder = given.pop("path", given.pop("synthetic", "None"))  # the folder alone, or one of several options
+    words = [f"{name} {value}" for name, value in given.items() if value not in ("None", "0", "0.0")]
+    return kept | {_SYNTHETIC: ", ".join([folder if folder == "None" else _experiment_of(Path(folder)), *words])}
+
+
 def group_runs(runs: Sequence[Run], row: type[AnyRow]) -> list[AnyRow]:
     """Rows of runs that compute the same, in the order of their first run.
 
@@ -207,6 +226,48 @@ def group_runs(runs: Sequence[Run], row: type[AnyRow]) -> list[AnyRow]:
     return list(rows.values())
 
 
+def paired(first: Row, other: Row, categories: Sequence[str], figure: str) -> Spread:
+    """Over the seeds that both arms have for all categories: the difference of the means over categories."""
+    one, two = (_by_seed(row, categories, figure) for row in (first, other))
+    return Spread.of(two[seed] - one[seed] for seed in one if seed in two)
+
+
+def difference(spread: Spread) -> str:
+    """Of shares, in points: `+3.1 ± 0.8 (+1.1 to +5.1)`."""
+    limits = spread.limits(100, 1, sign=True)
+    return spread.text(100, 1, sign=True) + (f" ({limits})" if limits else "")
+
+
+def parts(rows: Sequence[AnyRow]) -> list[tuple[list[str], list[AnyRow]]]:
+    """Each category with the arms that have it; and all together, where every arm has them."""
+    categories = sorted({category for row in rows for category in row.runs})
+    found = [([name], [row for row in rows if name in row.runs]) for name in categories]
+    if len(categories) > 1 and (whole := [row for row in rows if len(row.runs) == len(categories)]):
+        found.append((categories, whole))
+    return found
+
+
+def split_note(rows: Sequence[Row], category: str) -> str:
+    """A warning where the runs were not tested on as many `pictures`, a figure of theirs; else empty."""
+    counts = sorted({run.figures["pictures"] for row in rows for run in row.runs[category]})
+    if len(counts) < 2:
+        return ""
+    return (
+        f"- Tested on {counts[0]:.0f} to {counts[-1]:.0f} pictures of {category}: the runs have not one test split.\n"
+    )
+
+
+def named_runs(word: str, read: Callable[[Sequence[str], str | None], list[Run]]) -> list[Run]:
+    """The runs behind RUNS, or behind NAME=RUNS, which is one arm of that name whatever the options.
+
+    Args:
+        word: of a command line.
+        read: (folders, name of the arm or None) -> runs.
+    """
+    name, sign, folder = word.partition("=")
+    return read([folder], name) if sign and name and not Path(word).exists() else read([word], None)
+
+
 def write_lines(lines: Iterable[Line], path: Path) -> None:
     """Write a CSV: data, configuration, figure, mean, sd, low, high, seeds, source; without lines of no seeds."""
     text = io.StringIO(newline="")
@@ -219,6 +280,21 @@ def write_lines(lines: Iterable[Line], path: Path) -> None:
             writer.writerow((category, name, figure, *cells, "" if source else spread.seeds, source))
     with whole_file(path) as file:
         file.write(text.getvalue().encode())
+
+
+def _by_seed(row: Row, categories: Sequence[str], figure: str) -> dict[tuple[Any, Any], float]:
+    """Mean over the categories, by the seeds that have a figure for all of them."""
+    found = [{run.seeds: run.figures.get(figure, math.nan) for run in row.runs[name]} for name in categories]
+    means = {seed: float(np.mean([part.get(seed, math.nan) for part in found])) for seed in found[0]}
+    return {seed: mean for seed, mean in means.items() if math.isfinite(mean)}
+
+
+def _experiment_of(generated: Path) -> str:
+    """The experiment of the run in whose folder a generated data set lies; else its path."""
+    for folder in (generated, *generated.parents):
+        if RunFolder(folder).record():
+            return folder.resolve().parent.name
+    return str(generated)
 
 
 def _varied_options(runs: Sequence[Run]) -> list[str]:
