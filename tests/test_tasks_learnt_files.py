@@ -47,6 +47,15 @@ def test_what_was_written_is_taken_up_and_the_base_stays(base, tmp_path):
         assert file.metadata()["fingerprint"] == one.network.fingerprint
 
 
+def test_what_the_other_has_learnt_from_is_not_forgotten(base, tmp_path):
+    """It may test here, and a generated data set must tell."""
+    one, other = opened(base), opened(base)
+    one.learnt_from, other.learnt_from = {("tile/test/crack/007.png", "part 3"), ("b.png", "")}, {("own.png", "")}
+    write_learnt(one, tmp_path / "l.safetensors")
+    start_from(other, tmp_path / "l.safetensors")
+    assert other.learnt_from == {("tile/test/crack/007.png", "part 3"), ("b.png", ""), ("own.png", "")}
+
+
 def test_a_further_type_keeps_its_own_start(base, tmp_path):
     one = opened(base)
     other = opened(base, [("tile", "burn"), ("tile", "hole")])

@@ -31,6 +31,7 @@ def write_learnt(task: Any, path: Path) -> None:
         "fingerprint": task.network.fingerprint,
         "template": task.template,
         "pairs": json.dumps(task.pairs),
+        "learnt_from": json.dumps(sorted(task.learnt_from)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous().cpu() for key, value in task.learnt_state().items()}, path, about)
@@ -39,6 +40,8 @@ def write_learnt(task: Any, path: Path) -> None:
 @torch.no_grad()
 def start_from(task: Any, path: Path) -> None:
     """Give a task what another has learnt on the same base; pairs that the file does not know keep their start.
+
+    What the other has learnt from, this one then has learnt from, too.
 
     Raises:
         UserError: no such file, a damaged or foreign one, of another base, task, or of other options.
@@ -65,6 +68,7 @@ def start_from(task: Any, path: Path) -> None:
     for row, pair in enumerate(json.loads(about["pairs"])):
         if tuple(pair) in task.pairs:
             mine[task.pairs.index(tuple(pair))] = tokens[row].to(mine)
+    task.learnt_from |= {(picture, group) for picture, group in json.loads(about["learnt_from"])}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -79,6 +83,6 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{KEY}: {path} cannot be read ({reason})") from error
-    if not {"task", "base", "fingerprint", "pairs"} <= about.keys():
+    if not {"task", "base", "fingerprint", "pairs", "learnt_from"} <= about.keys():
         raise UserError(f"{KEY}: {path} holds nothing that an AnomalyDiffusion or MaskDiffusion has learnt")
     return about, state
