@@ -298,6 +298,11 @@ def test_a_folder_of_another_generation_is_refused(tmp_path, change, told):
         open_store(tmp_path, **change)
 
 
+def test_a_base_that_has_moved_is_the_same(tmp_path):
+    fill(tmp_path, range(1)).merge()
+    assert open_store(tmp_path, base={"source": "/elsewhere/base", "fingerprint": "ab"}).done() == {0}
+
+
 def test_pictures_learnt_from_belong_to_what_a_generation_is(tmp_path):
     open_store(tmp_path)
     GeneratedStore(tmp_path, about(), reversed(LEARNT))  # their order does not
