@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from PIL import Image
 
 from lit_defect.diffusion.base_model import LatentBase
@@ -196,6 +197,34 @@ def test_types(learnt, plain, tmp_path):
     with pytest.raises(UserError, match=r"generation\.types: 'dent' was not learnt; there are crack, hole"):
         made(learnt, tmp_path / "other", types=["dent"])
     assert not (tmp_path / "other").exists()
+
+
+def test_a_step_is_a_group(learnt, tmp_path):
+    """What shows the progress counts steps."""
+    seen: list[int] = []
+
+    class Steps(Callback):
+        def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+            seen.append(len(batch["index"]))
+
+    data = parts(learnt.root, eval_batch_size=32)
+    made(learnt, tmp_path / "set", data, trainer={"callbacks": [Steps()]})
+    assert seen == [1, 1], "four pictures, three of which go through the network together"
+    assert data.eval_batch_size == 32
+
+
+def test_one_category_of_those_learnt(learnt, tmp_path):
+    """The others need neither normal pictures nor defects; what was learnt from theirs is told all the same."""
+    root = make_mvtec(tmp_path / "data", categories=("tile", "wood"), size=(32, 24), train_good=3, test_good=1,
+                      defects={"crack": 6})  # fmt: skip
+    task = task_of(learnt.base)
+    fit(task, parts(root), default_root_dir=tmp_path).save_checkpoint(tmp_path / "two.ckpt")
+    rows = generate(tmp_path / "two.ckpt", task, parts(root, category="wood"), tmp_path / "set")
+    assert {row["category"] for row in rows} == {"wood"}
+    known = {f"{name}/test/crack/{i:03d}.png" for name in ("tile", "wood") for i in range(2)}
+    assert {name for name, _ in read_trained_on(tmp_path / "set")} == known
+    generate(tmp_path / "two.ckpt", task, parts(root), tmp_path / "set")
+    assert len(read_manifest(tmp_path / "set")) == 4, "the same data set, gone on with"
 
 
 def test_each_category_takes_its_own_normal_pictures(learnt, tmp_path):

@@ -109,7 +109,7 @@ class AnomalyDiffusion(Inversion):
             if not normal:
                 raise UserError("there are no normal pictures to put defects on")
             data.samples[SOURCES] = normal
-            data.serve_images = False
+            self.serve_groups()
             if self.pairs is not None:  # else a checkpoint will tell them
                 self._plan()
 
@@ -146,8 +146,8 @@ class AnomalyDiffusion(Inversion):
             raise UserError(f"fast_dev_run would leave half a data set in {root}: set model.generation.count instead")
         if not self.trainer.is_global_zero:
             self.trainer.strategy.barrier("the data set is begun")
-        rank = self.trainer.global_rank
-        self._maker = DefectGeneration(self, self.generation, self._seed, self._root, SOURCES, rank)
+        rank, pairs = self.trainer.global_rank, {job.pair for group in self._groups for job in group}
+        self._maker = DefectGeneration(self, self.generation, self._seed, self._root, SOURCES, rank, pairs)
         if self.trainer.is_global_zero:
             self.trainer.strategy.barrier("the data set is begun")
 

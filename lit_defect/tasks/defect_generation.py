@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +29,12 @@ from lit_defect.generation.judgement import (
 )
 from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_shapes import fit_mask
-from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskFolder, MaskSource, rules_of
+from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskFolder, MaskSource, Pair, rules_of
 from lit_defect.generation.options import KEY, Generation
 from lit_defect.generation.pasting import paste_back, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.losses.diffusion import latent_mask
-from lit_defect.tasks.few_shots import mask_of
+from lit_defect.tasks.few_shots import defect_positions, mask_of
 from lit_defect.tasks.generation_plan import Job
 from lit_defect.tasks.views import resize, unit_range
 
@@ -67,19 +67,29 @@ class DefectGeneration:
         root: folder of the data set.
         sources: the split of the data module that holds the normal pictures.
         rank: of this process.
+        pairs: of the jobs to come; None for all that were learnt.
 
     Raises:
         UserError: options out of range, another generation in `root`, a type without usable masks.
     """
 
-    def __init__(self, task: Any, options: Generation, seed: int, root: Path, sources: str, rank: int) -> None:
+    def __init__(
+        self,
+        task: Any,
+        options: Generation,
+        seed: int,
+        root: Path,
+        sources: str,
+        rank: int,
+        pairs: Iterable[Pair] | None = None,
+    ) -> None:
         self.task, self.options, self.sources = task, options, sources
         self.settings = options.resolved()
         self.base = task.network
         self.size: tuple[int, int] = task.data.image_size
         self.sampler = make_sampler(self.base, self.settings)
         self.foreground = Foreground(options.foreground)
-        positions = defect_positions(task)
+        positions = defect_positions(task, pairs)
         masks = {pair: [(name, task.data.original("train", i)[1] > 0) for i, name in found]
                  for pair, found in positions.items()}  # fmt: skip
         self.rules: dict[tuple[str, str], MaskRules] = rules_of(masks)
@@ -105,8 +115,7 @@ class DefectGeneration:
                      "prompt_noise": task.prompt_noise},
             seed=seed,
         )  # fmt: skip
-        samples = task.data.samples["train"]
-        varied = {(samples[i].name, samples[i].group) for found in positions.values() for i, _ in found}
+        varied = {(s.name, s.group) for s in task.defects("train") if (s.category, s.defect_type) in task.pairs}
         self.store = GeneratedStore(root, about, task.learnt_from | varied | self.masks.learnt_from, rank)
         self.done = self.store.done()
 
@@ -353,22 +362,6 @@ def make_sampler(base: Any, settings: Any) -> Sampler:
     if made.calls == 0:
         raise UserError(f"{KEY}.strength = 0 changes nothing: expected a share of the steps, above 0")
     return made
-
-
-def defect_positions(task: Any) -> dict[tuple[str, str], list[tuple[int, str]]]:
-    """Positions and names of the real training defects of each pair that was learnt."""
-    data, found = task.data, {pair: [] for pair in task.pairs}  # type: ignore[var-annotated]
-    for position, sample_of in enumerate(data.samples.get("train", ())):
-        pair = (sample_of.category, sample_of.defect_type)
-        if pair in found and sample_of.source == "real" and sample_of.label != data.normal_class:
-            found[pair].append((position, sample_of.name))
-    missing = sorted("/".join(pair) for pair, names in found.items() if not names)
-    if missing:
-        raise UserError(
-            f"no training pictures of {', '.join(missing)}, whose masks a generation needs: use the data options that "
-            "the training had (its config.yaml)"
-        )
-    return found
 
 
 def _best_of(candidates: Sequence[Candidate]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lit_defect.errors import UserError
 from lit_defect.generation.mask_shapes import fit_mask
+from lit_defect.generation.mask_sources import Pair
 from lit_defect.tasks.views import unit_range, view
 
 
@@ -64,6 +66,27 @@ def encode_shots(task: Any, split: str, views: int) -> FewShots:
 def is_shot(data: Any, sample: Any) -> bool:
     """Whether a sample is a real defect."""
     return sample.label != data.normal_class and sample.source == "real"
+
+
+def defect_positions(task: Any, pairs: Iterable[Pair] | None = None) -> dict[Pair, list[tuple[int, str]]]:
+    """Positions and names of the real training defects of some pairs, or of all that were learnt.
+
+    Raises:
+        UserError: a pair has none.
+    """
+    data = task.data
+    found: dict[Pair, list[tuple[int, str]]] = {pair: [] for pair in sorted(task.pairs if pairs is None else pairs)}
+    for position, sample in enumerate(data.samples.get("train", ())):
+        pair = (sample.category, sample.defect_type)
+        if pair in found and is_shot(data, sample):
+            found[pair].append((position, sample.name))
+    missing = sorted("/".join(pair) for pair, names in found.items() if not names)
+    if missing:
+        raise UserError(
+            f"no training pictures of {', '.join(missing)}, whose masks a generation needs: use the data options that "
+            "the training had (its config.yaml)"
+        )
+    return found
 
 
 def mask_of(data: Any, split: str, position: int, size: Any) -> Tensor:

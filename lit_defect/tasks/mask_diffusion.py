@@ -30,8 +30,8 @@ from lit_defect.generation.store import About
 from lit_defect.losses.diffusion import masked_mse
 from lit_defect.reporting.sheets import Cell, Words, sheet
 from lit_defect.tasks.base import Batch
-from lit_defect.tasks.defect_generation import defect_positions, make_sampler
-from lit_defect.tasks.few_shots import mask_of
+from lit_defect.tasks.defect_generation import make_sampler
+from lit_defect.tasks.few_shots import defect_positions, mask_of
 from lit_defect.tasks.generation_plan import choose_pairs
 from lit_defect.tasks.inversion import Inversion
 
@@ -132,7 +132,7 @@ class MaskDiffusion(Inversion):
         if stage == "predict":
             if self.data.predict_root is not None:
                 raise UserError("data.predict_root: MaskDiffusion makes masks of noise, it takes no pictures; leave it")
-            self.data.serve_images = False
+            self.serve_groups()
             if self.pairs is not None:  # else a checkpoint will tell them
                 self._plan()
 
@@ -162,13 +162,13 @@ class MaskDiffusion(Inversion):
         if getattr(self.trainer, "fast_dev_run", False):
             raise UserError(f"fast_dev_run would leave half a set of masks: set {KEY}.count instead")
         self._sampler = make_sampler(self.network, {**self._deciding(), "strength": 1.0})
-        positions = defect_positions(self)
+        positions = defect_positions(self, {job[:2] for job in self._jobs})
         masks = {pair: [(name, self.data.original("train", i)[1] > 0) for i, name in found]
                  for pair, found in positions.items()}  # fmt: skip
         self._rules = rules_of(masks)
         if not self.trainer.is_global_zero:
             self.trainer.strategy.barrier("the masks are begun")
-        self._store = self._open([i for found in positions.values() for i, _ in found])
+        self._store = self._open()
         if self.trainer.is_global_zero:
             self.trainer.strategy.barrier("the masks are begun")
         self._done = self._store.done(self.generation.tries)
@@ -177,8 +177,7 @@ class MaskDiffusion(Inversion):
         """The options that decide the masks; not how many, nor how often one is drawn anew."""
         return {key: getattr(self.generation, key) for key in ("sampler", "steps", "eta", "guidance", "threshold")}
 
-    def _open(self, positions: list[int]) -> MaskStore:
-        samples = self.data.samples["train"]
+    def _open(self) -> MaskStore:
         about = About(
             generator=type(self).__name__,
             base={"source": self.network.source, "fingerprint": self.network.fingerprint},
@@ -187,7 +186,7 @@ class MaskDiffusion(Inversion):
                      "prompt_noise": self.prompt_noise},
             seed=self._seed,
         )  # fmt: skip
-        ruled = {(samples[i].name, samples[i].group) for i in positions}
+        ruled = {(s.name, s.group) for s in self.defects("train") if (s.category, s.defect_type) in (self.pairs or ())}
         return MaskStore(self._root, about, self.learnt_from | ruled, self.trainer.global_rank)
 
     @property
