@@ -201,6 +201,18 @@ def test_training_figure_reads_lightnings_log(tmp_path: Path) -> None:
     assert figure.get_suptitle() == "Validation loss lowest at step 19 of 29"
 
 
+def test_training_figure_shows_what_held_out_generated_pictures_say(tmp_path: Path) -> None:
+    rows = ["epoch,step,synthetic/pixel_average_precision,val/pro,lr-Adam", "0,9,,,0.1", "0,9,0.25,,", "0,9,,0.5,",
+            "1,19,0.75,,", "1,19,,0.625,"]  # fmt: skip
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    panels = {axes.get_title(loc="left"): axes for axes in training_figure(tmp_path / "metrics.csv").axes}
+    curves = {line.get_label(): line.get_xydata().tolist() for line in panels["validation"].lines}
+    assert curves == {
+        "synthetic/pixel_average_precision": [[9, 0.25], [19, 0.75]],
+        "val/pro": [[9, 0.5], [19, 0.625]],
+    }
+
+
 def test_training_figure_without_metrics_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("epoch,step\n")
     assert "no metrics were logged" in texts(training_figure(tmp_path / "metrics.csv"))

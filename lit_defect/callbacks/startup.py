@@ -47,24 +47,43 @@ class StartupSummary(Callback):
 
 
 class EpochLines(Callback):
-    """What a log file shows instead of a progress bar: a line after an epoch, at most one in ten seconds."""
+    """What a log file shows instead of a progress bar: a line after an epoch, at most one in ten seconds.
+
+    Lightning lets callbacks end an epoch before the task does, which may log its figures only then: the line is
+    written when the next epoch begins, or the training ends.
+    """
 
     def __init__(self) -> None:
         self._shown_at = 0.0
+        self._ended: tuple[int, int] | None = None  # epochs and steps at the end of the epoch that is to be shown
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the epoch and its validation."""
         now = time.monotonic()
         last = trainer.current_epoch + 1 == trainer.max_epochs
-        if not trainer.is_global_zero or (now - self._shown_at < 10 and not last):
+        if trainer.is_global_zero and (now - self._shown_at >= 10 or last):
+            self._shown_at = now
+            self._ended = (trainer.current_epoch + 1, trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the epoch before."""
+        self._show(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the last epoch."""
+        self._show(trainer, pl_module)
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._ended is None:
             return
-        self._shown_at = now
+        epoch, step = self._ended
+        self._ended = None
         monitored = (getattr(pl_module, "monitor", None) or ("",))[0]
         metrics = trainer.callback_metrics
         shown = [key for key in dict.fromkeys(("train/loss", "val/loss", monitored)) if key in metrics]
         figures = "  ".join(f"{key} {float(metrics[key]):.4g}" for key in shown)
         epochs = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else "-"
-        print(f"epoch {trainer.current_epoch + 1}/{epochs}  step {trainer.global_step}  {figures}", flush=True)
+        print(f"epoch {epoch}/{epochs}  step {step}  {figures}", flush=True)
 
 
 def data_table(datamodule: object) -> Table:

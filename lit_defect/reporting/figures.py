@@ -242,14 +242,14 @@ def reliability_figure(bins: Reliability) -> Figure:
 
 @styled
 def training_figure(metrics_csv: Path) -> Figure:
-    """Curves of Lightning's metrics.csv: losses, validation figures between 0 and 1, learning rate."""
+    """Curves of Lightning's metrics.csv: losses, figures between 0 and 1 that select a state, learning rate."""
     columns = _read_metrics(metrics_csv)
     columns = {name: c for name, c in columns.items() if not name.startswith("test/")}  # one point, no curve
     losses = {name: c for name, c in columns.items() if "loss" in name.rsplit("/", 1)[-1]}
     rates = {name: c for name, c in columns.items() if name.startswith("lr-") or name.endswith("/lr")}
     scores = {
         name: c for name, c in columns.items()
-        if name.startswith("val/") and name not in losses and (c[1] >= 0).all() and (c[1] <= 1).all()
+        if name.startswith(("val/", "synthetic/")) and name not in losses and (c[1] >= 0).all() and (c[1] <= 1).all()
     }  # fmt: skip
     panels = [p for p in (("loss", losses), ("validation", scores), ("learning rate", rates)) if p[1]]
     figure = Figure(figsize=(3.7 * max(1, len(panels)), 3.5), layout="constrained")
