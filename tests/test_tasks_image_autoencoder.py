@@ -17,7 +17,7 @@ from lit_defect.tasks.views import unit_range
 from tests.contrastive import make_trainer
 from tests.fakes import make_voc
 from tests.latent_tasks import Runs, autoencoder, make_runs, ready, tiles, write
-from tests.segmentation import command, figures, refused, weights
+from tests.segmentation import command, figures, fit, refused, weights
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,15 @@ def test_the_divergence_is_kingma_and_wellings(runs):
     assert found.shape == images.shape
     with torch.no_grad():
         assert not torch.equal(task.reconstruct(images, drawn=True)[0], found)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0])
+def test_a_training_that_failed_leaves_no_autoencoder(runs, tmp_path, value):
+    task = autoencoder()
+    task.on_train_start = lambda: [parameter.data.fill_(value) for parameter in task.vae.parameters()]
+    with pytest.raises(UserError, match=r"model\.init_args\.lr"):
+        fit(task, tiles(runs.root), default_root_dir=str(tmp_path), limit_train_batches=1, limit_val_batches=0)
+    assert not (tmp_path / "autoencoder").exists()
 
 
 @pytest.mark.parametrize(

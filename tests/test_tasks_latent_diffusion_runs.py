@@ -115,6 +115,20 @@ def test_a_resumed_run_with_another_autoencoder_is_refused(runs, tmp_path, capsy
     assert "is not the one this checkpoint was trained upon" in said
 
 
+def test_a_resumed_run_with_other_words_is_refused(runs, tmp_path, capsys):
+    """Other names move the numbers of all words; as many of them would load without a sound."""
+    config = tmp_path / "c.yaml"
+    own = {"autoencoder": str(runs.autoencoder)}
+    words = ("fit", "--config", write(config, "LatentDiffusion", runs.root, **own), "--run_id", "one")
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, LatentDiffusion, 3)
+        with pytest.raises(RuntimeError):
+            command(tmp_path, *words)
+    write(config, "LatentDiffusion", runs.root, words={"tile": "slab"}, **own)
+    said = refused(capsys, lambda *arguments: command(tmp_path, *arguments), *words, "--resume")
+    assert "mean other words" in said
+
+
 # --- half precision ---
 
 

@@ -189,7 +189,11 @@ class ImageAutoencoder(DefectTask):
         print(f"\n{'  '.join(f'{name} {value:.1f} dB' for name, value in self._figures.items())}\nfigure  {path}\n")
 
     def on_train_end(self) -> None:
-        """Scale the latents to unit variance and write the run's folder `autoencoder`, the best state if one was."""
+        """Scale the latents to unit variance and write the run's folder `autoencoder`, the best state if one was.
+
+        Raises:
+            UserError: the training has failed.
+        """
         trainer = self.trainer
         if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
@@ -205,7 +209,13 @@ class ImageAutoencoder(DefectTask):
                 batch = loader.batch(positions[start : start + self.data.eval_batch_size])
                 images = 2 * unit_range(batch["image"].to(self.device)) - 1
                 latents.append(self.vae.encode(images).latent_dist.mode().float().flatten())
-        self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat(latents).std()), 5))
+        spread = float(torch.cat(latents).std())
+        if not 0 < spread < math.inf:
+            raise UserError(
+                f"the latents of the training pictures have a standard deviation of {spread}, and nothing can be built "
+                "upon them; train again with a smaller model.init_args.lr"
+            )
+        self.vae.register_to_config(scaling_factor=round(1 / spread, 5))
         folder = Path(trainer.default_root_dir) / FOLDER
         keep_previous(folder)
         self.vae.save_pretrained(folder)

@@ -191,9 +191,10 @@ class LatentDiffusion(DefectTask):
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the autoencoder out; note which one it was."""
+        """Leave the autoencoder out; note which one it was, and which number means which word."""
         state = checkpoint["state_dict"]
         checkpoint["autoencoder"] = fingerprint(self.vae.state_dict())
+        checkpoint["vocabulary"] = self.tokenizer.get_vocab()
         for key in [key for key in state if key.startswith("vae.")]:
             del state[key]
 
@@ -201,11 +202,16 @@ class LatentDiffusion(DefectTask):
         """Put the autoencoder back in.
 
         Raises:
-            UserError: another autoencoder than the one that was trained upon.
+            UserError: another autoencoder than the one that was trained upon, or other words.
         """
         if checkpoint.get("autoencoder") != fingerprint(self.vae.state_dict()):
             raise UserError(
                 f"model.init_args.autoencoder: {self.autoencoder} is not the one this checkpoint was trained upon"
+            )
+        if checkpoint.get("vocabulary") != self.tokenizer.get_vocab():
+            raise UserError(
+                "the tokens of this checkpoint mean other words: it was trained on other categories or defect types, "
+                "or with other model.init_args.words; start a new run"
             )
         checkpoint["state_dict"].update({f"vae.{key}": value for key, value in self.vae.state_dict().items()})
 
