@@ -58,8 +58,8 @@ class Generation:
         foreground: where a defect may lie: `auto` (estimated), `all`, or a folder of object masks.
         paste: what goes into the normal picture: the `change` against its own reconstruction, so that its grain stays
             whatever the base can't hold, or the generated `picture` as it is (the paper's, which keeps all of it).
-        restore: whether the change is enlarged by the contrast that the autoencoder takes of real defects of its type
-            (`generation.judgement.contrast_gain`); small defects need it.
+        restore: whether the `change` is enlarged by the contrast that the autoencoder takes of real defects of its type
+            (`generation.judgement.contrast_gain`); small defects need it. Nothing to do with `picture`.
         feather: pixels of the picture inside the mask over which the defect fades in.
         least_change: grey levels within the mask, on average, below which nothing has changed.
         least_covered: share of the mask that must have changed.

@@ -275,8 +275,6 @@ class LatentDiffusion(DefectTask):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss by the running mean of the weights, on pictures that do not train."""
-        if "val" not in self._banks:  # the sanity check comes before the fit starts
-            return
         rows = batch["index"].cpu()
         moments, ids = self._banks["val"].draw(rows, rows % 2, self.device)
         loss = self._loss(self.ema.module, moments, ids)
