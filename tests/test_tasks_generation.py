@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
+from lit_defect.data import CustomCrops
 from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation import store as stores
@@ -39,7 +40,7 @@ from tests.anomaly_diffusion import (
     task_of,
 )
 from tests.contrastive import make_trainer
-from tests.fakes import make_mvtec, save, surface
+from tests.fakes import make_crops_csv, make_mvtec, save, surface
 from tests.segmentation import fit
 
 NO_OTHER = dict.fromkeys(
@@ -586,6 +587,32 @@ def test_new_normal_pictures(learnt, tmp_path):
     known = {name for name, _ in read_trained_on(tmp_path / "set")}
     assert len(known) == 5, "and no new picture"
     assert [s.name for s in data.samples["test"]], "the data set is still there"
+
+
+def test_crops_of_photographs(learnt, tmp_path):
+    """Without a category, and with several pictures in a file; what is made of one trains there."""
+    table = make_crops_csv(tmp_path / "data", photographs=12, size=(70, 101), crop=(25, 27), masks=True)
+
+    def crops(**settings: Any) -> CustomCrops:
+        served = {"image_size": 32, "batch_size": 4, "leakage": "off", "with_masks": True, "val_fraction": 0.0}
+        return CustomCrops(str(tmp_path / "data"), annotations=str(table), test_fraction=0.3, **served, **settings)
+
+    task = task_of(learnt.base)
+    trainer = fit(task, crops(), default_root_dir=tmp_path)
+    trainer.save_checkpoint(tmp_path / "crops.ckpt")
+    rows = generate(tmp_path / "crops.ckpt", task, crops(), tmp_path / "set")
+    assert [row["image"] for row in rows] == [f"test/defective/{number:05d}.png" for number in range(2)]
+    for row in rows:
+        file, _, window = row["source"].partition("#")
+        x, y, width, height = map(int, window.split(","))
+        normal = pixels(tmp_path / "data" / file)[y : y + height, x : x + width]
+        picture, mask = pixels(tmp_path / "set" / row["image"]), marked(tmp_path / "set" / row["mask"])
+        assert picture.shape == (25, 27, 3)
+        assert (picture[~mask] == normal[~mask]).all()
+        assert row["source_group"] == file
+    data = crops(synthetic=str(tmp_path / "set"))
+    data.setup("fit")
+    assert data.counts()["train (synthetic)"] == {"good": 0, "defective": 2}
 
 
 def test_straight_after_training_without_a_checkpoint(learnt, tmp_path):
