@@ -496,7 +496,7 @@ def test_latents_of_a_label_autoencoder(lit_defect, capsys, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model.steps", "7"], ["model.init_args.steps = 7", "train_steps = 20"]),
+        (["--model.steps", "7"], ["model.init_args.steps = 7", "the 20 steps of the diffusion (train_steps)"]),
         (["--model.strength", "0.05"], ["steps = 10", "strength = 0.05"]),
         (["--model.strength", "1.5"], ["model.init_args.strength = 1.5"]),
         (["--model.strength", "0"], ["model.init_args.strength", "train"]),
