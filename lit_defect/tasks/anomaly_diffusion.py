@@ -7,7 +7,6 @@ candidates pasted back so that outside its mask a picture is the normal one to t
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +20,12 @@ from lit_defect.tasks.base import Batch
 from lit_defect.tasks.defect_generation import DefectGeneration
 from lit_defect.tasks.generation_plan import Job, choose_pairs, plan
 from lit_defect.tasks.generation_report import write_generated
-from lit_defect.tasks.inversion import Inversion
+from lit_defect.tasks.set_maker import SetMaker
 
-FOLDER = "generated"
 SOURCES = "sources"  # split of the data module that holds the normal pictures
 
 
-class AnomalyDiffusion(Inversion):
+class AnomalyDiffusion(SetMaker):
     """Anomaly embeddings, spatial encoder, masked loss and attention re-weighting on any latent diffusion model.
 
     Args:
@@ -44,6 +42,8 @@ class AnomalyDiffusion(Inversion):
     Raises:
         UserError: an option out of range.
     """
+
+    folder = "generated"
 
     def __init__(
         self,
@@ -66,12 +66,6 @@ class AnomalyDiffusion(Inversion):
         self.generation = generation or Generation()
         self._groups: list[list[Job]] = []
         self._maker: DefectGeneration | None = None
-
-    @property
-    def title(self) -> str:
-        """What the start-up screen calls it."""
-        pairs = "" if self.pairs is None else f" of {len(self.pairs)} (category, type) pairs"
-        return f"AnomalyDiffusion{pairs} on {self.base_source}" + (f", LoRA of rank {self.lora}" if self.lora else "")
 
     # --- training ---
 
@@ -110,46 +104,24 @@ class AnomalyDiffusion(Inversion):
                 raise UserError("there are no normal pictures to put defects on")
             data.samples[SOURCES] = normal
             self.serve_groups()
-            if self.pairs is not None:  # else a checkpoint will tell them
-                self._plan()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the checkpoint the pairs are known, and what there is to make of them."""
-        super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None and self._trainer.state.fn == "predict":
-            self._plan()
-
-    def _plan(self) -> None:
+    def plan_groups(self) -> None:
+        """The jobs in groups that go through the network together."""
         normal, options = self.data.samples[SOURCES], self.generation
         categories = [sample.category for sample in normal]
         assert self.pairs is not None
         chosen = choose_pairs(self.pairs, options.types, categories)
-        jobs = plan(self.pairs, chosen, categories, options.count, self._seed)
+        jobs = plan(self.pairs, chosen, categories, options.count, self.seed)
         self._groups = [jobs[i : i + options.batch] for i in range(0, len(jobs), options.batch)]
         self._groups += [[]] * (self.trainer.world_size - len(self._groups))  # no process may be without one
         # One sample stands for a group: the loader gives each process its share of them.
         self.data.samples["predict"] = [normal[group[0].source if group else 0] for group in self._groups]
 
-    @property
-    def _seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-    @property
-    def _root(self) -> Path:
-        output = self.generation.output
-        return Path(output).expanduser() if output else Path(self.trainer.default_root_dir) / FOLDER
-
     def on_predict_start(self) -> None:
         """Open the data set; what is there already is not made again."""
-        if getattr(self.trainer, "fast_dev_run", False):
-            root = Path(self.trainer.default_root_dir) / ".fast_dev_run"
-            raise UserError(f"fast_dev_run would leave half a data set in {root}: set model.generation.count instead")
-        if not self.trainer.is_global_zero:
-            self.trainer.strategy.barrier("the data set is begun")
         rank, pairs = self.trainer.global_rank, {job.pair for group in self._groups for job in group}
-        self._maker = DefectGeneration(self, self.generation, self._seed, self._root, SOURCES, rank, pairs)
-        if self.trainer.is_global_zero:
-            self.trainer.strategy.barrier("the data set is begun")
+        with self.beginning():
+            self._maker = DefectGeneration(self, self.generation, self.seed, self.root, SOURCES, rank, pairs)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Make some groups of pictures; their numbers."""
@@ -170,4 +142,4 @@ class AnomalyDiffusion(Inversion):
         """Counts and a sheet of real and generated defects; rank 0 only."""
         assert self._maker is not None
         rows = self._maker.store.merge()
-        write_generated(self, self._root, rows, count(rows), folder)
+        write_generated(self, self.root, rows, count(rows), folder)

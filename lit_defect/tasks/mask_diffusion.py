@@ -7,7 +7,6 @@ cuts them at a threshold and keeps those that the rules of their type allow; `An
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,7 @@ from lit_defect.tasks.base import Batch
 from lit_defect.tasks.defect_generation import make_sampler
 from lit_defect.tasks.few_shots import defect_positions, mask_of
 from lit_defect.tasks.generation_plan import choose_pairs
-from lit_defect.tasks.inversion import Inversion
-
-FOLDER = "masks"
+from lit_defect.tasks.set_maker import SetMaker
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class MaskGeneration:
             raise UserError(f"{KEY}.guidance = {self.guidance}: expected 1 (none) or more")
 
 
-class MaskDiffusion(Inversion):
+class MaskDiffusion(SetMaker):
     """One joint model of the masks of all (category, defect type) pairs.
 
     Args:
@@ -91,6 +88,8 @@ class MaskDiffusion(Inversion):
     Raises:
         UserError: an option out of range.
     """
+
+    folder = "masks"
 
     def __init__(
         self, base: str, anomaly_tokens: int = 4, generation: MaskGeneration | None = None, **kwargs: Any
@@ -105,12 +104,6 @@ class MaskDiffusion(Inversion):
         self._rules: dict[tuple[str, str], MaskRules] = {}
         self._store: MaskStore
         self._sampler: Sampler
-
-    @property
-    def title(self) -> str:
-        """What the start-up screen calls it."""
-        pairs = "" if self.pairs is None else f" of {len(self.pairs)} (category, type) pairs"
-        return f"MaskDiffusion{pairs} on {self.base_source}" + (f", LoRA of rank {self.lora}" if self.lora else "")
 
     def shown(self, images: Tensor, masks: Tensor) -> Tensor:
         """The masks."""
@@ -133,16 +126,8 @@ class MaskDiffusion(Inversion):
             if self.data.predict_root is not None:
                 raise UserError("data.predict_root: MaskDiffusion makes masks of noise, it takes no pictures; leave it")
             self.serve_groups()
-            if self.pairs is not None:  # else a checkpoint will tell them
-                self._plan()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the checkpoint the pairs are known, and what there is to make of them."""
-        super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None and self._trainer.state.fn == "predict":
-            self._plan()
-
-    def _plan(self) -> None:
+    def plan_groups(self) -> None:
         """The types take turns: more masks of each come behind those that were asked for before."""
         assert self.pairs is not None
         options, categories = self.generation, {category for category, _ in self.pairs}
@@ -152,25 +137,15 @@ class MaskDiffusion(Inversion):
         # One sample stands for a group: the loader gives each process its share of them.
         self.data.samples["predict"] = [self.data.samples["train"][0]] * groups
 
-    @property
-    def _root(self) -> Path:
-        output = self.generation.output
-        return Path(output).expanduser() if output else Path(self.trainer.default_root_dir) / FOLDER
-
     def on_predict_start(self) -> None:
         """Open the folder; what is there already is not made again."""
-        if getattr(self.trainer, "fast_dev_run", False):
-            raise UserError(f"fast_dev_run would leave half a set of masks: set {KEY}.count instead")
         self._sampler = make_sampler(self.network, {**self._deciding(), "strength": 1.0})
         positions = defect_positions(self, {job[:2] for job in self._jobs})
         masks = {pair: [(name, self.data.original("train", i)[1] > 0) for i, name in found]
                  for pair, found in positions.items()}  # fmt: skip
         self._rules = rules_of(masks)
-        if not self.trainer.is_global_zero:
-            self.trainer.strategy.barrier("the masks are begun")
-        self._store = self._open()
-        if self.trainer.is_global_zero:
-            self.trainer.strategy.barrier("the masks are begun")
+        with self.beginning():
+            self._store = self._open()
         self._done = self._store.done(self.generation.tries)
 
     def _deciding(self) -> dict[str, Any]:
@@ -184,14 +159,10 @@ class MaskDiffusion(Inversion):
             tokens=self.tokens_hash(),
             options={**self._deciding(), "template": self.template, "image_size": list(self.data.image_size),
                      "prompt_noise": self.prompt_noise},
-            seed=self._seed,
+            seed=self.seed,
         )  # fmt: skip
         ruled = {(s.name, s.group) for s in self.defects("train") if (s.category, s.defect_type) in (self.pairs or ())}
-        return MaskStore(self._root, about, self.learnt_from | ruled, self.trainer.global_rank)
-
-    @property
-    def _seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return MaskStore(self.root, about, self.learnt_from | ruled, self.trainer.global_rank)
 
     @torch.no_grad()
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -226,7 +197,7 @@ class MaskDiffusion(Inversion):
         height, width = self.data.image_size
         rows = [self.pairs.index(job[:2]) for job in jobs]
         streams = [
-            generators(self._seed, [job.number], attempt * len(self.pairs) + row)[0]
+            generators(self.seed, [job.number], attempt * len(self.pairs) + row)[0]
             for job, row in zip(jobs, rows, strict=True)
         ]
         pairs = torch.tensor(rows, device=self.device)
@@ -267,11 +238,11 @@ class MaskDiffusion(Inversion):
             why = ", ".join(f"{times} {fault}" for fault, times in found["rejections"].most_common())
             told.append(f"{pair:30} {found['made']} of {found['asked']}" + (f"   rejected: {why}" if why else ""))
         for key in sorted({job[:2] for job in self._jobs}):
-            cells += self._cells(key, [self._root / line.mask for job, line in asked if job[:2] == key and line.mask])
+            cells += self._cells(key, [self.root / line.mask for job, line in asked if job[:2] == key and line.mask])
         figure = folder / "figures" / "masks.png"
         figure.parent.mkdir(parents=True, exist_ok=True)
         sheet(cells, title="Real and generated masks", columns=2, size=96).save(figure)
-        print("\n" + "\n".join(told) + f"\n\nmasks   {self._root}\nfigure  {figure}\n")
+        print("\n" + "\n".join(told) + f"\n\nmasks   {self.root}\nfigure  {figure}\n")
 
     def _cells(self, pair: tuple[str, str], paths: list[Path]) -> list[Cell]:
         samples, size = self.data.samples["train"], self.data.image_size

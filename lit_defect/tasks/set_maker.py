@@ -1,0 +1,75 @@
+"""What the tasks share that write a set by `predict`: when it is planned, its seed and folder, who begins it."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lit_defect.errors import UserError
+from lit_defect.generation.options import KEY
+from lit_defect.tasks.inversion import Inversion
+
+
+class SetMaker(Inversion):
+    """Base of the inversions that generate; a subclass sets `generation`, its options, and `folder`.
+
+    Attributes:
+        generation: with `output`, the folder of the set; null for `folder` in the run's folder.
+        folder: its name there.
+    """
+
+    generation: Any
+    folder: str
+
+    @property
+    def title(self) -> str:
+        """What the start-up screen calls it."""
+        pairs = "" if self.pairs is None else f" of {len(self.pairs)} (category, type) pairs"
+        adapters = f", LoRA of rank {self.lora}" if self.lora else ""
+        return f"{type(self).__name__}{pairs} on {self.base_source}{adapters}"
+
+    @abstractmethod
+    def plan_groups(self) -> None:
+        """Decide what is made, and let a sample of the split `predict` stand for each group of it."""
+
+    def serve_groups(self) -> None:
+        """Also plan, where the pairs are known; else a checkpoint will tell them."""
+        super().serve_groups()
+        if self.pairs is not None:
+            self.plan_groups()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With the checkpoint the pairs are known, and what there is to make of them."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == "predict":
+            self.plan_groups()
+
+    @property
+    def seed(self) -> int:
+        """Of the generation: `seed_everything`."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @property
+    def root(self) -> Path:
+        """Where the set is written."""
+        output = self.generation.output
+        return Path(output).expanduser() if output else Path(self.trainer.default_root_dir) / self.folder
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """The first process opens the set before the others.
+
+        Raises:
+            UserError: under fast_dev_run, which would leave half of it.
+        """
+        if getattr(self.trainer, "fast_dev_run", False):
+            raise UserError(f"fast_dev_run would leave half a set in {self.root}: set {KEY}.count instead")
+        if not self.trainer.is_global_zero:
+            self.trainer.strategy.barrier("the set is begun")
+        yield
+        if self.trainer.is_global_zero:
+            self.trainer.strategy.barrier("the set is begun")
