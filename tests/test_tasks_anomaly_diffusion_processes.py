@@ -194,7 +194,7 @@ def test_off_is_a_word(trained, predict, tmp_path, capsys):
         (("--model.generation.types", "[dent]"), "'dent' was not learnt; there are crack, hole"),
         (("--model.generation.steps", "7"), "model.init_args.generation.steps = 7: must divide the 1000 steps"),
         (("--model.generation.sampler", "euler"), "sampler"),
-        (("--trainer.fast_dev_run", "true"), "set model.generation.count instead"),
+        (("--trainer.fast_dev_run", "true"), "set model.init_args.generation.count instead"),
         (("--model.lora", "0"), "does not fit this AnomalyDiffusion"),
     ],
     ids=lambda value: value[0].rsplit(".", 1)[-1] if isinstance(value, tuple) else "",
