@@ -18,7 +18,7 @@ from lit_defect.generation.files import png, read_mask
 from lit_defect.generation.foreground import Foreground, foreground, otsu
 from lit_defect.generation.mask_rules import MaskRules, fix_to, largest_border_share
 from lit_defect.generation.mask_shapes import fit_mask, keep_area, vary
-from lit_defect.generation.mask_sources import TRIES, AugmentedMasks, MaskFolder, MaskSource, rules_of
+from lit_defect.generation.mask_sources import LARGEST, TRIES, AugmentedMasks, MaskFolder, MaskSource, rules_of
 
 PAIR = ("tile", "crack")
 
@@ -298,8 +298,8 @@ def real_masks(size: tuple[int, int] = (100, 120)) -> list[tuple[str, np.ndarray
     return [("0.png", disc(size, (50, 60), 9)), ("1.png", box(size, 40, 30, 44, 70))]
 
 
-def augmented(named: list[tuple[str, np.ndarray]], size: tuple[int, int] = (50, 60)) -> AugmentedMasks:
-    return AugmentedMasks({PAIR: named}, rules_of({PAIR: named}), size)
+def augmented(named: list[tuple[str, np.ndarray]]) -> AugmentedMasks:
+    return AugmentedMasks({PAIR: named}, rules_of({PAIR: named}))
 
 
 def test_drawn_masks_keep_the_rules_on_the_object_and_differ():
@@ -376,7 +376,7 @@ class Listed(MaskSource):
     """Gives certain masks in turn."""
 
     def __init__(self, masks: list[np.ndarray], rules: MaskRules) -> None:
-        super().__init__({PAIR: rules}, masks[0].shape)
+        super().__init__({PAIR: rules})
         self.masks, self.asked = masks, 0
 
     def candidate(self, pair, rng, foreground):
@@ -420,19 +420,39 @@ def test_masks_that_cannot_be_learnt_from_are_named():
     good = real_masks()
     for bad, told in ((np.zeros((9, 9), bool), "marks nothing"), (np.ones((9, 9), bool), "marks the whole picture")):
         named = {PAIR: [*good, ("test/crack/007.png", bad)]}
-        for refuse in (rules_of, lambda masks: AugmentedMasks(masks, {PAIR: RULES}, SIZE)):
+        for refuse in (rules_of, lambda masks: AugmentedMasks(masks, {PAIR: RULES})):
             with pytest.raises(DataError, match=rf"test/crack/007\.png {told}"):
                 refuse(named)
     with pytest.raises(DataError, match="tile/crack has 1 training masks; new ones need at least 2"):
         rules_of({PAIR: good[:1]})
 
 
-def test_a_pair_without_masks_and_an_object_of_another_size_are_refused():
-    source = augmented(real_masks())
+def test_a_pair_without_masks_is_refused():
     with pytest.raises(DataError, match="no masks of tile/hole; there are of tile/crack"):
-        source.draw(("tile", "hole"), np.random.default_rng(0), np.ones((50, 60), bool))
-    with pytest.raises(ValueError, match="object mask"):
-        source.draw(PAIR, np.random.default_rng(0), np.ones((60, 50), bool))
+        augmented(real_masks()).draw(("tile", "hole"), np.random.default_rng(0), np.ones((50, 60), bool))
+
+
+def test_masks_have_the_size_of_each_picture_and_are_as_thin_as_the_real_ones():
+    line = [("line", box((300, 200), 100, 20, 102, 180))] * 2
+    source = augmented(line)
+    for size in ((300, 200), (600, 400), (150, 100)):
+        for seed in range(8):
+            mask = source.draw(PAIR, np.random.default_rng(seed), np.ones(size, bool)).mask
+            assert mask.shape == size
+            length = np.hypot(*(np.ptp(np.argwhere(mask), axis=0) + 1))
+            width = mask.sum() / length  # the real one is 2 of 300 pixels wide
+            assert width == pytest.approx(2 * size[0] / 300, rel=0.5)
+
+
+def test_very_large_masks_are_drawn_smaller_and_enlarged():
+    named = [("0", disc((40, 50), (20, 25), 6))] * 2
+    source, size = augmented(named), (2 * LARGEST, 2 * LARGEST + 500)
+    seen = []
+    source.candidate, real = lambda *given: seen.append(given[2].shape) or real(*given), source.candidate
+    drawn = source.draw(PAIR, np.random.default_rng(0), np.ones(size, bool))
+    assert drawn.mask.shape == size
+    assert set(seen) == {(round(LARGEST * size[0] / size[1]), LARGEST)}
+    assert drawn.mask.mean() == pytest.approx(named[0][1].mean(), rel=0.7)
 
 
 # --- masks from a folder ---
@@ -445,7 +465,7 @@ def test_masks_from_a_folder_are_taken_as_they_are_and_judged_by_the_rules(tmp_p
     masks["3.png"] = np.kron(box(SIZE, 2, 1, 6, 5), np.ones((2, 2), bool))
     for name, mask in masks.items():
         (folder / name).write_bytes(png(mask))
-    source = MaskFolder(tmp_path, {PAIR: RULES}, SIZE)
+    source = MaskFolder(tmp_path, {PAIR: RULES})
     rng, rejected, seen = np.random.default_rng(0), Counter(), set()
     for _ in range(40):
         drawn = source.draw(PAIR, rng, LEFT)
@@ -459,4 +479,4 @@ def test_masks_from_a_folder_are_taken_as_they_are_and_judged_by_the_rules(tmp_p
 
 def test_a_folder_without_masks_of_a_pair_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"tile.crack has no masks"):
-        MaskFolder(tmp_path, {PAIR: RULES}, SIZE)
+        MaskFolder(tmp_path, {PAIR: RULES})

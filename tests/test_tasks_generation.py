@@ -106,7 +106,7 @@ def decoded(content: bytes) -> np.ndarray:
 @pytest.mark.parametrize("repair", [True, False])
 def test_outside_its_mask_a_picture_is_the_normal_one(learnt, tmp_path, repair, paste):
     root = tmp_path / "set"
-    rows = [row for row in made(learnt, root, repair=repair, paste=paste, least_change=10.0) if row["accepted"] == "1"]
+    rows = [row for row in made(learnt, root, repair=repair, paste=paste, least_change=5.0) if row["accepted"] == "1"]
     assert rows
     for row in rows:
         normal = pixels(learnt.root / row["source"])
@@ -331,10 +331,10 @@ def attentive(learnt):
 
 @pytest.mark.usefixtures("attentive")
 def test_reweighting_changes_the_pictures(learnt, tmp_path):
-    made(learnt, tmp_path / "off")
+    made(learnt, tmp_path / "off", steps=10)
     off = pictures(tmp_path / "off")
     for mode in ("paper", "official"):
-        rows = made(learnt, tmp_path / mode, reweight=mode)
+        rows = made(learnt, tmp_path / mode, steps=10, reweight=mode)
         assert learnt.task.cross.idle, "the network is left as it was"
         assert [row["reweight"] for row in rows] == [mode] * 4
         other = pictures(tmp_path / mode)
@@ -557,12 +557,14 @@ def test_defects_of_one_pixel(learnt, tmp_path):
         folder = tmp_path / f"repair {repair}"
         rows = made(learnt, folder, parts(root), least_change=0.0, repair=repair)
         assert [row["reason"] for row in rows] == [""] * 4
+        changed = 0
         for row in rows:
             picture, normal = pixels(folder / row["image"]), pixels(root / row["source"])
             mask = marked(folder / row["mask"])
-            assert 1 <= mask.sum() <= 12, "no more than a pixel of what the base sees"
+            assert 1 <= mask.sum() <= 2, "as small as they are, not as a pixel of what the base sees"
             assert (picture[~mask] == normal[~mask]).all()
-            assert (picture[mask] != normal[mask]).any(), "seen at its middle, however small"
+            changed += int((picture[mask] != normal[mask]).any())
+        assert changed >= 2, "not all: a pixel may happen to be given its own grey"
 
 
 # ---- pictures of one's own -------------------------------------------------------------------------------------

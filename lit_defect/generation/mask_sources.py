@@ -1,7 +1,8 @@
 """Where the masks of new defects come from: real masks changed a little and moved, or a folder of generated ones.
 
-A mask that breaks the rules of its type on the picture at hand is drawn again, at most `TRIES` times, and the reason is
-counted. If none passes, the one that comes nearest is cut to the object.
+Masks are drawn at the size of the picture that they are for, not at that of the network: a crack stays as thin as
+cracks are. One that breaks the rules of its type on that picture is drawn again, at most `TRIES` times, and the reason
+is counted. If none passes, the one that comes nearest is cut to the object.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Pair = tuple[str, str]  # category, defect type
 RealMasks = Mapping[Pair, Sequence[tuple[str, Bools]]]  # name and mask (H, W) of the real defects; sizes may differ
 
 TRIES = 20
+LARGEST = 1024  # pixels along the longer side that masks are drawn at; those of larger pictures are enlarged from it
 
 
 @dataclass(frozen=True)
@@ -70,32 +72,28 @@ class MaskSource(ABC):
 
     Args:
         rules: of each (category, defect type).
-        out_size: (height, width) of the masks.
 
     Attributes:
         learnt_from: name and group of every picture that the masks were learnt from, as far as that is known.
     """
 
-    def __init__(self, rules: Mapping[Pair, MaskRules], out_size: tuple[int, int]) -> None:
+    def __init__(self, rules: Mapping[Pair, MaskRules]) -> None:
         self.rules = dict(rules)
-        self.out_size = out_size
         self.learnt_from: set[tuple[str, str]] = set()
 
     @abstractmethod
     def candidate(self, pair: Pair, rng: np.random.Generator, foreground: Bools) -> tuple[Bools, str]:
-        """A mask (H, W) of `out_size` that may break rules, and what it was made of."""
+        """A mask (H, W) of the object's size that may break rules, and what it was made of."""
 
     def draw(self, pair: Pair, rng: np.random.Generator, foreground: Bools) -> Drawn:
-        """A mask for a picture whose object is `foreground` (H, W).
+        """A mask (H, W) for a picture whose object is `foreground` (H, W).
 
         The same generator state gives the same mask.
 
         Raises:
             DataError: the pair has no masks; or in no try any of the mask lay on the object.
-            ValueError: `foreground` is of another size.
         """
-        if foreground.shape != self.out_size:
-            raise ValueError(f"expected an object mask of {self.out_size}, not {foreground.shape}")
+        whole, foreground = foreground, _no_larger(foreground)
         if pair not in self.rules:
             known = ", ".join("/".join(known) for known in sorted(self.rules))
             raise DataError(f"there are no masks of {'/'.join(pair)}; there are of {known}")
@@ -105,7 +103,7 @@ class MaskSource(ABC):
             mask, source = self.candidate(pair, rng, foreground)
             fault = rules.fault(mask, foreground)
             if fault is None:
-                return Drawn(mask, source, rejected)
+                return Drawn(fit_mask(mask, whole.shape), source, rejected)
             rejected[fault] += 1
             fixed = fix_to(mask, foreground)
             merit = (rules.fault(fixed, foreground) is None, float(fixed.sum()) / max(1, int(mask.sum())))
@@ -117,7 +115,7 @@ class MaskSource(ABC):
                 f"no mask of {'/'.join(pair)} lies on the object ({TRIES} tries: {told}); look at the object's mask, "
                 f"or set {KEY}.foreground to all"
             )
-        return Drawn(best[1], best[2], rejected)
+        return Drawn(fit_mask(best[1], whole.shape), best[2], rejected)
 
 
 class AugmentedMasks(MaskSource):
@@ -129,28 +127,22 @@ class AugmentedMasks(MaskSource):
     Args:
         masks: of the real defects.
         rules: of each pair.
-        out_size: (height, width) of the masks drawn.
 
     Raises:
         DataError: an empty or full mask, or fewer than two of a pair.
     """
 
-    def __init__(
-        self,
-        masks: RealMasks,
-        rules: Mapping[Pair, MaskRules],
-        out_size: tuple[int, int],
-    ) -> None:
+    def __init__(self, masks: RealMasks, rules: Mapping[Pair, MaskRules]) -> None:
         _check(masks)
-        super().__init__({pair: rules[pair] for pair in masks}, out_size)
+        super().__init__({pair: rules[pair] for pair in masks})
         self._masks = {pair: list(named) for pair, named in masks.items()}
 
     def candidate(self, pair: Pair, rng: np.random.Generator, foreground: Bools) -> tuple[Bools, str]:
         named = self._masks[pair]
         name, real = named[int(rng.integers(len(named)))]
-        shape, edges = vary(real, self.out_size, rng)
+        shape, edges = vary(real, foreground.shape, rng)
         top, left = _corner(shape, edges, foreground, rng)
-        mask = np.zeros(self.out_size, dtype=np.bool_)
+        mask = np.zeros_like(foreground)
         mask[top : top + shape.shape[0], left : left + shape.shape[1]] = shape
         return mask, f"augmented {name}"
 
@@ -161,14 +153,13 @@ class MaskFolder(MaskSource):
     Args:
         folder: of the masks, such as `MaskDiffusion` writes.
         rules: of each pair that is asked for.
-        out_size: (height, width) of the masks drawn.
 
     Raises:
         DataError: a pair has no files there, or the list of what they were learnt from is damaged.
     """
 
-    def __init__(self, folder: Path, rules: Mapping[Pair, MaskRules], out_size: tuple[int, int]) -> None:
-        super().__init__(rules, out_size)
+    def __init__(self, folder: Path, rules: Mapping[Pair, MaskRules]) -> None:
+        super().__init__(rules)
         if (Path(folder) / TRAINED_ON).is_file():  # not where somebody has drawn them
             self.learnt_from = set(read_trained_on(folder))
         self._files = {pair: sorted(Path(folder, *pair).glob("*.png")) for pair in rules}
@@ -183,7 +174,14 @@ class MaskFolder(MaskSource):
         files = self._files[pair]
         path = files[int(rng.integers(len(files)))]
         mask = read_mask(path)
-        return fit_mask(mask, self.out_size), path.name
+        return fit_mask(mask, foreground.shape), path.name
+
+
+def _no_larger(mask: Bools) -> Bools:
+    """A mask (H, W) made smaller if it is larger than `LARGEST`."""
+    share = LARGEST / max(mask.shape)
+    height, width = (max(1, round(share * side)) for side in mask.shape)
+    return fit_mask(mask, (height, width)) if share < 1 else mask
 
 
 def _corner(shape: Bools, edges: Bools, foreground: Bools, rng: np.random.Generator) -> tuple[int, int]:

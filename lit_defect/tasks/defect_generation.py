@@ -50,11 +50,19 @@ class Candidate(NamedTuple):
 
 
 class Original(NamedTuple):
-    """A normal picture (H, W, 3) uint8, its object (H, W), and what it is compared with (h, w, 3) in [0, 1]."""
+    """A normal picture, and what the network has of it.
+
+    Attributes:
+        picture: (H, W, 3) uint8.
+        area: (H, W) its object.
+        before: (h, w, 3) in [0, 1], what a candidate is compared with.
+        mask: (h, w), where the defect goes.
+    """
 
     picture: Any
     area: Any
     before: Any
+    mask: Any
 
 
 class DefectGeneration:
@@ -101,9 +109,9 @@ class DefectGeneration:
         restores = options.restore and options.paste == "change"
         self.gains = {pair: contrast_gain(*both) if restores else 1.0 for pair, both in real.items()}
         self.masks: MaskSource = (
-            AugmentedMasks(masks, self.rules, self.size)
+            AugmentedMasks(masks, self.rules)
             if options.masks == "augmented"
-            else MaskFolder(Path(options.masks).expanduser(), self.rules, self.size)
+            else MaskFolder(Path(options.masks).expanduser(), self.rules)
         )
         self.real = {pair: self._descriptors([i for i, _ in found]) for pair, found in positions.items()}
         self.tokens = task.tokens_hash()
@@ -132,18 +140,19 @@ class DefectGeneration:
             self.foreground.of(samples[job.source].name, picture) for job, picture in zip(jobs, originals, strict=True)
         ]
         drawn = [
-            self.masks.draw(job.pair, np.random.default_rng([*job.seed, _MASK]), fit_mask(area, self.size))
+            self.masks.draw(job.pair, np.random.default_rng([*job.seed, _MASK]), area)
             for job, area in zip(jobs, objects, strict=True)
         ]
         normal = torch.cat([self._small(picture) for picture in originals])  # (J, 3, H, W) in [0, 1]
-        masks = torch.from_numpy(np.stack([found.mask for found in drawn]))[:, None].float().to(self.task.device)
+        small = [fit_mask(found.mask, self.size) for found in drawn]  # what the network is told
+        masks = torch.from_numpy(np.stack(small))[:, None].float().to(self.task.device)
         pictures, latents = self.generate(jobs, normal, masks)  # (J, N, ...)
         # What a candidate is compared with: the normal picture, or what the autoencoder makes of it.
         plain = self.options.paste == "picture"
         before = _plain(normal if plain else (self.base.decode(self.base.encode(2 * normal - 1)) + 1) / 2)
         for row, job in enumerate(jobs):
             if job.number not in self.done:
-                original = Original(originals[row], objects[row], before[row])
+                original = Original(originals[row], objects[row], before[row], small[row])
                 self._write(job, drawn[row], original, _plain(pictures[row]), latents[row])
 
     def generate(self, jobs: Sequence[Job], normal: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +188,7 @@ class DefectGeneration:
 
     def _write(self, job: Job, drawn: Drawn, original: Original, pictures: Any, latents: Tensor) -> None:
         """Judge the candidates (N, H, W, 3) of a job and write the best."""
-        places = torch.from_numpy(drawn.mask)[None, None].float()
+        places = torch.from_numpy(original.mask)[None, None].float()
         candidates = [
             self._candidate(job, drawn, original, picture, self._descriptor(latent[None].cpu(), places)[0].numpy())
             for picture, latent in zip(pictures, latents, strict=True)
@@ -202,24 +211,16 @@ class DefectGeneration:
         result, asked = paste_back(native, picture, drawn.mask, self.options.feather, reference, gain)
         label = repair_label(native, result, asked, self.options.least_change) if self.options.repair else asked
         result = np.where(label[..., None], result, native)  # what changed too little to be marked, has not
-        inside, outside = change(original.before, picture, drawn.mask)
+        inside, outside = change(original.before, picture, original.mask)
         measures = Measures(
             change_inside=inside,
             change_outside=outside,
             covered=covered(asked, label),
             contrast=abs(stands_out(result, label)),
             likeness=likeness(descriptor, self.real[job.pair]),
-            mask_fault=self._fault(job.pair, drawn.mask, label, original.area),
+            mask_fault=self.rules[job.pair].fault(label, original.area),
         )
         return Candidate(result, label, measures)
-
-    def _fault(self, pair: tuple[str, str], drawn: Any, label: Any, area: Any) -> str | None:
-        """What is wrong with a label (H, W) on an object (H, W), made of the mask `drawn` (h, w)."""
-        rules = self.rules[pair]
-        fault = rules.fault(label, area)
-        if fault == "too large" and rules.fault(drawn, fit_mask(area, self.size)) is None:
-            return None  # a pixel of what the base sees is larger than defects of this type are
-        return fault
 
     def _line(self, job: Job, drawn: Drawn, shown: Candidate, verdict: Verdict) -> Any:
         sample_of = self.task.data.samples[self.sources][job.source]
