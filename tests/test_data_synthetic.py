@@ -210,6 +210,34 @@ def test_numbers_of_every_type_and_of_some(tmp_path: Path) -> None:
         kinds(types=["crck"])
 
 
+def test_a_share_takes_the_turns_of_normal_pictures_and_leaves_the_real_defects_theirs(tmp_path: Path) -> None:
+    """With generated pictures counted to the defects, of 28 of which 4 are real, these would be 1 in 14."""
+    build = tiles(tmp_path, sampler="balanced", batch_size=8, batches_per_epoch=60)
+    data = build({"path": str(generate(tmp_path / "made", good(build()))), "share": 0.25})
+    drawn = [data.samples["train"][i] for batch in data.train_dataloader() for i in batch["index"]]
+    counts = Counter("made" if s.source != "real" else s.label for s in drawn)
+    assert {kind: count / len(drawn) for kind, count in counts.items()} == pytest.approx(
+        {"made": 0.25, 0: 0.25, 1: 0.5}, abs=0.02
+    )
+    assert len({s.name for s in drawn if s.source != "real"}) == 24
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "shuffle"}, r"a share of balanced batches: set data\.sampler to balanced"),
+        ({"target": "defects"}, "the turns of normal ones, and no normal one trains"),
+        ({"share": 0.5}, r"share is 0\.5; normal pictures, one of 2 classes, are 1/2 of what is drawn"),
+    ],
+)
+def test_a_share_that_cannot_be_given_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    build = tiles(tmp_path, sampler="balanced")
+    folder = generate(tmp_path / "made", good(build()))
+    data = build({"path": str(folder), "share": settings.pop("share", 0.25)}, **settings)
+    with pytest.raises(UserError, match=message):
+        data.train_dataloader()
+
+
 def test_predictions_on_the_training_pictures_show_generated_ones_too(tmp_path: Path) -> None:
     build = tiles(tmp_path)
     folder = generate(tmp_path / "made", good(build()))
@@ -562,6 +590,7 @@ def test_folders_that_are_no_generated_data_set(tmp_path: Path, fault: str) -> N
         ({"ratio": float("nan")}, r"ratio is nan"),
         ({"per_type": 0}, r"data\.synthetic\.per_type is 0; expected 1 or more"),
         ({"holdout": 1.0}, r"data\.synthetic\.holdout is 1; expected at least 0"),
+        ({"share": 0.0}, r"data\.synthetic\.share is 0; expected more than 0"),
         ({"types": []}, r"data\.synthetic\.types is \[\]; expected names"),
         ({"types": {"crack": 0}}, r"expected names, or a number of 1 or more"),
         ({"ratio": 1, "per_type": 2}, "exclude each other"),

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -110,6 +110,7 @@ class TrainBatchSampler:
         batch_size: samples per process and step.
         kind: `shuffle` takes each sample at most once a pass, hence once a batch; `balanced` draws all
             classes equally often, each class's samples equally often up to one, n in all.
+        weights: how often `balanced` draws each class, relative to the others; None for equally often.
         batches: steps of an epoch; None for those of one pass.
         fixed: the same order in every epoch (to overfit a few batches on purpose).
 
@@ -129,6 +130,7 @@ class TrainBatchSampler:
         drop_last: bool = True,
         batches: int | None = None,
         fixed: bool = False,
+        weights: Mapping[int, float] | None = None,
     ) -> None:
         if len(labels) < world_size:
             raise DataError(f"{len(labels)} training samples cannot be shared by {world_size} processes")
@@ -138,6 +140,7 @@ class TrainBatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.kind = kind
+        self.weights = weights or dict.fromkeys(np.unique(self.labels).tolist(), 1)
         self.fixed = fixed
         self.epoch = 0
         self.start = 0  # the batch of the epoch to begin with
@@ -160,11 +163,13 @@ class TrainBatchSampler:
         rng = np.random.default_rng([self.seed, number])
         if self.kind == "shuffle":
             return rng.permutation(len(self.labels))
-        classes = rng.permutation(np.unique(self.labels))  # the first few get the remainder
+        classes = rng.permutation(np.unique(self.labels))
+        weights = [self.weights[int(label)] for label in classes]
+        counts = [int(len(self.labels) * weight / sum(weights)) for weight in weights]
         draws = []
         for nth, label in enumerate(classes):
             members = np.flatnonzero(self.labels == label)
-            count = len(self.labels) // len(classes) + (nth < len(self.labels) % len(classes))
+            count = counts[nth] + (nth < len(self.labels) - sum(counts))  # the first few get the remainder
             rounds = [rng.permutation(members) for _ in range(-(-count // len(members)))]
             draws.append(np.concatenate(rounds)[:count] if rounds else members[:0])
         return rng.permutation(np.concatenate(draws))

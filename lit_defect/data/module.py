@@ -69,8 +69,8 @@ class DefectDataModule(Serving):
         predict_split: what `predict` runs over where there is no `predict_root`; `all` takes the pictures that train,
             validate and test, one after the other.
         synthetic: generated pictures that train, too: the folder of a generated data set, or that `path` with `ratio`,
-            `types`, `per_type` and `holdout` (`lit_defect.data.synthetic.SyntheticOptions`). They never validate nor
-            test; what is held out is the split "synthetic_val".
+            `types`, `per_type`, `holdout` and `share` (`lit_defect.data.synthetic.SyntheticOptions`). They never
+            validate nor test; what is held out is the split "synthetic_val".
 
     Attributes:
         samples: after `setup`, the samples of each split ("train", "val", "test", "predict"; "synthetic_val" where

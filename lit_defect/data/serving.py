@@ -17,10 +17,10 @@ from lit_defect.data.images import Array, read_image, read_mask
 from lit_defect.data.inspection import CheckResult
 from lit_defect.data.layout import Layout
 from lit_defect.data.loading import Batch, BatchLoader, DefectDataset, EvalBatchSampler, TrainBatchSampler
-from lit_defect.data.samples import Sample
+from lit_defect.data.samples import REAL, Sample
 from lit_defect.data.stores import Stores, open_stores
-from lit_defect.data.synthetic import SYNTHETIC_VAL
-from lit_defect.errors import DataError
+from lit_defect.data.synthetic import SYNTHETIC_VAL, Recipe, turns
+from lit_defect.errors import DataError, UserError
 
 
 class Serving(Layout, LightningDataModule):
@@ -40,6 +40,7 @@ class Serving(Layout, LightningDataModule):
     on_wrong_mode: Literal["error", "convert"]
     predict_split: Literal["test", "val", "train", "all"]
     serve_images: bool
+    synthetic: Recipe | None
     samples: dict[str, list[Sample]]
     _checked: CheckResult | None  # of the data set
     _generated: CheckResult | None  # of the generated pictures that are used
@@ -56,8 +57,14 @@ class Serving(Layout, LightningDataModule):
         """Shuffled or balanced batches; a resumed Trainer goes on where it stopped, also within an epoch."""
         samples = self._of("train")
         rank, world_size = self._rank()
+        labels: list[int] = [sample.label for sample in samples]
+        weights = None
+        if self.synthetic and self.synthetic.share and any(sample.source != REAL for sample in samples):
+            if self.sampler != "balanced":
+                raise UserError("data.synthetic.share is a share of balanced batches: set data.sampler to balanced")
+            labels, weights = turns(samples, self.normal_class, self.synthetic.share)
         order = TrainBatchSampler(
-            [sample.label for sample in samples],
+            labels,
             batch_size=self.batch_size,
             seed=self.seed,
             rank=rank,
@@ -66,6 +73,7 @@ class Serving(Layout, LightningDataModule):
             drop_last=self.drop_last,
             batches=self.batches_per_epoch,
             fixed=self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0,
+            weights=weights,
         )
         return self._loader("train", order, progress=self._batches_done)
 

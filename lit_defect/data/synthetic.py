@@ -2,6 +2,7 @@
 
     data.synthetic: generated/                       all accepted pictures of a generated data set train
     data.synthetic: {path: generated/, ratio: 2, types: [crack, hole], holdout: 0.2}
+    data.synthetic: {path: generated/, share: 0.25}      a quarter of each batch, with sampler: balanced
 
 1. Offered are the accepted pictures of the manifest (`lit_defect.generation.store`) whose category is in the data set
    and whose type is asked for.
@@ -41,6 +42,7 @@ PREFIX = "synthetic/"  # of the names of generated pictures
 OTHER_CATEGORY, OTHER_TYPE, FOREIGN = "another category", "a type not asked for", "source not in the data set"
 EVALUATED = "source of a part that is evaluated"
 SPARE = "more than asked for"
+_GENERATED = -1  # no class has it
 
 
 class SyntheticOptions(TypedDict, total=False):
@@ -52,6 +54,8 @@ class SyntheticOptions(TypedDict, total=False):
         types: names of the types to use, or how many pictures of each; null takes all types.
         per_type: so many pictures of every type. As in `types`, a type of two categories counts as two.
         holdout: share of the normal pictures behind them that is held out as `synthetic_val`.
+        share: how much of what is drawn is generated, where the sampler is `balanced`. They take the turns of normal
+            pictures, so that real defects come up as often as without them; null counts them to their class.
     """
 
     path: Required[str]
@@ -59,6 +63,7 @@ class SyntheticOptions(TypedDict, total=False):
     types: list[str] | dict[str, int] | None
     per_type: int | None
     holdout: float
+    share: float | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Recipe:
     types: list[str] | dict[str, int] | None = None
     per_type: int | None = None
     holdout: float = 0.0
+    share: float | None = None
 
     @classmethod
     def of(cls, value: str | Path | Mapping[str, Any]) -> Recipe:
@@ -90,6 +96,8 @@ class Recipe:
             raise UserError(f"data.synthetic.per_type is {self.per_type}; expected 1 or more, or null for all.")
         if not 0 <= self.holdout < 1:
             raise UserError(f"data.synthetic.holdout is {self.holdout:g}; expected at least 0 and less than 1.")
+        if self.share is not None and not 0 < self.share < 1:
+            raise UserError(f"data.synthetic.share is {self.share:g}; expected more than 0 and less than 1, or null.")
         numbers = self.types if isinstance(self.types, dict) else {}
         if self.types is not None and (not self.types or any(number < 1 for number in numbers.values())):
             raise UserError(f"data.synthetic.types is {self.types}; expected names, or a number of 1 or more for each.")
@@ -99,6 +107,30 @@ class Recipe:
     def most(self, kind: str) -> int | None:
         """How many pictures of a type may train; None for any number."""
         return self.types[kind] if isinstance(self.types, dict) else self.per_type
+
+
+def turns(samples: Sequence[Sample], normal_class: int | None, share: float) -> tuple[list[int], dict[int, float]]:
+    """By which labels training samples are drawn, and how often, so that generated ones are `share` of the draws.
+
+    Classes take turns equally often, but for the normal one, which gives up the turns of the generated pictures.
+
+    Raises:
+        UserError: there are no normal pictures, or they have fewer turns than that.
+    """
+    real = {sample.label for sample in samples if sample.source == REAL}
+    if normal_class not in real:
+        raise UserError(
+            "data.synthetic.share gives generated pictures the turns of normal ones, and no normal one trains: "
+            "leave it out"
+        )
+    assert normal_class is not None
+    if share >= 1 / len(real):
+        raise UserError(
+            f"data.synthetic.share is {share:g}; normal pictures, one of {len(real)} classes, are 1/{len(real)} of "
+            "what is drawn: expected less"
+        )
+    weights = dict.fromkeys(real, 1 / len(real)) | {normal_class: 1 / len(real) - share, _GENERATED: share}
+    return [sample.label if sample.source == REAL else _GENERATED for sample in samples], weights
 
 
 @dataclass(frozen=True)
