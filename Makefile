@@ -41,7 +41,7 @@ anomaly: environment
 	$(BIN)/python -m lit_defect predict --config runs/anomaly_magnetic_tile/chain/config.yaml --run_id chain --ckpt_path last
 	$(FIT) --config $(STEPS)/localizer_magnetic_tile.yaml $(CHAIN)
 	$(FIT) --config $(STEPS)/localizer_magnetic_tile.yaml --experiment localizer_generated \
-		--data.synthetic runs/anomaly_magnetic_tile/chain/generated $(CHAIN)
+		--data.synthetic.path runs/anomaly_magnetic_tile/chain/generated --data.synthetic.share 0.25 $(CHAIN)
 	$(BIN)/python -m lit_defect.reporting.localization real=runs/localizer_magnetic_tile generated=runs/localizer_generated
 
 environment: $(READY)
