@@ -218,8 +218,30 @@ def test_reduced_masks_keep_the_cells_that_are_covered_most():
     cells = mask.reshape(15, 4, 20, 4).mean(axis=(1, 3))
     got = fit_mask(mask, (15, 20))
     assert got.sum() >= round(cells.sum())
-    assert cells[got].min() > cells[~got].max()  # the most covered ones, and no more than ties make
-    assert np.unique(np.append(cells[got], cells[got].min()))[0] == np.sort(cells.ravel())[::-1][round(cells.sum()) - 1]
+    parts, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    expected = np.zeros_like(got)
+    for number in range(1, count + 1):  # of each part the most covered ones, and no more than ties make
+        own = (parts == number).reshape(15, 4, 20, 4).mean(axis=(1, 3))
+        expected |= own >= np.sort(own.ravel())[::-1][max(1, round(own.sum())) - 1]
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_large_part_does_not_cost_the_small_and_thin_ones_beside_it():
+    stain = disc((1024, 1024), (300, 300), 160)
+    dots = np.zeros((1024, 1024), bool)
+    for i in range(10):
+        dots[900:903, 60 * i + 100 : 60 * i + 103] = True
+    scratch = box((1024, 1024), 700, 200, 701, 400)
+    fitted = fit_mask(stain | dots | scratch, (256, 256))
+    assert fitted[210:].sum() == 10, "one pixel for each, though none is covered by half"
+    assert fitted[150:200].sum() == 50
+    assert fitted[:150].sum() == pytest.approx(stain.sum() / 16, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (100, 77), (1500, 2000)])
+def test_specks_do_not_fill_a_small_mask(size):
+    specks = np.random.default_rng(0).random((1024, 1024)) < 0.01
+    assert 0.5 * specks.mean() < fit_mask(specks, size).mean() < 2.1 * specks.mean()
 
 
 def test_a_defect_of_a_pixel_survives_and_a_straight_edge_stays_straight():
@@ -232,6 +254,14 @@ def test_a_defect_of_a_pixel_survives_and_a_straight_edge_stays_straight():
     assert not fit_mask(np.zeros((40, 40), bool), (10, 10)).any()
     line = box((100, 100), 0, 50, 100, 51)  # a hundredth of the picture: a half would lose it
     assert fit_mask(line, (40, 40)).sum() == 40
+
+
+def test_transparency_marks_nothing(tmp_path):
+    marked = box((8, 8), 2, 3, 4, 5)
+    grey = 255 * marked.astype(np.uint8)
+    for name, channels in (("LA", [grey]), ("RGBA", [grey] * 3)):
+        Image.fromarray(np.stack([*channels, np.full_like(grey, 255)], axis=2), name).save(tmp_path / f"{name}.png")
+        np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png"), marked)
 
 
 def test_keep_area_gives_all_pixels_alike_the_same():

@@ -44,7 +44,7 @@ def png(pixels: Picture | Bools) -> bytes:
 
 
 def read_mask(path: Path) -> Bools:
-    """(H, W) bool, True where any channel of the file is not 0.
+    """(H, W) bool, True where any channel of the file is not 0; transparency is none.
 
     Raises:
         DataError: there is no such file, or it is no picture.
@@ -57,4 +57,6 @@ def read_mask(path: Path) -> Bools:
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as problem:
         raise DataError(f"{path}: not a readable mask ({problem}); replace the file") from problem
     marked: Bools = np.asarray(values > 0)
-    return marked if marked.ndim == 2 else np.any(marked, axis=2)
+    if marked.ndim == 3:
+        marked = marked[..., : 1 if marked.shape[2] == 2 else 3].any(axis=2)
+    return marked

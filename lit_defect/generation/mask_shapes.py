@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ TURN = math.radians(20)  # either way; the authors of AnomalyDiffusion augment s
 SCALE = 1.25  # larger or smaller, as a factor
 BEND = 0.04  # standard deviation of the elastic shifts, of the shape's diagonal
 KNOTS = 4  # of the grid of elastic shifts, along each side
+_MORE = 2.0  # times the area; many specks would fill a small mask
 _DETAIL = 2  # pixels of a real mask per pixel of the picture that are looked at, along each side
 
 
@@ -35,13 +37,53 @@ def keep_area(coverage: Floats) -> Bools:
 
 
 def fit_mask(mask: Bools, size: tuple[int, int]) -> Bools:
-    """A mask (H, W) brought to `size` (height, width), its share of the picture kept."""
+    """A mask (H, W) brought to `size` (height, width), the share of the picture kept of each of its parts.
+
+    Each part (neighbours by edge or corner) stays, were it smaller than a pixel; the largest come first, and where
+    specks would make the mask more than `_MORE` times as large, the smallest go.
+    """
     if mask.shape == size:
         return mask
-    shrinks = size[0] <= mask.shape[0] and size[1] <= mask.shape[1]
+    parts, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    boxes = ndimage.find_objects(parts)
+    areas = np.bincount(parts.ravel())[1:]
+    fitted: Bools = np.zeros(size, dtype=np.bool_)
+    most = _MORE * mask.mean() * fitted.size
+    for number in np.argsort(-areas, kind="stable"):
+        if fitted.any() and fitted.sum() >= most:
+            break
+        rows, columns = (
+            _reach(span, full, new) for span, full, new in zip(boxes[number], mask.shape, size, strict=True)
+        )
+        fitted[rows.new, columns.new] |= keep_area(_scaled(parts, number + 1, rows, columns))
+    return fitted
+
+
+class _Reach(NamedTuple):
+    """A range of new rows (or columns), and what it is of the old ones."""
+
+    new: slice
+    old: tuple[float, float]
+
+
+def _reach(span: slice, full: int, new: int) -> _Reach:
+    """The new rows around a span of the `full` old ones, of which there are to be `new`."""
+    step = full / new
+    first, last = max(0, math.floor(span.start / step) - 2), min(new, math.ceil(span.stop / step) + 2)
+    return _Reach(slice(first, last), (first * step, min(full, last * step)))
+
+
+def _scaled(parts: Any, number: int, rows: _Reach, columns: _Reach) -> Floats:
+    """(h, w) the share of each of the new pixels that a part covers; parts (H, W) holds their numbers."""
+    size = rows.new.stop - rows.new.start, columns.new.stop - columns.new.start
+    (top, bottom), (left, right) = rows.old, columns.old
+    shrinks = size[0] <= bottom - top and size[1] <= right - left
     method = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
-    image = Image.fromarray(mask.astype(np.float32))
-    return keep_area(np.asarray(image.resize((size[1], size[0]), method), dtype=np.float64))
+    y, x = math.floor(top), math.floor(left)
+    seen = parts[y : math.ceil(bottom), x : math.ceil(right)] == number
+    window = Image.fromarray(seen.astype(np.float32))
+    box = (left - x, top - y, min(right - x, window.width), min(bottom - y, window.height))
+    return np.asarray(window.resize(size[::-1], method, box), dtype=np.float64)
 
 
 def vary(mask: Bools, size: tuple[int, int], rng: np.random.Generator) -> tuple[Bools, Bools]:
