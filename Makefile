@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # make anomaly DATA=FOLDER: generated defects, and what they are worth, on a folder in MVTec AD's layout; goes on where it
-# was stopped.
-CHAIN := --data.root "$(DATA)" --run_id chain --resume
+# was stopped. The runs are called after the folder and its place: another one has its own.
+RUN ?= $(shell cd "$(DATA)" 2>/dev/null && printf '%s-%s' "$$(basename "$$PWD" | tr -c '[:alnum:]\n' _)" \
+	"$$(printf %s "$$PWD" | cksum | cut -d' ' -f1)")
+CHAIN = --data.root "$(DATA)" --run_id $(RUN) --resume
 STEPS := experiments/anomaly_diffusion
 FIT := $(BIN)/python -m lit_defect fit
 
@@ -36,13 +38,14 @@ lint: environment
 anomaly: environment
 	@test -d "$(DATA)" || { echo "name a folder in MVTec AD's layout: make anomaly DATA=/path/to/tiles" >&2; exit 1; }
 	$(FIT) --config $(STEPS)/autoencoder_magnetic_tile.yaml $(CHAIN)
-	$(FIT) --config $(STEPS)/base_magnetic_tile.yaml --model.autoencoder runs/autoencoder_magnetic_tile/chain $(CHAIN)
-	$(FIT) --config $(STEPS)/anomaly_magnetic_tile.yaml --model.base runs/base_magnetic_tile/chain $(CHAIN)
-	$(BIN)/python -m lit_defect predict --config runs/anomaly_magnetic_tile/chain/config.yaml --run_id chain --ckpt_path last
+	$(FIT) --config $(STEPS)/base_magnetic_tile.yaml --model.autoencoder runs/autoencoder_magnetic_tile/$(RUN) $(CHAIN)
+	$(FIT) --config $(STEPS)/anomaly_magnetic_tile.yaml --model.base runs/base_magnetic_tile/$(RUN) $(CHAIN)
+	$(BIN)/python -m lit_defect predict --config runs/anomaly_magnetic_tile/$(RUN)/config.yaml --run_id $(RUN) --ckpt_path last
 	$(FIT) --config $(STEPS)/localizer_magnetic_tile.yaml $(CHAIN)
 	$(FIT) --config $(STEPS)/localizer_magnetic_tile.yaml --experiment localizer_generated \
-		--data.synthetic.path runs/anomaly_magnetic_tile/chain/generated --data.synthetic.share 0.25 $(CHAIN)
-	$(BIN)/python -m lit_defect.reporting.localization real=runs/localizer_magnetic_tile generated=runs/localizer_generated
+		--data.synthetic.path runs/anomaly_magnetic_tile/$(RUN)/generated --data.synthetic.share 0.25 $(CHAIN)
+	$(BIN)/python -m lit_defect.reporting.localization real=runs/localizer_magnetic_tile/$(RUN) \
+		generated=runs/localizer_generated/$(RUN)
 
 environment: $(READY)
 
