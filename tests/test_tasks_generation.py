@@ -228,6 +228,25 @@ def test_one_category_of_those_learnt(learnt, tmp_path):
     assert len(read_manifest(tmp_path / "set")) == 4, "the same data set, gone on with"
 
 
+def test_new_pictures_of_one_of_several_products(learnt, tmp_path):
+    """Defects of another product must not go onto them; whose they are says data.category."""
+    root = make_mvtec(tmp_path / "data", categories=("tile", "wood"), size=(32, 24), train_good=3, test_good=1,
+                      defects={"crack": 6})  # fmt: skip
+    save(surface(np.random.default_rng(0), (40, 30)), tmp_path / "new" / "one.png")
+    task = task_of(learnt.base)
+    fit(task, parts(root), default_root_dir=tmp_path).save_checkpoint(tmp_path / "two.ckpt")
+    new = {"predict_root": str(tmp_path / "new")}
+    with pytest.raises(UserError, match=r"are these pictures of tile or wood\? Set data.category to theirs"):
+        generate(tmp_path / "two.ckpt", task, parts(root, **new), tmp_path / "both")
+    rows = generate(tmp_path / "two.ckpt", task, parts(root, category="wood", **new), tmp_path / "set")
+    assert {(row["category"], row["source"]) for row in rows} == {("wood", "one.png")}
+
+
+def test_another_split_is_no_source(learnt, tmp_path):
+    with pytest.raises(UserError, match=r"data.predict_split = val: AnomalyDiffusion puts defects onto the normal"):
+        made(learnt, tmp_path / "set", parts(learnt.root, predict_split="val"))
+
+
 def test_each_category_takes_its_own_normal_pictures(learnt, tmp_path):
     root = make_mvtec(tmp_path / "data", categories=("tile", "wood"), size=(32, 24), train_good=3, test_good=1,
                       defects={"crack": 6})  # fmt: skip

@@ -215,6 +215,12 @@ def test_the_loss_is_the_focal_loss(root):
 # --- what chooses the state ---
 
 
+def test_fewer_held_out_pictures_than_processes_are_refused_at_the_start(root, generated, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "world_size", 50)
+    with pytest.raises(UserError, match=r"holds out \d+ pictures for 50 processes: raise it, or set select: last"):
+        make_trainer(1).fit(make_task(), datamodule=ready(root, synthetic={"path": str(generated), "holdout": 0.3}))
+
+
 def test_held_out_generated_pictures_choose_the_state(root, generated, tmp_path):
     data = ready(root, synthetic={"path": str(generated), "holdout": 0.3})
     task = make_task()

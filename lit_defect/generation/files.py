@@ -58,5 +58,5 @@ def read_mask(path: Path) -> Bools:
         raise DataError(f"{path}: not a readable mask ({problem}); replace the file") from problem
     marked: Bools = np.asarray(values > 0)
     if marked.ndim == 3:
-        marked = marked[..., : 1 if marked.shape[2] == 2 else 3].any(axis=2)
+        marked = np.asarray(marked[..., : 1 if marked.shape[2] == 2 else 3].any(axis=2))
     return marked

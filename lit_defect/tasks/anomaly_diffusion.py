@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lit_defect.errors import UserError
-from lit_defect.generation.options import Generation
+from lit_defect.generation.options import KEY, Generation
 from lit_defect.generation.store import count
 from lit_defect.losses.diffusion import alignment_loss, latent_mask, masked_mse
 from lit_defect.tasks.base import Batch
@@ -91,11 +91,20 @@ class AnomalyDiffusion(SetMaker):
     # --- generation ---
 
     def setup(self, stage: str) -> None:
-        """For `predict`, serve the plan's groups in place of a split."""
+        """For `predict`, serve the plan's groups in place of a split.
+
+        Raises:
+            UserError: as for every `Inversion`; no normal pictures, or a split that is not taken.
+        """
         super().setup(stage)
         if stage == "predict":
             data = self.data
             if data.predict_root is None:
+                if data.predict_split != "test":  # the default, which is for tasks that look at pictures
+                    raise UserError(
+                        f"data.predict_split = {data.predict_split}: AnomalyDiffusion puts defects onto the normal "
+                        "training pictures; leave it out, or name other pictures by data.predict_root"
+                    )
                 normal = [s for s in data.samples["train"] if s.label == data.normal_class and s.source == "real"]
             else:
                 normal = list(data.samples["predict"])
@@ -106,11 +115,21 @@ class AnomalyDiffusion(SetMaker):
             self.serve_groups()
 
     def plan_groups(self) -> None:
-        """The jobs in groups that go through the network together."""
+        """The jobs in groups that go through the network together.
+
+        Raises:
+            UserError: a type that was not learnt, or it can't be told whose pictures those of one's own are.
+        """
         normal, options = self.data.samples[SOURCES], self.generation
         categories = [sample.category for sample in normal]
         assert self.pairs is not None
-        chosen = choose_pairs(self.pairs, options.types, categories)
+        here = {sample.category for sample in self.data.samples["train"]}  # data.category may leave out some
+        chosen = choose_pairs([pair for pair in self.pairs if pair[0] in here] or self.pairs, options.types, categories)
+        if set(categories) == {""} and len(products := sorted({category for category, _ in chosen})) > 1:
+            raise UserError(
+                f"data.predict_root: are these pictures of {' or '.join(products)}? Set data.category to theirs, and "
+                f"{KEY}.output to a folder of their own"
+            )
         jobs = plan(self.pairs, chosen, categories, options.count, self.seed)
         self._groups = [jobs[i : i + options.batch] for i in range(0, len(jobs), options.batch)]
         self._groups += [[]] * (self.trainer.world_size - len(self._groups))  # no process may be without one

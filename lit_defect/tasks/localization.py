@@ -171,6 +171,12 @@ class AnomalyLocalizer(ScoringTask):
                 "model.init_args.select = synthetic: no generated pictures are held out; set data.synthetic with a "
                 "holdout above 0, or select: last"
             )
+        held_out, processes = len(self.data.samples.get(HELD_OUT, ())), self.trainer.world_size
+        if self.selected_by == "synthetic" and held_out < processes:
+            raise UserError(
+                f"data.synthetic.holdout holds out {held_out} pictures for {processes} processes: raise it, or set "
+                "select: last"
+            )
         validating = self.data.samples.get("val", ())
         if self.select == "val" and all(sample.label == self.data.normal_class for sample in validating):
             raise UserError(
