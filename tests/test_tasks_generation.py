@@ -451,6 +451,17 @@ def test_lost_contrast_is_given_back(learnt, plain, tmp_path):
         assert (abs((more - normal) - gain * (once - normal))[inside] <= (gain + 1) / 2).all(), "but for whole levels"
 
 
+def test_each_real_defect_is_encoded_once(learnt, tmp_path, monkeypatch):
+    """For its descriptor and its contrast together; the normal pictures come as a group."""
+    encode, sizes = LatentBase.encode, []
+    monkeypatch.setattr(LatentBase, "encode", lambda self, images: sizes.append(len(images)) or encode(self, images))
+    made(learnt, tmp_path / "set", restore=True, count=1)
+    assert sizes[:6] == [1] * 5 + [2], "three cracks and two holes"
+    described = learnt.task._maker.real
+    assert {pair: found.shape for pair, found in described.items()} == {PAIRS[0]: (3, 8), PAIRS[1]: (2, 8)}
+    assert all(np.isfinite(found).all() for found in described.values())
+
+
 def test_rejected_candidates_are_kept_for_a_look(learnt, tmp_path):
     made(learnt, tmp_path / "set", least_change=255.0, candidates=2, keep_rejected=True, count=1)
     kept = {key for key in contents(tmp_path / "set") if key.endswith(".png")}

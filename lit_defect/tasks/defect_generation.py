@@ -34,7 +34,7 @@ from lit_defect.generation.options import KEY, Generation
 from lit_defect.generation.pasting import paste_back, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.losses.diffusion import latent_mask
-from lit_defect.tasks.few_shots import defect_positions, mask_of
+from lit_defect.tasks.few_shots import defect_positions
 from lit_defect.tasks.generation_plan import Job
 from lit_defect.tasks.views import resize, unit_range
 
@@ -101,19 +101,19 @@ class DefectGeneration:
         masks = {pair: [(name, task.data.original("train", i)[1] > 0) for i, name in found]
                  for pair, found in positions.items()}  # fmt: skip
         self.rules: dict[tuple[str, str], MaskRules] = rules_of(masks)
-        real = {pair: self._contrasts([i for i, _ in found]) for pair, found in positions.items()}
+        real = {pair: self._measured([i for i, _ in found]) for pair, found in positions.items()}
         self.judges = {
             pair: Rule(options.least_change, options.least_covered, self._least_contrast(own))
-            for pair, (own, _) in real.items()
+            for pair, (own, _, _) in real.items()
         }
         restores = options.restore and options.paste == "change"
-        self.gains = {pair: contrast_gain(*both) if restores else 1.0 for pair, both in real.items()}
+        self.gains = {pair: contrast_gain(*both) if restores else 1.0 for pair, (*both, _) in real.items()}
+        self.real = {pair: descriptors for pair, (_, _, descriptors) in real.items()}
         self.masks: MaskSource = (
             AugmentedMasks(masks, self.rules)
             if options.masks == "augmented"
             else MaskFolder(Path(options.masks).expanduser(), self.rules)
         )
-        self.real = {pair: self._descriptors([i for i, _ in found]) for pair, found in positions.items()}
         self.tokens = task.tokens_hash()
         about = About(
             generator="AnomalyDiffusion",
@@ -263,26 +263,23 @@ class DefectGeneration:
         return float(np.quantile(seen, share)) if share and seen else 0.0
 
     @torch.no_grad()
-    def _contrasts(self, positions: Sequence[int]) -> tuple[list[float], list[float]]:
-        """How real training defects stand out, and how they do when the autoencoder has had them at its size."""
-        real, reconstructed = [], []
+    def _measured(self, positions: Sequence[int]) -> tuple[list[float], list[float], Any]:
+        """Of n real training defects, each encoded once.
+
+        Returns:
+            How they stand out; how they do when the autoencoder has had them at its size; their descriptors (n, 2 C).
+        """
+        real, reconstructed, descriptors = [], [], []
         for position in positions:
             picture, values = self.task.data.original("train", position)
-            found = self.base.decode(self.base.encode(2 * self._small(picture) - 1))
-            back = 255 * resize((found.clamp(-1, 1) + 1) / 2, picture.shape[:2])
-            real.append(stands_out(picture, values > 0))
-            reconstructed.append(stands_out(back[0].permute(1, 2, 0).cpu().numpy(), values > 0))
-        return real, reconstructed
-
-    @torch.no_grad()
-    def _descriptors(self, positions: Sequence[int]) -> Any:
-        """(n, 2 C) of real training defects."""
-        found = []
-        for position in positions:
-            picture = self._small(self.task.data.original("train", position)[0])
-            mask = mask_of(self.task.data, "train", position, self.size)[None, None]
-            found.append(self._descriptor(self.base.encode(2 * picture - 1).cpu(), mask))
-        return torch.cat(found).numpy()
+            mask = values > 0
+            latents = self.base.encode(2 * self._small(picture) - 1)
+            back = 255 * resize((self.base.decode(latents).clamp(-1, 1) + 1) / 2, picture.shape[:2])
+            real.append(stands_out(picture, mask))
+            reconstructed.append(stands_out(back[0].permute(1, 2, 0).cpu().numpy(), mask))
+            small = torch.from_numpy(fit_mask(mask, self.size))[None, None].float()
+            descriptors.append(self._descriptor(latents.cpu(), small))
+        return real, reconstructed, torch.cat(descriptors).numpy()
 
     @staticmethod
     def _descriptor(latents: Tensor, mask: Tensor) -> Tensor:
