@@ -523,11 +523,7 @@ def test_diffusers_own_pipeline_makes_the_same_latents(tmp_path, prediction, sca
     with torch.no_grad():
         told, untold = text_states(base.text_encoder, ids).split(1)
         ours = sample(
-            guided(
-                lambda state, t: base.unet(state, t, told).sample,
-                lambda state, t: base.unet(state, t, untold).sample,
-                scale,
-            ),
+            guided(base.unet, told, untold, scale),
             Sampler("ddim", base.process, steps=5, strength=1.0),
             base.prediction,
             (4, 8, 8),

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from lit_defect.diffusion.attention import Reweight, official_weights, paper_weights
-from lit_defect.diffusion.latent_sampling import Region, guided, sample
+from lit_defect.diffusion.latent_sampling import Look, Region, guided, sample
 from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
 from lit_defect.generation.foreground import Foreground
@@ -170,21 +170,47 @@ class DefectGeneration:
         told = task.states(pairs.to(task.device), marks, lambda *shape: _draws(shape, streams))
         pixels = (2 * normal - 1).repeat_interleave(count, dim=0)
         places = latent_mask(marks, clean.shape[2:])
-        attention = _Attention(task, str(self.settings["reweight"]), pixels, clean, marks, places)
-        latents = sample(
-            guided(attention.told(told), attention.untold(task.unconditional(len(told))), self.settings["guidance"]),
-            self.sampler,
-            base.prediction,
-            tuple(clean.shape[1:]),
-            streams,
-            clean,
-            region=Region(clean, places),
-            after=attention.look,
-        )
-        attention.off()
+        try:
+            latents = sample(
+                guided(base.unet, told, task.unconditional(len(told)), self.settings["guidance"]),
+                self.sampler,
+                base.prediction,
+                tuple(clean.shape[1:]),
+                streams,
+                clean,
+                region=Region(clean, places),
+                after=self._reweighting(pixels, clean, marks, places),
+            )
+        finally:
+            task.cross.reweight = None
         pictures = (base.decode(latents) + 1) / 2
         split = (len(jobs), count)
         return pictures.unflatten(0, split), latents.unflatten(0, split)
+
+    def _reweighting(self, normal: Tensor, clean: Tensor, masks: Tensor, places: Tensor) -> Look | None:
+        """Attention that rises where the picture is still normal (Hu et al., section 3.4).
+
+        Args:
+            normal: (B, 3, H, W) in [-1, 1], with latents `clean` (B, C, h, w).
+            masks: (B, 1, H, W); at the latents' places, (B, 1, h, w).
+
+        Returns:
+            What looks at the picture after a call of the U-Net, for the next one.
+        """
+        task, mode = self.task, self.settings["reweight"]
+        if mode == "off":
+            return None
+
+        def look(x0: Tensor, state: Tensor) -> None:
+            if mode == "paper":
+                weights = paper_weights(self.base.decode(x0), normal, masks)
+            else:
+                weights = official_weights(state, clean, places)
+            if self.settings["guidance"] != 1:  # the first half of a call is without condition
+                weights = torch.cat([torch.ones_like(weights), weights])
+            task.cross.reweight = Reweight(weights, task.positions, mode)
+
+        return look
 
     def _write(self, job: Job, drawn: Drawn, original: Original, pictures: Any, latents: Tensor) -> None:
         """Judge the candidates (N, H, W, 3) of a job and write the best."""
@@ -300,48 +326,6 @@ class DefectGeneration:
         """A picture (H, W, 3) uint8 as the base takes it: (1, 3, h, w) in [0, 1], in whole grey levels."""
         whole = unit_range(torch.from_numpy(picture).permute(2, 0, 1)[None].to(self.task.device))
         return (255 * resize(whole, self.size)).round() / 255
-
-
-class _Attention:
-    """The U-Net with and without condition, and re-weighting between two of its calls (Hu et al., section 3.4)."""
-
-    def __init__(self, task: Any, mode: str, pixels: Tensor, latents: Tensor, masks: Tensor, places: Tensor) -> None:
-        self.task, self.mode = task, mode
-        self.pixels, self.latents, self.masks, self.places = pixels, latents, masks, places
-        self.reweight: Reweight | None = None
-
-    def told(self, states: Tensor) -> Any:
-        """By the prompt, with the weights that the last look gave."""
-
-        def denoise(state: Tensor, t: Tensor) -> Tensor:
-            self.task.cross.reweight = self.reweight
-            answer: Tensor = self.task.network.unet(state, t, states).sample
-            return answer
-
-        return denoise
-
-    def untold(self, states: Tensor) -> Any:
-        """By the empty prompt."""
-
-        def denoise(state: Tensor, t: Tensor) -> Tensor:
-            self.task.cross.reweight = None
-            answer: Tensor = self.task.network.unet(state, t, states).sample
-            return answer
-
-        return denoise
-
-    def look(self, x0: Tensor, state: Tensor) -> None:
-        """Where the picture is still normal, attention rises at the next call."""
-        if self.mode == "paper":
-            weights = paper_weights(self.task.network.decode(x0), self.pixels, self.masks)
-            self.reweight = Reweight(weights, self.task.positions, "paper")
-        elif self.mode == "official":
-            weights = official_weights(state, self.latents, self.places)
-            self.reweight = Reweight(weights, self.task.positions, "official")
-
-    def off(self) -> None:
-        """Leave the U-Net as it was."""
-        self.task.cross.reweight = None
 
 
 def make_sampler(base: Any, settings: Any) -> Sampler:
