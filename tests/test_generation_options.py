@@ -31,8 +31,8 @@ def test_presets():
     assert {key: paper[key] for key in wanted} == wanted, "Hu et al., section 4"
     assert fast["sampler"] == "dpmsolver"
     assert fast["reweight"] == "official"
-    calls = fast["steps"] * fast["candidates"] * (1 if fast["guidance"] == 1 else 2)
-    assert calls <= 200 / 5
+    evaluations = fast["steps"] * fast["candidates"] * (1 if fast["guidance"] == 1 else 2)
+    assert evaluations <= 200 / 5
     for options in (paper, fast):
         assert None not in {key: value for key, value in options.items() if key != "eta"}.values()
 

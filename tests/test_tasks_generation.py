@@ -8,6 +8,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -365,8 +366,36 @@ def test_reweighting_changes_the_pictures(learnt, tmp_path):
             assert same.all()
 
 
+@pytest.mark.usefixtures("attentive")
+def test_under_guidance_only_what_is_told_the_prompt_is_reweighted(learnt, tmp_path, monkeypatch):
+    """As by two calls, of which one is not re-weighted."""
+    options = {"guidance": 3.0, "reweight": "paper", "count": 1, "steps": 10}
+    made(learnt, tmp_path / "joined", **options)
+    cross = learnt.task.cross
+
+    def apart(unet, told, untold, scale):
+        def denoise(state, t):
+            both, cross.reweight = cross.reweight, None
+            plain = unet(state, t, untold).sample
+            if both is not None:
+                cross.reweight = replace(both, weights=both.weights[len(state) :])
+            asked = unet(state, t, told).sample
+            return plain + scale * (asked - plain)
+
+        return denoise
+
+    monkeypatch.setattr(generation, "guided", apart)
+    made(learnt, tmp_path / "apart", **options)
+    one, other = pictures(tmp_path / "joined"), pictures(tmp_path / "apart")
+    assert one.keys() == other.keys()
+    assert one
+    for key, content in one.items():
+        assert abs(decoded(content).astype(int) - decoded(other[key])).max() <= 1, key
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("mode", ["paper", "official"])
-def test_reweighting_looks_at_the_pictures_as_they_are_foreseen(learnt, tmp_path, monkeypatch, mode):
+def test_reweighting_looks_at_the_pictures_as_they_are_foreseen(learnt, tmp_path, monkeypatch, mode, guidance):
     """Each call takes the weights of the one before, at the scale and size of what they compare; the first has none."""
     weigh, looks, used = getattr(generation, f"{mode}_weights"), [], []
     monkeypatch.setattr(
@@ -375,13 +404,15 @@ def test_reweighting_looks_at_the_pictures_as_they_are_foreseen(learnt, tmp_path
     note = lambda *_: used.append(learnt.task.cross.reweight)  # noqa: E731
     hook = learnt.task.base.unet.register_forward_pre_hook(note)
     try:
-        rows = made(learnt, tmp_path / "set", reweight=mode, count=1, candidates=2)
+        rows = made(learnt, tmp_path / "set", reweight=mode, guidance=guidance, count=1, candidates=2)
     finally:
         hook.remove()
     assert used[0] is None
     assert len(used) == 4
     for asked, (foreseen, normal, mask, weights) in zip(used[1:], looks, strict=False):
-        assert asked.weights is weights
+        *plain, own = asked.weights.split(4)
+        assert torch.equal(own, weights)
+        assert [half.unique().tolist() for half in plain] == [[1.0]] * (guidance > 1), "without condition"
         assert asked.positions == learnt.task.positions
         assert set(mask.unique().tolist()) == {0, 1}
         side = 32 if mode == "paper" else 8
@@ -400,11 +431,11 @@ def test_reweighting_looks_at_the_pictures_as_they_are_foreseen(learnt, tmp_path
     ("options", "calls"),
     [
         (NO_OTHER | {"preset": "paper", "steps": 4}, 4),
-        (NO_OTHER | {"preset": "fast", "steps": 10}, 18),
+        (NO_OTHER | {"preset": "fast", "steps": 10}, 9),
         ({"sampler": "ddpm"}, 4),
         ({"sampler": "unipc", "strength": 0.5}, 2),
         ({"sampler": "ddim", "eta": 0.7}, 4),
-        ({"guidance": 3.0}, 8),
+        ({"guidance": 3.0}, 4),
     ],
     ids=["paper", "fast", "ddpm", "unipc", "eta", "guidance"],
 )
@@ -416,7 +447,8 @@ def test_presets_samplers_and_guidance(learnt, plain, tmp_path, options, calls):
     finally:
         hook.remove()
     resolved = Generation(**{**QUICK, **options}).resolved()
-    assert sizes == [2 * resolved["candidates"]] * calls, "both pictures with all their candidates at once"
+    halves = 1 if resolved["guidance"] == 1 else 2
+    assert sizes == [2 * resolved["candidates"] * halves] * calls, "both pictures with all their candidates at once"
     assert {row["accepted"] for row in rows} == {"1"}
     assert [(row["sampler"], int(row["candidates"])) for row in rows] == [
         (resolved["sampler"], resolved["candidates"])
@@ -468,6 +500,17 @@ def test_lost_contrast_is_given_back(learnt, plain, tmp_path):
         inside = (more > 0) & (more < 255) & (once > 0) & (once < 255) & (once != normal)
         assert inside.any()
         assert (abs((more - normal) - gain * (once - normal))[inside] <= (gain + 1) / 2).all(), "but for whole levels"
+
+
+def test_each_real_defect_is_encoded_once(learnt, tmp_path, monkeypatch):
+    """For its descriptor and its contrast together; the normal pictures come as a group."""
+    encode, sizes = LatentBase.encode, []
+    monkeypatch.setattr(LatentBase, "encode", lambda self, images: sizes.append(len(images)) or encode(self, images))
+    made(learnt, tmp_path / "set", restore=True, count=1)
+    assert sizes[:6] == [1] * 5 + [2], "three cracks and two holes"
+    described = learnt.task._maker.real
+    assert {pair: found.shape for pair, found in described.items()} == {PAIRS[0]: (3, 8), PAIRS[1]: (2, 8)}
+    assert all(np.isfinite(found).all() for found in described.values())
 
 
 def test_rejected_candidates_are_kept_for_a_look(learnt, tmp_path):

@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from lit_defect.diffusion.base_model import LatentBase
+from lit_defect.tasks import latent_bank
+from lit_defect.tasks.latent_bank import LatentBank
+from lit_defect.tasks.views import unit_range
 from tests.contrastive import make_trainer
 from tests.fakes import make_mvtec
 from tests.latent import tiny_vae
@@ -40,8 +43,10 @@ def on_one_rank(rank: int, root: str, folder: str, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
     os.environ["LIT_DEFECT_CACHE"] = f"{folder}/cache{rank}"
     found: dict[str, Any] = {}
+    read: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         few_samples(patch)
+        patch.setattr(latent_bank, "unit_range", lambda images: read.append(len(images)) or unit_range(images))
         for name in KINDS:
             task = autoencoder() if name == "ImageAutoencoder" else base(Path(folder) / "given")
             data, own = tiles(Path(root)), f"{folder}/{name}"
@@ -54,7 +59,15 @@ def on_one_rank(rank: int, root: str, folder: str, port: int) -> None:
             else:
                 found["vocabulary"] = task.tokenizer.get_vocab()
                 found["banks"] = {split: tuple(bank) for split, bank in task._banks.items()}
+                found["read"] = sum(read)
+                found["banks"]["one batch"] = tuple(in_one_batch(task))
     torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def in_one_batch(task: Any) -> LatentBank:
+    """The training pictures' bank, of which only one process has a share."""
+    task.data.serve_images, task.data.eval_batch_size = True, 32
+    return task._bank("train", 2)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +98,7 @@ def test_two_processes_hold_the_same_weights(two, name):
 def test_two_processes_speak_one_language(two):
     first, second = two.ranks
     assert first["vocabulary"] == second["vocabulary"]
-    for split in ("train", "val"):
+    for split in ("train", "val", "one batch"):
         moments, ids, captions = zip(*(rank["banks"][split] for rank in two.ranks), strict=True)
         assert torch.equal(*moments)
         assert torch.equal(*ids)
@@ -93,11 +106,15 @@ def test_two_processes_speak_one_language(two):
 
 
 def test_two_processes_encode_what_one_does(two):
+    """Together, and each of them some."""
     task, data = base(two.folder / "given"), tiles(two.root)
     with pytest.MonkeyPatch.context() as patch:
         few_samples(patch)
         fit(task, data, epochs=1, default_root_dir=str(two.folder / "alone"))
-    for split, bank in task._banks.items():
+    read = [rank["read"] for rank in two.ranks]
+    assert sum(read) == sum(len(bank.ids) for bank in task._banks.values()) == 22
+    assert min(read) >= 8
+    for split, bank in {**task._banks, "one batch": in_one_batch(task)}.items():
         moments, ids, captions = two.ranks[0]["banks"][split]
         assert captions == bank.captions
         assert torch.equal(ids, bank.ids)

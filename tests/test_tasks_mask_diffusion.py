@@ -250,8 +250,10 @@ def test_a_pixel_is_marked_above_the_threshold(learnt, monkeypatch, tmp_path, th
         assert np.array_equal(mask, expected)
 
 
-@pytest.mark.parametrize(("options", "calls"), [({"guidance": 1.0}, 2), ({"steps": 4}, 8), ({"sampler": "ddpm"}, 4)])
-def test_steps_and_guidance(learnt, monkeypatch, tmp_path, options, calls):
+@pytest.mark.parametrize(
+    ("options", "calls", "halves"), [({"guidance": 1.0}, 2, 1), ({"steps": 4}, 4, 2), ({"sampler": "ddpm"}, 2, 2)]
+)
+def test_steps_and_guidance(learnt, monkeypatch, tmp_path, options, calls, halves):
     sizes: list[int] = []
     monkeypatch.setattr(MaskRules, "fault", lambda *_: None)
     hook = learnt.task.network.unet.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
@@ -259,7 +261,8 @@ def test_steps_and_guidance(learnt, monkeypatch, tmp_path, options, calls):
         made(learnt, tmp_path / "masks", **options)
     finally:
         hook.remove()
-    assert sizes == [4] * calls + [2] * calls, "six masks, four at a time"
+    expected = [4 * halves] * calls + [2 * halves] * calls
+    assert sizes == expected, "six masks, four at a time, with and without condition"
 
 
 def test_seeds_types_and_numbers(learnt, drawing, tmp_path):

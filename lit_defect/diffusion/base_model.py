@@ -36,6 +36,9 @@ _OTHER_PRECISIONS = ("*.fp16*", "*.non_ema*")
 class LatentBase(nn.Module):
     """Autoencoder, text-conditioned U-Net, text encoder and tokenizer, frozen.
 
+    Pictures go through the autoencoder one at a time: its memory, at 512 px the most of all, does not grow with their
+    number, and what it makes of a picture does not depend on the others of its batch.
+
     Args:
         vae: diffusers' AutoencoderKL.
         unet: diffusers' UNet2DConditionModel.
@@ -57,6 +60,7 @@ class LatentBase(nn.Module):
     def __init__(self, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, scheduler: Any, source: str) -> None:
         super().__init__()
         self.vae: Any = vae
+        self.vae.enable_slicing()
         self.unet: Any = unet
         self.text_encoder: Any = text_encoder
         self.tokenizer = tokenizer

@@ -14,7 +14,7 @@ neighbours are the network's, is ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +25,8 @@ from lit_defect.diffusion.samplers import Sampler
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """States (B, C, h, w) and their steps t (B,) -> what the network answers (B, C, h, w)."""
+Look = Callable[[Tensor, Tensor], None]
+"""Told x_0 and the state x_t that it was predicted from, both (B, C, h, w)."""
 
 
 class Region(NamedTuple):
@@ -43,7 +45,7 @@ def sample(
     like: Tensor,
     *,
     region: Region | None = None,
-    after: Callable[[Tensor, Tensor], None] | None = None,
+    after: Look | None = None,
 ) -> Tensor:
     """Run the reverse process.
 
@@ -55,7 +57,7 @@ def sample(
         generators: B random streams of the CPU.
         like: a tensor on the network's device, of the type that the states shall have.
         region: what stays; None makes a whole picture from noise.
-        after: told x_0 and the state x_t it was predicted from, after each network call.
+        after: called after each network call.
 
     Returns:
         (B, C, h, w) clean latents; outside the region's mask exactly those of the given picture.
@@ -80,16 +82,26 @@ def sample(
     return state if region is None else _blend(state, region.normal, region.mask)
 
 
-def guided(denoise: Denoise, unconditional: Denoise, scale: float) -> Denoise:
-    """Classifier-free guidance (Ho & Salimans, 2022): e_u + scale (e_c - e_u)."""
+def guided(unet: Any, told: Tensor, untold: Tensor, scale: float) -> Denoise:
+    """A U-Net of diffusers under classifier-free guidance (Ho & Salimans, 2022): e_u + scale (e_c - e_u).
+
+    Args:
+        unet: (states, t, text states) -> what has the answer as its `sample`; called once a step, with a batch of
+            2 B whose first half is without condition.
+        told: (B, L, D) text states of the condition.
+        untold: (B, L, D) text states of none.
+        scale: 1 for no guidance; then the batch is B, all of it with condition.
+    """
     if scale == 1:
-        return denoise
+        return lambda state, t: unet(state, t, told).sample
+    states = torch.cat([untold, told])
 
-    def both(state: Tensor, t: Tensor) -> Tensor:
-        plain = unconditional(state, t)
-        return plain + scale * (denoise(state, t) - plain)
+    def denoise(state: Tensor, t: Tensor) -> Tensor:
+        both: Tensor = unet(state.repeat(2, 1, 1, 1), t.repeat(2), states).sample
+        plain, asked = both.chunk(2)
+        return plain + scale * (asked - plain)
 
-    return both
+    return denoise
 
 
 def _steps(step: int, like: Tensor) -> Tensor:

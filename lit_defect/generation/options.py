@@ -2,7 +2,7 @@
 
     preset   sampler    steps  eta  strength  guidance  reweight  candidates
     paper    ddim       200    1    1.0       1         paper     1            Hu et al., section 4
-    fast     dpmsolver  10     -    0.9       2         official  2            36 network calls for a picture, not 200
+    fast     dpmsolver  10     -    0.9       2         official  2            36 network evaluations a picture, not 200
 
 Whatever is given beside a preset takes the place of its own value.
 """
@@ -67,7 +67,8 @@ class Generation:
             generated one has to; 0 lets every candidate pass.
         repair: whether the label is where the picture changed within the mask, not all of the mask.
         keep_rejected: whether rejected candidates are written, too.
-        batch: pictures that go through the network together; the same pictures on any number of processes.
+        batch: pictures that go through the network together, each with its candidates, and twice under guidance;
+            the same pictures on any number of processes.
         output: folder of the data set; null for `generated` in the run's folder.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from lit_defect.diffusion.attention import Reweight, official_weights, paper_weights
-from lit_defect.diffusion.latent_sampling import Region, guided, sample
+from lit_defect.diffusion.latent_sampling import Look, Region, guided, sample
 from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
 from lit_defect.generation.foreground import Foreground
@@ -34,7 +34,7 @@ from lit_defect.generation.options import KEY, Generation
 from lit_defect.generation.pasting import paste_back, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.losses.diffusion import latent_mask
-from lit_defect.tasks.few_shots import defect_positions, mask_of
+from lit_defect.tasks.few_shots import defect_positions
 from lit_defect.tasks.generation_plan import Job
 from lit_defect.tasks.views import resize, unit_range
 
@@ -101,19 +101,19 @@ class DefectGeneration:
         masks = {pair: [(name, task.data.original("train", i)[1] > 0) for i, name in found]
                  for pair, found in positions.items()}  # fmt: skip
         self.rules: dict[tuple[str, str], MaskRules] = rules_of(masks)
-        real = {pair: self._contrasts([i for i, _ in found]) for pair, found in positions.items()}
+        real = {pair: self._measured([i for i, _ in found]) for pair, found in positions.items()}
         self.judges = {
             pair: Rule(options.least_change, options.least_covered, self._least_contrast(own))
-            for pair, (own, _) in real.items()
+            for pair, (own, _, _) in real.items()
         }
         restores = options.restore and options.paste == "change"
-        self.gains = {pair: contrast_gain(*both) if restores else 1.0 for pair, both in real.items()}
+        self.gains = {pair: contrast_gain(*both) if restores else 1.0 for pair, (*both, _) in real.items()}
+        self.real = {pair: descriptors for pair, (_, _, descriptors) in real.items()}
         self.masks: MaskSource = (
             AugmentedMasks(masks, self.rules)
             if options.masks == "augmented"
             else MaskFolder(Path(options.masks).expanduser(), self.rules)
         )
-        self.real = {pair: self._descriptors([i for i, _ in found]) for pair, found in positions.items()}
         self.tokens = task.tokens_hash()
         about = About(
             generator="AnomalyDiffusion",
@@ -170,21 +170,47 @@ class DefectGeneration:
         told = task.states(pairs.to(task.device), marks, lambda *shape: _draws(shape, streams))
         pixels = (2 * normal - 1).repeat_interleave(count, dim=0)
         places = latent_mask(marks, clean.shape[2:])
-        attention = _Attention(task, str(self.settings["reweight"]), pixels, clean, marks, places)
-        latents = sample(
-            guided(attention.told(told), attention.untold(task.unconditional(len(told))), self.settings["guidance"]),
-            self.sampler,
-            base.prediction,
-            tuple(clean.shape[1:]),
-            streams,
-            clean,
-            region=Region(clean, places),
-            after=attention.look,
-        )
-        attention.off()
+        try:
+            latents = sample(
+                guided(base.unet, told, task.unconditional(len(told)), self.settings["guidance"]),
+                self.sampler,
+                base.prediction,
+                tuple(clean.shape[1:]),
+                streams,
+                clean,
+                region=Region(clean, places),
+                after=self._reweighting(pixels, clean, marks, places),
+            )
+        finally:
+            task.cross.reweight = None
         pictures = (base.decode(latents) + 1) / 2
         split = (len(jobs), count)
         return pictures.unflatten(0, split), latents.unflatten(0, split)
+
+    def _reweighting(self, normal: Tensor, clean: Tensor, masks: Tensor, places: Tensor) -> Look | None:
+        """Attention that rises where the picture is still normal (Hu et al., section 3.4).
+
+        Args:
+            normal: (B, 3, H, W) in [-1, 1], with latents `clean` (B, C, h, w).
+            masks: (B, 1, H, W); at the latents' places, (B, 1, h, w).
+
+        Returns:
+            What looks at the picture after a call of the U-Net, for the next one.
+        """
+        task, mode = self.task, self.settings["reweight"]
+        if mode == "off":
+            return None
+
+        def look(x0: Tensor, state: Tensor) -> None:
+            if mode == "paper":
+                weights = paper_weights(self.base.decode(x0), normal, masks)
+            else:
+                weights = official_weights(state, clean, places)
+            if self.settings["guidance"] != 1:  # the first half of a call is without condition
+                weights = torch.cat([torch.ones_like(weights), weights])
+            task.cross.reweight = Reweight(weights, task.positions, mode)
+
+        return look
 
     def _write(self, job: Job, drawn: Drawn, original: Original, pictures: Any, latents: Tensor) -> None:
         """Judge the candidates (N, H, W, 3) of a job and write the best."""
@@ -263,26 +289,23 @@ class DefectGeneration:
         return float(np.quantile(seen, share)) if share and seen else 0.0
 
     @torch.no_grad()
-    def _contrasts(self, positions: Sequence[int]) -> tuple[list[float], list[float]]:
-        """How real training defects stand out, and how they do when the autoencoder has had them at its size."""
-        real, reconstructed = [], []
+    def _measured(self, positions: Sequence[int]) -> tuple[list[float], list[float], Any]:
+        """Of n real training defects, each encoded once.
+
+        Returns:
+            How they stand out; how they do when the autoencoder has had them at its size; their descriptors (n, 2 C).
+        """
+        real, reconstructed, descriptors = [], [], []
         for position in positions:
             picture, values = self.task.data.original("train", position)
-            found = self.base.decode(self.base.encode(2 * self._small(picture) - 1))
-            back = 255 * resize((found.clamp(-1, 1) + 1) / 2, picture.shape[:2])
-            real.append(stands_out(picture, values > 0))
-            reconstructed.append(stands_out(back[0].permute(1, 2, 0).cpu().numpy(), values > 0))
-        return real, reconstructed
-
-    @torch.no_grad()
-    def _descriptors(self, positions: Sequence[int]) -> Any:
-        """(n, 2 C) of real training defects."""
-        found = []
-        for position in positions:
-            picture = self._small(self.task.data.original("train", position)[0])
-            mask = mask_of(self.task.data, "train", position, self.size)[None, None]
-            found.append(self._descriptor(self.base.encode(2 * picture - 1).cpu(), mask))
-        return torch.cat(found).numpy()
+            mask = values > 0
+            latents = self.base.encode(2 * self._small(picture) - 1)
+            back = 255 * resize((self.base.decode(latents).clamp(-1, 1) + 1) / 2, picture.shape[:2])
+            real.append(stands_out(picture, mask))
+            reconstructed.append(stands_out(back[0].permute(1, 2, 0).cpu().numpy(), mask))
+            small = torch.from_numpy(fit_mask(mask, self.size))[None, None].float()
+            descriptors.append(self._descriptor(latents.cpu(), small))
+        return real, reconstructed, torch.cat(descriptors).numpy()
 
     @staticmethod
     def _descriptor(latents: Tensor, mask: Tensor) -> Tensor:
@@ -303,48 +326,6 @@ class DefectGeneration:
         """A picture (H, W, 3) uint8 as the base takes it: (1, 3, h, w) in [0, 1], in whole grey levels."""
         whole = unit_range(torch.from_numpy(picture).permute(2, 0, 1)[None].to(self.task.device))
         return (255 * resize(whole, self.size)).round() / 255
-
-
-class _Attention:
-    """The U-Net with and without condition, and re-weighting between two of its calls (Hu et al., section 3.4)."""
-
-    def __init__(self, task: Any, mode: str, pixels: Tensor, latents: Tensor, masks: Tensor, places: Tensor) -> None:
-        self.task, self.mode = task, mode
-        self.pixels, self.latents, self.masks, self.places = pixels, latents, masks, places
-        self.reweight: Reweight | None = None
-
-    def told(self, states: Tensor) -> Any:
-        """By the prompt, with the weights that the last look gave."""
-
-        def denoise(state: Tensor, t: Tensor) -> Tensor:
-            self.task.cross.reweight = self.reweight
-            answer: Tensor = self.task.network.unet(state, t, states).sample
-            return answer
-
-        return denoise
-
-    def untold(self, states: Tensor) -> Any:
-        """By the empty prompt."""
-
-        def denoise(state: Tensor, t: Tensor) -> Tensor:
-            self.task.cross.reweight = None
-            answer: Tensor = self.task.network.unet(state, t, states).sample
-            return answer
-
-        return denoise
-
-    def look(self, x0: Tensor, state: Tensor) -> None:
-        """Where the picture is still normal, attention rises at the next call."""
-        if self.mode == "paper":
-            weights = paper_weights(self.task.network.decode(x0), self.pixels, self.masks)
-            self.reweight = Reweight(weights, self.task.positions, "paper")
-        elif self.mode == "official":
-            weights = official_weights(state, self.latents, self.places)
-            self.reweight = Reweight(weights, self.task.positions, "official")
-
-    def off(self) -> None:
-        """Leave the U-Net as it was."""
-        self.task.cross.reweight = None
 
 
 def make_sampler(base: Any, settings: Any) -> Sampler:

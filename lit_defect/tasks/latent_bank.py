@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_defect.diffusion.labels import generators
 from lit_defect.diffusion.prompts import encode_prompt
+from lit_defect.tasks.processes import joined_by_key
 from lit_defect.tasks.variations import Variations
 from lit_defect.tasks.views import unit_range
 
@@ -38,16 +39,16 @@ def fill_bank(
 ) -> LatentBank:
     """Encode every picture of a split in `variants` variations; the first keeps the picture as it is.
 
-    The draws depend on the data module's seed and the place of the batch alone: a resumed run has the same bank.
+    Each process encodes its share of the batches, and all have the whole. The draws depend on the data module's seed
+    and the place of the batch alone: a resumed run has the same bank, and so has one on another number of processes.
     """
-    data, device = task.data, task.device
+    data, device, trainer = task.data, task.device, task.trainer
     plain = Variations(variations.anomaly, edited=0.0, masks=0.0, augment="none", light=0.0)
     count, step = len(data.samples[split]), data.eval_batch_size
-    loader = data.loader(split)
-    moments: list[Tensor] = []
-    captions: list[list[str]] = []
+    loader, starts = data.loader(split), range(0, count, step)
+    encoded: dict[int, tuple[Tensor, list[list[str]]]] = {}  # by the start of the batch
     with torch.random.fork_rng(devices=[]):
-        for start in range(0, count, step):
+        for start in starts[trainer.global_rank :: trainer.world_size]:
             batch = loader.batch(list(range(start, min(start + step, count))))
             images = unit_range(batch["image"])
             spoken = [names[category] for category in batch["category"]]
@@ -60,8 +61,11 @@ def fill_bank(
                 rows.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu())
                 for kept, sentence in zip(said, sentences, strict=True):
                     kept.append(sentence)
-            moments.append(torch.stack(rows, dim=1))
-            captions += said
+            encoded[start] = torch.stack(rows, dim=1), said
+    if trainer.world_size > 1:
+        encoded = joined_by_key(encoded)
+    moments = torch.cat([encoded[start][0] for start in starts])
+    captions = [sentences for start in starts for sentences in encoded[start][1]]
     known = {sentence: encode_prompt(tokenizer, sentence, 0).ids for said in captions for sentence in said}
     ids = torch.stack([torch.stack([known[sentence] for sentence in said]) for said in captions])
-    return LatentBank(torch.cat(moments), ids, captions)
+    return LatentBank(moments, ids, captions)

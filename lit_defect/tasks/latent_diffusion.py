@@ -318,11 +318,7 @@ class LatentDiffusion(DefectTask):
         told, untold = states[:-1], states[-1:].expand(_SHOWN, -1, -1)
         steps = max(n for n in range(1, _STEPS + 1) if self.process.train_steps % n == 0)
         latents = sample(
-            guided(
-                lambda state, t: networks["unet"](state, t, told).sample,
-                lambda state, t: networks["unet"](state, t, untold).sample,
-                _GUIDANCE,
-            ),
+            guided(networks["unet"], told, untold, _GUIDANCE),
             Sampler("ddim", self.process, steps=steps, strength=1.0),
             self.prediction,
             (bank.moments.shape[2] // 2, *bank.moments.shape[3:]),

@@ -48,7 +48,7 @@ class MaskGeneration:
         guidance: scale of classifier-free guidance; 1 for none.
         threshold: share of white above which a pixel is marked.
         tries: how often a mask is drawn, until one keeps the rules of its type.
-        batch: masks that go through the network together.
+        batch: masks that go through the network together, twice under guidance.
         output: folder; null for `masks` in the run's folder.
 
     Raises:
@@ -206,13 +206,8 @@ class MaskDiffusion(SetMaker):
             return torch.stack([torch.randn(*shape[1:], generator=stream) for stream in streams])
 
         told = self.states(pairs, torch.zeros(len(jobs), 1, height, width, device=self.device), draw)
-        untold = self.unconditional(len(jobs))
         latents = sample(
-            guided(
-                lambda state, t: base.unet(state, t, told).sample,
-                lambda state, t: base.unet(state, t, untold).sample,
-                options.guidance,
-            ),
+            guided(base.unet, told, self.unconditional(len(jobs)), options.guidance),
             self._sampler,
             base.prediction,
             (base.channels, height // base.factor, width // base.factor),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+T = TypeVar("T")
 
 
 def joined(part: Tensor) -> Tensor:
@@ -13,6 +15,13 @@ def joined(part: Tensor) -> Tensor:
     from torchmetrics.utilities.distributed import gather_all_tensors
 
     return torch.cat(gather_all_tensors(part.contiguous()))
+
+
+def joined_by_key(part: dict[int, T]) -> dict[int, T]:
+    """What each process has under keys of its own, of any kind that pickles -> what all have, the same on each."""
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, part)
+    return {key: value for found in parts for key, value in found.items()}
 
 
 def joined_with_gradient(part: Tensor, dim: int) -> Tensor:
