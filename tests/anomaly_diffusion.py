@@ -25,7 +25,8 @@ SERVED = {"image_size": SIZE, "batch_size": 4, "leakage": "off", "with_masks": T
           "val_fraction": 0.0}  # fmt: skip
 # A random base makes noise of a picture: quick, and all accepted while the whole mask is the label.
 QUICK = {"count": 2, "sampler": "ddim", "steps": 4, "strength": 1.0, "guidance": 1.0, "reweight": "off",
-         "candidates": 1, "foreground": "all", "restore": False, "repair": False, "least_contrast": 0.0,
+         "grow": 0.0,
+         "candidates": 1, "foreground": "all", "restore": False, "repair": False, "least_contrast": 0.0, "most_contrast": 0.0,
          "batch": 3}  # fmt: skip
 
 

@@ -8,6 +8,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
+from torch.nn import functional as F
 
 from lit_defect.diffusion.labels import generators
 from lit_defect.diffusion.latent_sampling import Region, guided, sample
@@ -148,9 +150,10 @@ def test_a_weaker_chain_starts_from_the_noised_picture(sampler, eta):
 
 def test_what_is_given_stays_as_it_was():
     kept = region()
-    before = Region(*(part.clone() for part in kept))
-    run(Curved(), eta=1.0, region=kept)
-    assert all(torch.equal(one, other) for one, other in zip(kept, before, strict=True))
+    normal, mask = kept.normal.clone(), kept.mask.clone()
+    run(Curved(), eta=1.0, region=kept._replace(grow=0.5))
+    assert torch.equal(kept.normal, normal)
+    assert torch.equal(kept.mask, mask)
 
 
 # --- what is drawn ---
@@ -163,7 +166,7 @@ def test_a_picture_does_not_depend_on_its_batch(sampler, eta, blended):
     options = {"sampler": sampler, "eta": eta, "strength": 0.5 if blended else 1.0}
     together = run(Curved(), count=3, **options, region=kept if blended else None)
     for row in range(3):
-        own = Region(*(part[row : row + 1] for part in kept)) if blended else None
+        own = Region(kept.normal[row : row + 1], kept.mask[row : row + 1]) if blended else None
         alone = run(Curved(), count=1, **options, region=own, generators=generators(0, [row]))
         assert torch.equal(alone[0], together[row])
 
@@ -218,14 +221,68 @@ def test_whole_pictures_are_those_of_diffusers_fast_solvers(sampler, theirs):
 
 
 @pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
-def test_what_the_network_thinks_is_told_with_the_state_it_was_asked(sampler, eta):
-    kept, target, told = region(), draw(2), []
+def test_before_each_call_it_is_told_what_the_network_will_see_and_what_it_thought_last(sampler, eta):
+    kept, target, told = region()._replace(grow=0.5), draw(2), []
     oracle = OracleDenoiser(target)
-    run(oracle, sampler=sampler, eta=eta, region=kept, after=lambda x0, state: told.append((x0, state)))
-    assert len(told) == 10
-    for (x0, state), asked in zip(told, oracle.states, strict=True):
-        assert torch.equal(state, asked)
-        np.testing.assert_allclose(x0.numpy(), target.numpy(), atol=5e-3)
+    run(oracle, sampler=sampler, eta=eta, region=kept,
+        before=lambda seen: told.append((len(oracle.states), seen)))  # fmt: skip
+    assert [calls for calls, _ in told] == list(range(10))
+    assert told[0][1].x0 is None
+    for (_, seen), asked, step in zip(told, oracle.states, oracle.steps, strict=True):
+        assert torch.equal(seen.state, asked)
+        assert torch.equal(seen.mask, kept.at(step, 1000))
+        if seen.x0 is not None:
+            np.testing.assert_allclose(seen.x0.numpy(), target.numpy(), atol=5e-3)
+
+
+def test_a_whole_picture_is_replaced_everywhere():
+    told = []
+    run(Curved(), before=told.append)
+    assert all((seen.mask == 1).all() and seen.mask.shape == (2, 1, *SHAPE[1:]) for seen in told)
+
+
+# --- a region that is wider at first ---
+
+
+@pytest.mark.parametrize("step", [999, 899, 500, 99, 24, 0])
+def test_a_grown_region_is_that_of_the_authors(step):
+    """(t + 100) * 8 // 1000 places of 32, in a square around each; of other sizes as large a share."""
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[0, 0, 5, 7] = mask[0, 0, 30, 30] = mask[1, 0, 12:15, 10] = 1
+    cells = (step + 100) * 8 // 1000
+    expected = ndimage.binary_dilation(mask.numpy(), np.ones((1, 1, 2 * cells + 1, 2 * cells + 1)))
+    np.testing.assert_array_equal(Region(mask, mask, 0.25).at(step, 1000).numpy() > 0, expected)
+    wide = Region(draw(0), F.interpolate(mask, (64, 96)), 0.25)
+    assert wide.at(999, 1000).sum() > wide.at(step, 1000).sum() or step > 890
+    assert torch.equal(Region(mask, mask).at(step, 1000), mask)
+
+
+def test_what_a_grown_region_takes_it_gives_back():
+    """Beside the mask the network goes on with its own at first, with the given picture at the end."""
+    mask = torch.zeros(2, 1, *SHAPE[1:])
+    mask[:, :, 2, 2] = 1
+    kept, target = Region(draw(1), mask, grow=0.5), draw(2)
+    oracle = OracleDenoiser(target)
+    found = run(oracle, region=kept)
+    inside = kept.mask.expand_as(found) > 0
+    assert torch.equal(found[~inside], kept.normal[~inside])
+    np.testing.assert_allclose(found[inside].numpy(), target[inside].numpy(), atol=2e-3)
+    plain = OracleDenoiser(target)
+    run(plain, region=kept._replace(grow=0.0))
+    beside = (kept.at(899, 1000) > kept.mask).expand_as(found)
+    assert beside.any()
+    assert not torch.allclose(oracle.states[1][beside], plain.states[1][beside], atol=1e-3)
+    np.testing.assert_allclose(oracle.states[-1][beside], plain.states[-1][beside], atol=1e-5)
+
+
+@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+def test_a_whole_chain_begins_with_nothing_of_the_picture(sampler, eta):
+    """As of the authors: the last step of Stable Diffusion's forward process still carries a 15th of its contrast."""
+    kept, network = region(), Curved()
+    run(network, sampler=sampler, eta=eta, region=kept)
+    noise = torch.stack([torch.randn(*SHAPE, generator=stream) for stream in streams()])
+    inside = kept.mask.expand(2, *SHAPE) > 0
+    assert torch.equal(network.states[0][inside], noise[inside])
 
 
 def test_an_answer_in_half_precision_is_taken_in_full():

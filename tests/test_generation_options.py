@@ -27,10 +27,11 @@ def sampler(**options):
 def test_presets():
     paper, fast = Generation(preset="paper").resolved(), Generation().resolved()
     wanted = {"sampler": "ddim", "steps": 200, "eta": 1.0, "strength": 1.0, "guidance": 1.0, "reweight": "paper",
+              "grow": 0.0,
               "candidates": 1}  # fmt: skip
     assert {key: paper[key] for key in wanted} == wanted, "Hu et al., section 4"
     assert fast["sampler"] == "dpmsolver"
-    assert fast["reweight"] == "official"
+    assert (fast["reweight"], fast["grow"]) == ("official", 0.25), "which the authors' code joins"
     evaluations = fast["steps"] * fast["candidates"] * (1 if fast["guidance"] == 1 else 2)
     assert evaluations <= 200 / 5
     for options in (paper, fast):
@@ -54,7 +55,9 @@ def test_what_decides_no_pixel_is_left_out():
     plain = Generation().resolved()
     incidental = Generation(count=7, types=["crack"], output="somewhere", keep_rejected=True, batch=3).resolved()
     assert plain == incidental
-    spelt = {key: plain[key] for key in ("sampler", "steps", "eta", "strength", "guidance", "reweight", "candidates")}
+    spelt = {
+        key: plain[key] for key in ("sampler", "steps", "eta", "strength", "guidance", "reweight", "grow", "candidates")
+    }
     assert Generation(preset="paper", **spelt).resolved() | {"eta": None} == plain | {"eta": None}
     for other in ({"feather": 3.0}, {"guidance": 1.5}, {"masks": "folder"}, {"repair": False}, {"paste": "picture"}):
         assert Generation(**other).resolved() != plain, other

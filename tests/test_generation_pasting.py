@@ -9,7 +9,17 @@ import pytest
 from skimage.measure import label
 
 from lit_defect.errors import UserError
-from lit_defect.generation.judgement import Measures, Rule, change, contrast_gain, covered, likeness, stands_out
+from lit_defect.generation.judgement import (
+    Contrasts,
+    Measures,
+    Rule,
+    change,
+    contrast_gain,
+    covered,
+    likeness,
+    stands_out,
+    weakened,
+)
 from lit_defect.generation.pasting import feathered, paste_back, repair_label
 
 RULE = Rule(least_change=5, least_covered=0.5)
@@ -351,6 +361,41 @@ def test_the_gain_is_the_slope_through_zero_between_one_and_four():
     assert contrast_gain([10.0], [20.0]) == 1
     assert contrast_gain([100.0], [1.0]) == 4
     assert contrast_gain([], []) == 1
+
+
+def test_limits_of_contrast_are_those_of_the_real_ones():
+    real = [-10.0, 20.0, -30.0, 40.0, 50.0, math.inf, math.nan]
+    found = Contrasts.of(real, 0.25, 0.25)
+    assert (found.least, found.most) == (20, 40)
+    drawn = {found.one(np.random.default_rng(seed)) for seed in range(50)}
+    assert drawn == {20, 30, 40}
+    free = Contrasts.of(real, 0, 0)
+    assert (free.least, free.most) == (0, math.inf)
+    nothing = Contrasts.of([math.inf], 0.1, 0.1)
+    assert (nothing.least, nothing.most, nothing.one(np.random.default_rng(0))) == (0, math.inf, math.inf)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("wanted", [5.0, 12.0, 20.0])
+def test_a_weakened_defect_stands_out_as_wanted(sign, wanted):
+    """The place itself is 3 grey levels brighter than its surroundings."""
+    normal = np.full((40, 40, 3), 120, np.uint8)
+    mask = disc((40, 40), (20, 20), 6)
+    normal[mask] = 123
+    generated, before = (np.full((40, 40, 3), level / 255) for level in (120 + 18 * sign, 120))
+    pasted = [paste_back(normal, generated, mask, 0.0, before, 2.0)[0]]
+    plain, found = stands_out(normal, mask), stands_out(pasted[0], mask)
+    gain = weakened(2.0, plain, found, wanted)
+    assert 0 < gain < 2
+    assert stands_out(paste_back(normal, generated, mask, 0.0, before, gain)[0], mask) == pytest.approx(
+        math.copysign(wanted, found), abs=0.5
+    )
+
+
+def test_a_change_is_never_enlarged_nor_turned_round():
+    assert weakened(2.0, 0.0, 10.0, 15.0) == 2.0
+    assert weakened(2.0, 8.0, 10.0, 4.0) == 0.0
+    assert weakened(2.0, 5.0, 5.0, 3.0) == 2.0, "the change does not tell"
 
 
 def test_a_candidate_fainter_than_real_ones_is_rejected():

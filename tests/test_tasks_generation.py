@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from PIL import Image
+from torch import Tensor
 
 from lit_defect.data import CustomCrops
 from lit_defect.diffusion.base_model import LatentBase
@@ -396,20 +397,27 @@ def test_under_guidance_only_what_is_told_the_prompt_is_reweighted(learnt, tmp_p
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("mode", ["paper", "official"])
 def test_reweighting_looks_at_the_pictures_as_they_are_foreseen(learnt, tmp_path, monkeypatch, mode, guidance):
-    """Each call takes the weights of the one before, at the scale and size of what they compare; the first has none."""
+    """The authors' weights compare what the call itself sees; the paper's what was foreseen last, so its first has none."""
     weigh, looks, used = getattr(generation, f"{mode}_weights"), [], []
     monkeypatch.setattr(
         generation, f"{mode}_weights", lambda *given: looks.append((*given, weigh(*given))) or looks[-1][-1]
     )
-    note = lambda *_: used.append(learnt.task.cross.reweight)  # noqa: E731
+    states: list[Tensor] = []
+
+    def note(unet: Any, arguments: tuple[Any, ...]) -> None:
+        used.append(learnt.task.cross.reweight)
+        states.append(arguments[0].clone())
+
     hook = learnt.task.base.unet.register_forward_pre_hook(note)
     try:
-        rows = made(learnt, tmp_path / "set", reweight=mode, guidance=guidance, count=1, candidates=2)
+        rows = made(learnt, tmp_path / "set", reweight=mode, grow=0.5, guidance=guidance, count=1, candidates=2)
     finally:
         hook.remove()
-    assert used[0] is None
     assert len(used) == 4
-    for asked, (foreseen, normal, mask, weights) in zip(used[1:], looks, strict=False):
+    if mode == "paper":
+        assert used.pop(0) is None
+    assert len(looks) == len(used), "and nothing is decoded after the last call"
+    for asked, (foreseen, normal, mask, weights) in zip(used, looks, strict=True):
         *plain, own = asked.weights.split(4)
         assert torch.equal(own, weights)
         assert [half.unique().tolist() for half in plain] == [[1.0]] * (guidance > 1), "without condition"
@@ -424,7 +432,12 @@ def test_reweighting_looks_at_the_pictures_as_they_are_foreseen(learnt, tmp_path
             for n in (2 * i, 2 * i + 1):
                 assert abs((looks[0][1][n].permute(1, 2, 0).numpy() + 1) * 127.5 - served).mean() < 2
     else:
-        assert looks[0][1].shape[1] == 4, "latents"
+        for state, (seen, latents, _, _) in zip(states, looks, strict=True):
+            assert torch.equal(seen, state[-4:])
+            assert latents.shape[1] == 4, "latents"
+        sizes = [float(mask.mean()) for _, _, mask, _ in looks]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] > sizes[-1], "wider at first"
 
 
 @pytest.mark.parametrize(
@@ -500,6 +513,20 @@ def test_lost_contrast_is_given_back(learnt, plain, tmp_path):
         inside = (more > 0) & (more < 255) & (once > 0) & (once < 255) & (once != normal)
         assert inside.any()
         assert (abs((more - normal) - gain * (once - normal))[inside] <= (gain + 1) / 2).all(), "but for whole levels"
+
+
+def test_what_stands_out_more_than_real_ones_is_weakened(learnt, plain, tmp_path):
+    """A random base makes more than the real ones have; as many as limits there are lie within them then."""
+    rows = made(learnt, tmp_path / "set", most_contrast=0.5)
+    seen = learnt.task._maker.contrasts
+    before = lines(plain / "manifest.csv")
+    limits = [seen[row["category"], row["defect_type"]] for row in rows]
+    assert any(float(row["contrast"]) > limit.most + 1 for row, limit in zip(before, limits, strict=True))
+    for row, limit in zip(rows, limits, strict=True):
+        assert float(row["contrast"]) <= limit.most + 1, "but for whole levels"
+    free = made(learnt, tmp_path / "picture", most_contrast=0.5, paste="picture")
+    plainly = made(learnt, tmp_path / "free", paste="picture")
+    assert [row["contrast"] for row in free] == [row["contrast"] for row in plainly], "it has no change to weaken"
 
 
 def test_each_real_defect_is_encoded_once(learnt, tmp_path, monkeypatch):

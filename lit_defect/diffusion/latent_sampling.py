@@ -7,8 +7,9 @@ the given picture, noised to that step:
     x0  <- what the network thinks
     x_s <- one step of the sampler
 
-AnomalyDiffusion (Hu et al., AAAI 2024) samples so. The blend after the last step, without which the region's
-neighbours are the network's, is ours.
+AnomalyDiffusion (Hu et al., AAAI 2024) samples so. In its authors' code the mask is wider at first: a thin defect would
+otherwise stand among normal latents from the first step on, which the network continues. The blend after the last step,
+without which the region's neighbours are the network's, is ours.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from lit_defect.diffusion.labels import draw_normal
 from lit_defect.diffusion.process import Prediction
@@ -25,15 +27,39 @@ from lit_defect.diffusion.samplers import Sampler
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """States (B, C, h, w) and their steps t (B,) -> what the network answers (B, C, h, w)."""
-Look = Callable[[Tensor, Tensor], None]
-"""Told x_0 and the state x_t that it was predicted from, both (B, C, h, w)."""
 
 
 class Region(NamedTuple):
-    """What stays of a picture: its clean latents (B, C, h, w), and the mask (B, 1, h, w), 1 where it is replaced."""
+    """What stays of a picture.
+
+    Attributes:
+        normal: (B, C, h, w), its clean latents.
+        mask: (B, 1, h, w), 1 where it is replaced.
+        grow: how far that reaches beyond the mask at the first of all steps, as a share of the shorter side.
+    """
 
     normal: Tensor
     mask: Tensor
+    grow: float = 0.0
+
+    def at(self, step: int, steps: int) -> Tensor:
+        """The mask (B, 1, h, w) at a step of so many: wider the noisier, as in the authors' code (their share: 1/4)."""
+        cells = int((step / steps + 0.1) * self.grow * min(self.mask.shape[2:]))
+        return F.max_pool2d(self.mask, 2 * cells + 1, stride=1, padding=cells) if cells else self.mask
+
+
+class Look(NamedTuple):
+    """What is known before a call of the network.
+
+    Attributes:
+        state: (B, C, h, w), x_t, which it will be given.
+        mask: (B, 1, h, w), 1 where the picture is replaced at this step.
+        x0: (B, C, h, w), what it thought last; None at the first call.
+    """
+
+    state: Tensor
+    mask: Tensor
+    x0: Tensor | None
 
 
 def sample(
@@ -45,7 +71,7 @@ def sample(
     like: Tensor,
     *,
     region: Region | None = None,
-    after: Look | None = None,
+    before: Callable[[Look], None] | None = None,
 ) -> Tensor:
     """Run the reverse process.
 
@@ -57,7 +83,7 @@ def sample(
         generators: B random streams of the CPU.
         like: a tensor on the network's device, of the type that the states shall have.
         region: what stays; None makes a whole picture from noise.
-        after: called after each network call.
+        before: called before each call of the network.
 
     Returns:
         (B, C, h, w) clean latents; outside the region's mask exactly those of the given picture.
@@ -68,16 +94,19 @@ def sample(
     if region is not None:
         if not sampler.timesteps:  # a strength of 0
             return region.normal
-        state = process.add_noise(region.normal, noise, _steps(sampler.timesteps[0], noise))
+        if sampler.strength < 1:  # the last step of the forward process still carries a little of the picture
+            state = process.add_noise(region.normal, noise, _steps(sampler.timesteps[0], noise))
+    x0, mask = None, torch.ones_like(state[:, :1])
     for step in sampler.timesteps:
         t = _steps(step, state)
         if region is not None:
             if sampler.eta:  # a sampler that forgets its noise takes fresh one; another goes on with its own
                 noise = draw_normal(shape, generators, like)
-            state = _blend(state, process.add_noise(region.normal, noise, t), region.mask)
+            mask = region.at(step, process.train_steps)
+            state = _blend(state, process.add_noise(region.normal, noise, t), mask)
+        if before is not None:
+            before(Look(state, mask, x0))
         x0 = process.x0_of(denoise(state, t).float(), state, t, prediction)
-        if after is not None:
-            after(x0, state)
         state = sampler.step(scheduler, x0, step, state, generators)
     return state if region is None else _blend(state, region.normal, region.mask)
 

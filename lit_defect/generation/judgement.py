@@ -157,6 +157,50 @@ def contrast_gain(real: Sequence[float], reconstructed: Sequence[float]) -> floa
     return min(4.0, max(1.0, sum(a * b for a, b in pairs) / power)) if power else 1.0
 
 
+@dataclass(frozen=True)
+class Contrasts:
+    """How real defects of a type stand out from their surroundings, regardless of the sign.
+
+    Attributes:
+        values: (n,) grey levels, of those that have surroundings.
+        least: what a generated one stands out at least.
+        most: what it stands out at most.
+    """
+
+    values: NDArray[np.float64]
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, real: Sequence[float], fainter: float, stronger: float) -> Contrasts:
+        """Limits that a share `fainter` of the `real` defects and a share `stronger` of them break; 0 for no limit."""
+        values = np.array([abs(value) for value in real if math.isfinite(value)])
+        least = float(np.quantile(values, fainter)) if fainter and len(values) else 0.0
+        most = float(np.quantile(values, 1 - stronger)) if stronger and len(values) else math.inf
+        return cls(values, least, most)
+
+    def one(self, rng: np.random.Generator) -> float:
+        """Of a real defect within the limits, drawn at random."""
+        within = self.values[(self.values >= self.least) & (self.values <= self.most)]
+        return float(rng.choice(within)) if len(within) else self.most
+
+
+def weakened(gain: float, plain: float, found: float, wanted: float) -> float:
+    """The factor of a change, 0 to `gain`, with which a defect stands out by `wanted`.
+
+    Contrast follows the factor linearly, but for clipped pixels.
+
+    Args:
+        gain: a larger factor.
+        plain: grey levels by which the place stands out without the change.
+        found: by which it does with `gain`; its sign is kept.
+        wanted: regardless of the sign.
+    """
+    if found == plain:
+        return gain
+    return float(np.clip(gain * (math.copysign(wanted, found) - plain) / (found - plain), 0, gain))
+
+
 def covered(asked: Bools, repaired: Bools) -> float:
     """Share of the asked mask (H, W) that the repaired label (H, W) keeps; 0 if nothing was asked for."""
     return float((asked & repaired).sum()) / max(1, int(asked.sum()))

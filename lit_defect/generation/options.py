@@ -1,8 +1,8 @@
 """How defects are generated: what is asked for, how it is sampled, and what is accepted.
 
-    preset   sampler    steps  eta  strength  guidance  reweight  candidates
-    paper    ddim       200    1    1.0       1         paper     1            Hu et al., section 4
-    fast     dpmsolver  10     -    0.9       2         official  2            36 network evaluations a picture, not 200
+    preset   sampler    steps  eta  strength  guidance  reweight  grow  candidates
+    paper    ddim       200    1    1.0       1         paper     0     1            Hu et al., section 4
+    fast     dpmsolver  10     -    0.9       2         official  1/4   2            36 network evaluations, not 200
 
 Whatever is given beside a preset takes the place of its own value.
 """
@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "strength": 1.0,
         "guidance": 1.0,
         "reweight": "paper",
+        "grow": 0.0,
         "candidates": 1,
     },
     "fast": {
@@ -34,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "strength": 0.9,
         "guidance": 2.0,
         "reweight": "official",
+        "grow": 0.25,
         "candidates": 2,
     },
 }
@@ -53,6 +55,8 @@ class Generation:
         strength: share of the process that is done, starting from the normal picture noised so far.
         guidance: scale of classifier-free guidance; 1 for none.
         reweight: adaptive attention re-weighting: `paper`, `official` (the authors' code) or `off`.
+        grow: how far beyond its mask a defect may be drawn at first, as a share of the shorter side; less with every
+            step, and nothing at the end. The authors' code has 0.25 together with its re-weighting.
         candidates: of each picture, of which the best is taken.
         masks: `augmented` real masks, or a folder that `MaskDiffusion` wrote.
         foreground: where a defect may lie: `auto` (estimated), `all`, or a folder of object masks.
@@ -65,6 +69,8 @@ class Generation:
         least_covered: share of the mask that must have changed.
         least_contrast: share of the real training defects of a type that stand out less from their surroundings than a
             generated one has to; 0 lets every candidate pass.
+        most_contrast: share of the real training defects of a type that stand out more than a generated one may. A
+            `change` that would is weakened until it stands out as a real one, drawn at random, does; 0 leaves all.
         repair: whether the label is where the picture changed within the mask, not all of the mask.
         keep_rejected: whether rejected candidates are written, too.
         batch: pictures that go through the network together, each with its candidates, and twice under guidance;
@@ -84,6 +90,7 @@ class Generation:
     strength: float | None = None
     guidance: float | None = None
     reweight: Literal["paper", "official", "off"] | None = None
+    grow: float | None = None
     candidates: int | None = None
     masks: str = "augmented"
     foreground: str = "auto"
@@ -93,6 +100,7 @@ class Generation:
     least_change: float = 3.0
     least_covered: float = 0.3
     least_contrast: float = 0.1
+    most_contrast: float = 0.1
     repair: bool = True
     keep_rejected: bool = False
     batch: int = 8
@@ -105,8 +113,11 @@ class Generation:
                 raise UserError(f"{KEY}.{key} = {number}: expected at least 1")
         if self.guidance is not None and not self.guidance >= 1:
             raise UserError(f"{KEY}.guidance = {self.guidance}: expected 1 (none) or more")
-        if not 0 <= self.least_contrast <= 1:
-            raise UserError(f"{KEY}.least_contrast = {self.least_contrast}: expected a share from 0 to 1")
+        if self.grow is not None and not 0 <= self.grow <= 1:
+            raise UserError(f"{KEY}.grow = {self.grow}: expected a share of the shorter side, 0 to 1")
+        for key in ("least_contrast", "most_contrast"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected a share from 0 to 1")
         if not self.feather >= 0:
             raise UserError(f"{KEY}.feather = {self.feather}: expected pixels, 0 or more")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
 from lit_defect.generation.foreground import Foreground
 from lit_defect.generation.judgement import (
+    Contrasts,
     Measures,
     Rule,
     Verdict,
@@ -26,6 +27,7 @@ from lit_defect.generation.judgement import (
     covered,
     likeness,
     stands_out,
+    weakened,
 )
 from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_shapes import fit_mask
@@ -38,7 +40,7 @@ from lit_defect.tasks.few_shots import defect_positions
 from lit_defect.tasks.generation_plan import Job
 from lit_defect.tasks.views import resize, unit_range
 
-_MASK, _SAMPLE = 1, 2  # every kind of draw of a job has its own random stream
+_MASK, _SAMPLE, _CONTRAST = 1, 2, 3  # every kind of draw of a job has its own random stream
 
 
 class Candidate(NamedTuple):
@@ -102,9 +104,11 @@ class DefectGeneration:
                  for pair, found in positions.items()}  # fmt: skip
         self.rules: dict[tuple[str, str], MaskRules] = rules_of(masks)
         real = {pair: self._measured([i for i, _ in found]) for pair, found in positions.items()}
+        self.contrasts = {
+            pair: Contrasts.of(own, options.least_contrast, options.most_contrast) for pair, (own, _, _) in real.items()
+        }
         self.judges = {
-            pair: Rule(options.least_change, options.least_covered, self._least_contrast(own))
-            for pair, (own, _, _) in real.items()
+            pair: Rule(options.least_change, options.least_covered, own.least) for pair, own in self.contrasts.items()
         }
         restores = options.restore and options.paste == "change"
         self.gains = {pair: contrast_gain(*both) if restores else 1.0 for pair, (*both, _) in real.items()}
@@ -178,8 +182,8 @@ class DefectGeneration:
                 tuple(clean.shape[1:]),
                 streams,
                 clean,
-                region=Region(clean, places),
-                after=self._reweighting(pixels, clean, marks, places),
+                region=Region(clean, places, self.settings["grow"]),
+                before=self._reweighting(pixels, clean, marks),
             )
         finally:
             task.cross.reweight = None
@@ -187,25 +191,28 @@ class DefectGeneration:
         split = (len(jobs), count)
         return pictures.unflatten(0, split), latents.unflatten(0, split)
 
-    def _reweighting(self, normal: Tensor, clean: Tensor, masks: Tensor, places: Tensor) -> Look | None:
+    def _reweighting(self, normal: Tensor, clean: Tensor, masks: Tensor) -> Callable[[Look], None] | None:
         """Attention that rises where the picture is still normal (Hu et al., section 3.4).
 
         Args:
             normal: (B, 3, H, W) in [-1, 1], with latents `clean` (B, C, h, w).
-            masks: (B, 1, H, W); at the latents' places, (B, 1, h, w).
+            masks: (B, 1, H, W).
 
         Returns:
-            What looks at the picture after a call of the U-Net, for the next one.
+            What looks at the picture before each call of the U-Net; the paper's weights need what it thought last, so
+            its first call has none.
         """
         task, mode = self.task, self.settings["reweight"]
         if mode == "off":
             return None
 
-        def look(x0: Tensor, state: Tensor) -> None:
-            if mode == "paper":
-                weights = paper_weights(self.base.decode(x0), normal, masks)
+        def look(seen: Look) -> None:
+            if mode == "official":
+                weights = official_weights(seen.state, clean, seen.mask)
+            elif seen.x0 is not None:
+                weights = paper_weights(self.base.decode(seen.x0), normal, masks)
             else:
-                weights = official_weights(state, clean, places)
+                return
             if self.settings["guidance"] != 1:  # the first half of a call is without condition
                 weights = torch.cat([torch.ones_like(weights), weights])
             task.cross.reweight = Reweight(weights, task.positions, mode)
@@ -233,8 +240,13 @@ class DefectGeneration:
     def _candidate(self, job: Job, drawn: Drawn, original: Original, picture: Any, descriptor: Any) -> Candidate:
         native = original.picture
         reference = original.before if self.options.paste == "change" else None
-        gain = self.gains[job.pair]
+        gain, wished = self.gains[job.pair], self.contrasts[job.pair]
         result, asked = paste_back(native, picture, drawn.mask, self.options.feather, reference, gain)
+        found = stands_out(result, asked)
+        if reference is not None and wished.most < abs(found) < math.inf:
+            wanted = wished.one(np.random.default_rng([*job.seed, _CONTRAST]))
+            gain = weakened(gain, stands_out(native, asked), found, wanted)
+            result, _ = paste_back(native, picture, drawn.mask, self.options.feather, reference, gain)
         label = repair_label(native, result, asked, self.options.least_change) if self.options.repair else asked
         result = np.where(label[..., None], result, native)  # what changed too little to be marked, has not
         inside, outside = change(original.before, picture, original.mask)
@@ -281,12 +293,6 @@ class DefectGeneration:
         }
 
     # --- the real defects ---
-
-    def _least_contrast(self, real: Sequence[float]) -> float:
-        """What so large a share of the real training defects of a type stands out less than; 0 if any may."""
-        seen = [abs(value) for value in real if math.isfinite(value)]
-        share = self.options.least_contrast
-        return float(np.quantile(seen, share)) if share and seen else 0.0
 
     @torch.no_grad()
     def _measured(self, positions: Sequence[int]) -> tuple[list[float], list[float], Any]:
