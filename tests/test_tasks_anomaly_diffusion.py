@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from safetensors import safe_open
 
@@ -20,7 +21,7 @@ from lit_defect.tasks import AnomalyDiffusion, MaskDiffusion
 from lit_defect.tasks.few_shots import FewShots
 from lit_defect.tasks.learnt_files import EXPORT
 from lit_defect.tasks.views import view
-from tests.anomaly_diffusion import NATIVE, PAIRS, SIZE, make_base, make_parts, parts, task_of, write_config
+from tests.anomaly_diffusion import NATIVE, PAIRS, SERVED, SIZE, make_base, make_parts, parts, task_of, write_config
 from tests.contrastive import make_trainer
 from tests.fakes import make_mvtec, save
 from tests.segmentation import command, fit, refused
@@ -562,6 +563,23 @@ def test_verbs_that_do_not_apply(made, tmp_path, capsys, verb):
     message = refused(capsys, run, verb, "--config", config, "--ckpt_path", made.checkpoint)
     assert "AnomalyDiffusion is judged by what it makes" in message
     assert f"no verb {verb}" in message
+
+
+@pytest.mark.parametrize("model", ["AnomalyDiffusion", "MaskDiffusion"])
+def test_a_test_after_the_training_is_refused_before_it(made, tmp_path, capsys, model):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        yaml.safe_dump({
+            "experiment": "tiny",
+            "model": {"class_path": model, "init_args": {"base": str(made.base)}},
+            "data": {"class_path": "MVTecAD", "init_args": {"root": str(made.root), **SERVED}},
+        })
+    )  # fmt: skip
+    words = ("fit", "--config", config, "--run_id", "one", "--test_after_fit", "true")
+    message = refused(capsys, lambda *arguments: command(tmp_path, *arguments), *words)
+    assert f"--test_after_fit true: {model} is judged by what it makes" in message
+    assert message.strip().endswith("set it to false")
+    assert not (tmp_path / "runs" / "tiny" / "one").exists()
 
 
 def test_the_attention_is_left_as_it_was(opened):

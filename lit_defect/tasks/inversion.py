@@ -55,6 +55,9 @@ class Inversion(DefectTask):
         UserError: an option out of range.
     """
 
+    verbs = ("fit", "predict")
+    judged_by = "what it makes (python -m lit_defect.quality)"
+
     def __init__(
         self,
         base: str,
@@ -126,9 +129,6 @@ class Inversion(DefectTask):
         """
         super().setup(stage)
         data, name = self.data, type(self).__name__
-        if stage not in ("fit", "predict"):
-            verb = getattr(stage, "value", stage)
-            raise UserError(f"{name} is judged by what it makes (python -m lit_defect.quality): it has no verb {verb}")
         if data is None or data.normal_class is None or not data.with_masks:
             raise UserError(f"{name} needs a data module with a good class and masks: set data.init_args.with_masks")
         if data.image_size is None:

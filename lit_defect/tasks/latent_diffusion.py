@@ -71,6 +71,9 @@ class LatentDiffusion(DefectTask):
         UserError: an option out of range, or an autoencoder that is not there.
     """
 
+    verbs = ("fit",)
+    judged_by = "what is built upon it"
+
     def __init__(
         self,
         autoencoder: str,
@@ -145,8 +148,6 @@ class LatentDiffusion(DefectTask):
             UserError: defective training pictures, sizes that do not go through the networks, another stage than fit.
         """
         super().setup(stage)
-        if stage != "fit":
-            raise UserError("LatentDiffusion is judged by what is built upon it: it has no verb but fit")
         check_normal(self, stage)
         self.data.serve_images = True  # also after a training on encoded pictures
         samples = [*self.data.samples["train"], *self.data.samples.get("val", [])]
