@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -367,7 +368,9 @@ def test_the_export(made):
         header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert header["task"] == "AnomalyDiffusion"
     assert header["fingerprint"] == checkpoint["base"]["fingerprint"]
-    assert header["template"] == "a photo of a *"
+    assert json.loads(header["learnt_with"]) == {
+        "template": "a photo of a *", "anomaly_tokens": 2, "spatial_tokens": 2, "lora": 2,
+    }  # fmt: skip
     assert json.loads(header["pairs"]) == [list(pair) for pair in PAIRS]
     assert tensors.keys() == checkpoint["state_dict"].keys()
     assert all(torch.equal(tensors[key], value) for key, value in checkpoint["state_dict"].items())
@@ -407,9 +410,26 @@ def test_a_base_of_another_latent_shape(made, tmp_path):
     [{"anomaly_tokens": 3}, {"spatial_tokens": 0}, {"spatial_tokens": 3}, {"lora": 0}, {"lora": 4}],
     ids=lambda options: "-".join(f"{key}{value}" for key, value in options.items()),
 )
-def test_a_checkpoint_of_other_options(made, options):
-    with pytest.raises(UserError, match=r"does not fit this AnomalyDiffusion: .*config\.yaml"):
+def test_a_checkpoint_of_other_options(made, tmp_path, options):
+    ((key, value),) = options.items()
+    said = rf"model\.init_args\.{key} = {value}, but the checkpoint was learnt with 2; take that"
+    with pytest.raises(UserError, match=said):
         AnomalyDiffusion.load_from_checkpoint(made.checkpoint, weights_only=True, **options)
+    older = torch.load(made.checkpoint, weights_only=True)
+    del older["learnt_with"]  # as an earlier version wrote it
+    torch.save(older, tmp_path / "older.ckpt")
+    with pytest.raises(UserError, match=r"does not fit this AnomalyDiffusion: .*config\.yaml"):
+        AnomalyDiffusion.load_from_checkpoint(tmp_path / "older.ckpt", weights_only=True, **options)
+
+
+def test_another_template_is_warned_of_and_taken(made):
+    said = r"model\.init_args\.template = 'a \* on a wall', but the checkpoint was learnt with 'a photo of a \*'"
+    with pytest.warns(UserWarning, match=said):
+        task = AnomalyDiffusion.load_from_checkpoint(made.checkpoint, weights_only=True, template="a * on a wall")
+    assert task.prompts["tile"].text == "a * on a wall"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "model.init_args")
+        AnomalyDiffusion.load_from_checkpoint(made.checkpoint, weights_only=True)
 
 
 def test_a_checkpoint_of_other_pairs_is_not_gone_on_with(made, tmp_path):

@@ -80,6 +80,10 @@ class DefectTask(LightningModule):
             return None
         return f"{type(self).__name__} is judged by {self.judged_by}: it has no verb {verb}"
 
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Of a task without the verb: Lightning, which comes before `setup`, would refuse in words of its own."""
+        raise NotImplementedError
+
     @property
     def data(self) -> Any:
         """The trainer's data module."""
