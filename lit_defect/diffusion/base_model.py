@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ INDEX = "model_index.json"
 _PARTS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text_encoder": ("text_encoder", "bert")}
 _FOLDERS = (*itertools.chain(*_PARTS.values()), "tokenizer", "scheduler")
 _DESCRIPTIONS = ("*.json", "*.txt", "*.model")
-_OTHER_PRECISIONS = ("*.fp16*", "*.non_ema*")
+_HALF, _RAW = "*.fp16*", "*.non_ema*"
+# What a repository's weights may be called, and what of that is left out; the first that it has for all networks.
+_WEIGHTS = (
+    ("*.safetensors", (_HALF, _RAW)),
+    ("*.bin", (_HALF, _RAW)),
+    (f"{_HALF}.safetensors", (_RAW,)),
+    (f"{_HALF}.bin", (_RAW,)),
+)
 
 
 class LatentBase(nn.Module):
@@ -76,6 +84,8 @@ class LatentBase(nn.Module):
     @classmethod
     def open(cls, source: str) -> LatentBase:
         """Load a base from a folder, the run of a `LatentDiffusion`, or the hub.
+
+        Weights become float32; those of a variant `fp16` are taken where there are no others.
 
         Args:
             source: folder of a saved pipeline, a run folder that holds one as `pipeline`, or the name of a repository.
@@ -182,35 +192,59 @@ def _folder(source: str) -> Path:
 
 
 def _from_hub(source: str) -> Path:
-    """The folder of a repository in the hub's cache, fetched if it is not there."""
+    """The folder of a repository in the hub's cache, fetched if it is not there.
+
+    Where the cache has weights in float16 only, they will do if the hub has no others or cannot be reached.
+    """
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
+    cached = None
     try:
         index = try_to_load_from_cache(source, INDEX)
-        if isinstance(index, str) and _is_whole(Path(index).parent):  # whoever has put it there
-            return Path(index).parent
+        cached = Path(index).parent if isinstance(index, str) else None
+        if cached and _is_whole(cached):  # whoever has put it there
+            return cached
         if constants.HF_HUB_OFFLINE:
             raise OSError("it is not in the cache, and HF_HUB_OFFLINE is set")
         knock_at_hub()
-        for weights in ("*.safetensors", "*.bin"):  # the latter only where there are none of the former
+        for weights, ignored in _WEIGHTS:
             wanted = [f"{part}/{kind}" for part in _FOLDERS for kind in (*_DESCRIPTIONS, weights)]
-            options: Any = {"allow_patterns": [INDEX, *wanted], "ignore_patterns": list(_OTHER_PRECISIONS)}
+            options: Any = {"allow_patterns": [INDEX, *wanted], "ignore_patterns": list(ignored)}
             folder = Path(snapshot_download(source, **options))
-            if _is_whole(folder):
+            if _is_whole(folder, halves=_HALF not in ignored):
                 break
         return folder
     except Exception as error:  # the client's errors have changed their base class between versions
+        if cached and _is_whole(cached, halves=True):
+            return cached
         raise UserError(
             f"{KEY}: could not fetch {source} from the hub ({_reason(error)}). Copy the pipeline's folder here and "
             "name it, or train a base on your own pictures: experiments/anomaly_diffusion/base_*.yaml"
         ) from error
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a cached pipeline, of which a client may have fetched some files only, has all that is opened."""
-    weights = {path.parent.name for kind in ("safetensors", "bin") for path in folder.glob(f"*/*.{kind}")}
+def _is_whole(folder: Path, halves: bool = False) -> bool:
+    """Whether a cached pipeline, of which a client may have fetched some files only, has all that is opened.
+
+    Args:
+        folder: of the pipeline.
+        halves: whether weights in float16 will do.
+    """
+    variants = (None, "fp16") if halves else (None,)
+    weights = {part for part in itertools.chain(*_PARTS.values()) if _variants(folder / part).intersection(variants)}
     others = all((folder / part).is_dir() for part in ("tokenizer", "scheduler"))
     return others and all(weights.intersection(names) for names in _PARTS.values())
+
+
+def _variants(folder: Path) -> set[str | None]:
+    """Which weights are in a network's folder: None for those in full precision, "fp16"."""
+    names = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") and not fnmatch(p.name, _RAW)]
+    return {"fp16" if fnmatch(name, _HALF) else None for name in names}
+
+
+def variant(folder: Path) -> str | None:
+    """What diffusers and transformers call the weights to load of a network's folder: "fp16" if it has no others."""
+    return "fp16" if _variants(folder) == {"fp16"} else None
 
 
 def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
@@ -232,7 +266,10 @@ def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
         factory = pipeline_latent_diffusion.LDMBertModel
     if factory is None:
         raise UserError(f"{KEY}: diffusers and transformers have no {kind}, the {name} in {folder}")
-    loaded, report = factory.from_pretrained(folder / name, output_loading_info=True)
+    options: dict[str, Any] = {"variant": variant(folder / name), "output_loading_info": True}
+    if part == "text_encoder":
+        options["dtype"] = torch.float32  # else transformers rounds to what config.json names
+    loaded, report = factory.from_pretrained(folder / name, **options)
     if report["missing_keys"]:  # both libraries fill them with random numbers
         raise UserError(
             f"{KEY}: the weights of the {name} in {folder} lack {', '.join(sorted(report['missing_keys']))}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_defect.anomalies import PseudoAnomaly
-from lit_defect.diffusion.base_model import save_pipeline
+from lit_defect.diffusion.base_model import save_pipeline, variant
 from lit_defect.diffusion.captions import longest_caption, make_tokenizer, vocabulary
 from lit_defect.diffusion.labels import generators
 from lit_defect.diffusion.latent_sampling import guided, sample
@@ -281,9 +281,6 @@ class LatentDiffusion(DefectTask):
         loss = self._loss(self.ema.module, moments, ids)
         self.log("val/loss", loss, batch_size=len(rows), sync_dist=True, prog_bar=True)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """None: `setup` says so, which Lightning comes to if this is here."""
-
     # --- the result ---
 
     def on_train_end(self) -> None:
@@ -385,7 +382,7 @@ def _open_autoencoder(source: str) -> Any:
             "AutoencoderKL; train one by experiments/anomaly_diffusion/autoencoder_*.yaml"
         )
     try:
-        vae, report = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
+        vae, report = AutoencoderKL.from_pretrained(folder, variant=variant(folder), output_loading_info=True)
         if report["missing_keys"]:  # diffusers goes on with random numbers
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         return vae.float()
