@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lit_defect.diffusion.process import ForwardProcess, Prediction
 from lit_defect.errors import UserError
+from lit_defect.generation.store import TRAINED_ON, find_trained_on
 from lit_defect.nets.fitting import fingerprint
 from lit_defect.nets.weights import knock_at_hub
 
@@ -60,6 +61,7 @@ class LatentBase(nn.Module):
         multiple: pixels that the sides of a picture must be a multiple of.
         width: of a token's embedding.
         fingerprint: SHA-256 of all its weights.
+        trained_on: name and group of every picture of one's own that it was trained on; empty for other people's.
     """
 
     def __init__(self, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, scheduler: Any, source: str) -> None:
@@ -69,6 +71,7 @@ class LatentBase(nn.Module):
         self.text_encoder: Any = text_encoder
         self.tokenizer = tokenizer
         self.source = source
+        self.trained_on: set[tuple[str, str]] = set()
         self.process = ForwardProcess.of_scheduler(scheduler)
         self.prediction: Prediction = scheduler.get("prediction_type", "epsilon")
         self.channels = int(self.vae.config.latent_channels)
@@ -99,13 +102,16 @@ class LatentBase(nn.Module):
             parts = {name: _load(folder, index, name) for name in _PARTS}
             tokenizer = _load_tokenizer(folder, index)
             scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+            trained_on = find_trained_on(folder)
         except UserError:
             raise
         except Exception as error:  # a damaged folder fails in as many ways as there are files
             raise UserError(
                 f"{KEY}: the pipeline in {folder} cannot be opened ({_reason(error)}); copy or train it again"
             ) from error
-        return cls(**parts, tokenizer=tokenizer, scheduler=scheduler, source=source)
+        base = cls(**parts, tokenizer=tokenizer, scheduler=scheduler, source=source)
+        base.trained_on = trained_on
+        return base
 
     @property
     def embeddings(self) -> Tensor:
@@ -209,7 +215,7 @@ def _from_hub(source: str) -> Path:
         knock_at_hub()
         for weights, ignored in _WEIGHTS:
             wanted = [f"{part}/{kind}" for part in _FOLDERS for kind in (*_DESCRIPTIONS, weights)]
-            options: Any = {"allow_patterns": [INDEX, *wanted], "ignore_patterns": list(ignored)}
+            options: Any = {"allow_patterns": [INDEX, TRAINED_ON, *wanted], "ignore_patterns": list(ignored)}
             folder = Path(snapshot_download(source, **options))
             if _is_whole(folder, halves=_HALF not in ignored):
                 break

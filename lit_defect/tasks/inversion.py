@@ -183,6 +183,7 @@ class Inversion(DefectTask):
                 )
             )
         self.base = base
+        self.learnt_from |= base.trained_on
         self.cross = CrossAttention(base.unet)
         if self.pairs is not None:  # else a checkpoint will tell them
             self._make_tokens(self.pairs)
@@ -272,8 +273,7 @@ class Inversion(DefectTask):
         if self.pairs != pairs or "tokens" not in self.learnt:
             self._make_tokens(pairs)
         self.learnt_from |= {(picture, group) for picture, group in checkpoint.get("learnt_from", ())}
-        own = self.state_dict()
-        learnt = checkpoint["state_dict"]
+        own, learnt = self.state_dict(), checkpoint["state_dict"]
         misfit = sorted(
             {key for key, value in own.items() if is_learnt(key) and learnt.get(key, own[key][:0]).shape != value.shape}
             | (learnt.keys() - own.keys())
