@@ -31,6 +31,7 @@ from lit_defect.callbacks.storage import keep_files_whole
 from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, wandb_logger
 from lit_defect.errors import UserError
 from lit_defect.spelling import explain, unknown_environment
+from lit_defect.tasks.base import DefectTask
 
 PROGRAM = "lit_defect"
 ENVIRONMENT_PREFIX = "LIT_DEFECT"
@@ -191,6 +192,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's trainer with the run folder's loggers and callbacks added to the user's own."""
         config = self._get(self.config_init, "trainer")
+        if self.subcommand == "fit" and self._get(self.config, "test_after_fit"):
+            self._check_test(checkpoints=config.get("enable_checkpointing") is not False)
         own = config.get("callbacks") or []
         own = list(own) if isinstance(own, list) else [own]
         callbacks: list[Callback] = [StartupSummary(self.run.path if self.run else None)]
@@ -211,6 +214,13 @@ class CLI(LightningCLI):
             raise UserError(f"trainer: {error}") from error
         keep_files_whole(trainer)
         return trainer
+
+    def _check_test(self, checkpoints: bool) -> None:
+        """Refuse before the training a test that could not follow it."""
+        if isinstance(self.model, DefectTask) and (reason := self.model.objection("test")):
+            raise UserError(f"--test_after_fit true: {reason}; set it to false")
+        if not checkpoints:
+            raise UserError("--test_after_fit true tests a checkpoint: leave trainer.enable_checkpointing on")
 
     def _keeping_the_run(self, run: runs.RunFolder, checkpoints: bool) -> list[Callback]:
         """What writes into the run's folder; without `checkpoints` a fit leaves its record only."""
@@ -236,8 +246,6 @@ class CLI(LightningCLI):
         if self.run is None or not self._get(self.config, "test_after_fit") or self.trainer.interrupted:
             return
         checkpoint = self.run.best if self.run.best.is_file() else self.run.last
-        if not checkpoint.is_file():
-            raise UserError("--test_after_fit tests a checkpoint: leave trainer.enable_checkpointing on")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(checkpoint), verbose=False)
 
 

@@ -177,23 +177,23 @@ def find_real(root: Path, categories: Sequence[str], trained_on: Iterable[tuple[
         trained_on: name and group of what the generator has learnt from.
 
     Raises:
-        DataError: not such a layout, no such category, or none of the pictures that the generator has learnt from.
+        DataError: not such a layout, no such category, or none of the defects that the generator has learnt from.
     """
     learnt = list(trained_on)
     names, groups = {name for name, _ in learnt}, {group for _, group in learnt if group}
     found: defaultdict[Pair, RealType] = defaultdict(RealType)
     samples = MVTecAD(str(root), list(categories), setting="few_shot").find_samples()
-    if names.isdisjoint(sample.name for sample in samples):  # else all would pass for held out
+    defects = [sample for sample in samples if sample.defect_type != GOOD]
+    if names.isdisjoint(sample.name for sample in defects):  # else all would pass for held out
         raise DataError(
-            f"{root} has none of the pictures in trained_on.csv, so nobody knows which are held out; "
+            f"{root} has none of the defects in trained_on.csv, so nobody knows which are held out; "
             "give the root that the generator was trained on"
         )
-    for sample in samples:
-        if sample.defect_type != GOOD:
-            kept = found[sample.category, sample.defect_type]
-            seen = sample.name in names
-            if seen or sample.group not in groups:
-                (kept.trained if seen else kept.held_out).append(Path(sample.path))
+    for sample in defects:
+        kept = found[sample.category, sample.defect_type]
+        seen = sample.name in names
+        if seen or sample.group not in groups:
+            (kept.trained if seen else kept.held_out).append(Path(sample.path))
     return dict(found)
 
 

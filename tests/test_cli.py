@@ -313,6 +313,7 @@ def test_equal_names_under_another_root_may_be_other_pictures(lit_defect, config
         (["fit", "--ckpt_path", "nowhere.ckpt"], "no such file"),
         (["fit", "--trainer.default_root_dir", "x"], "--runs_dir"),
         (["fit", "--trainer.accelerator", "cuba"], "cuba"),
+        (["fit", "--test_after_fit", "true", "--trainer.enable_checkpointing", "false"], "tests a checkpoint"),
         (["test", "--trainer.fast_dev_run", "true"], "random weights"),
         (["test", "--ckpt_path", "tiny.yaml"], "no checkpoint"),
     ],

@@ -49,6 +49,17 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
+def halve(folder: Path) -> Path:
+    """Saves the pipeline in a folder anew, as `variant="fp16"` only; gives the folder."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder).to(dtype=torch.float16)
+    shutil.rmtree(folder)
+    pipeline.save_pretrained(folder, variant="fp16")
+    assert all(path.name.endswith(".fp16.safetensors") for path in folder.rglob("*.safetensors"))
+    return folder
+
+
 def pictures(count=2, size=(32, 48), seed=0):
     return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
@@ -108,6 +119,29 @@ def test_half_precision_files_are_opened_in_float32(folder):
         save_file({key: value.half() for key, value in load_file(folder / name).items()}, folder / name)
     base = LatentBase.open(str(folder))
     assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
+
+
+def test_weights_in_half_precision_alone_are_opened_in_float32(folder):
+    full = LatentBase.open(str(folder))
+    halve(folder)
+    base = LatentBase.open(str(folder))
+    for name, value in full.state_dict().items():
+        assert torch.equal(base.state_dict()[name], value.half().float() if value.is_floating_point() else value), name
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_full_precision_goes_first(tmp_path, folder, part):
+    """Of each network on its own: a half one beside it is no reason to round the others."""
+    other = halve(tiny_pipeline(tmp_path / "half", seed=7))
+    for name, weights in WEIGHTS.items():
+        half = weights.replace(".safetensors", ".fp16.safetensors")
+        shutil.copy(other / half, folder / half)
+        if name == part:
+            (folder / weights).unlink()
+    base, full, half = (LatentBase.open(str(path)) for path in (folder, tiny_pipeline(tmp_path / "full"), other))
+    for name in WEIGHTS:
+        expected = getattr(half if name == part else full, name).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in getattr(base, name).state_dict().items()), name
 
 
 # --- latents ---
@@ -496,6 +530,37 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(hub, folder, tmp_
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("lit_defect.diffusion.base_model.knock_at_hub", lambda: None)
     assert LatentBase.open("maker/model").fingerprint == LatentBase.open(str(folder)).fingerprint
+
+
+@pytest.fixture
+def reached(monkeypatch):
+    """A hub that answers."""
+    monkeypatch.setattr("lit_defect.diffusion.base_model.knock_at_hub", lambda: None)
+
+
+def test_half_precision_is_fetched_where_there_is_no_other(hub, folder, tmp_path, monkeypatch, reached):
+    full = tiny_pipeline(tmp_path / "full")
+    halve(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", FakeDownload(folder, tmp_path / "fetched"))
+    assert LatentBase.open("maker/model").fingerprint == LatentBase.open(str(folder)).fingerprint
+    # With another file in full precision for each network, that one is taken, pickled or not.
+    for name in WEIGHTS.values():
+        path = folder / name.replace("/model.safetensors", "/pytorch_model.bin").replace("safetensors", "bin")
+        torch.save(load_file(full / name), path)
+    download = FakeDownload(folder, tmp_path / "whole")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert LatentBase.open("maker/model").fingerprint == LatentBase.open(str(full)).fingerprint
+    assert not [name for name in download.fetched if "fp16" in name]
+
+
+def test_cached_half_precision_is_for_when_the_hub_has_no_better(hub, folder, tmp_path, monkeypatch, reached):
+    full = tiny_pipeline(tmp_path / "full")
+    target = cached(hub, halve(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert LatentBase.open("maker/model").fingerprint == LatentBase.open(str(folder)).fingerprint
+    monkeypatch.setattr("huggingface_hub.snapshot_download", FakeDownload(full, target))
+    assert LatentBase.open("maker/model").fingerprint == LatentBase.open(str(full)).fingerprint
 
 
 # --- diffusers reads it, too ---

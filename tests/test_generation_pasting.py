@@ -261,8 +261,16 @@ def test_likeness_is_minus_the_nearest_distance_in_standard_deviations():
     ]
     assert likeness(candidate, real) == pytest.approx(-min(by_hand))
     assert likeness(real[1], real) == 0
-    assert likeness(candidate * [1, 7], real * [1, 7]) == pytest.approx(-min(by_hand))  # units do not matter
-    assert likeness(np.array([1.0, 2.0]), np.array([[0.0, 2.0], [0.0, 4.0]])) == pytest.approx(-math.sqrt(1 / 2))
+    assert likeness(candidate * 7, real * 7) == pytest.approx(-min(by_hand))  # units do not matter
+    assert likeness(np.array([3.0, 2.0]), np.array([[0.0, 6.0], [0.0, 6.0]])) == pytest.approx(-math.sqrt(25 / 2))
+
+
+@pytest.mark.parametrize(("apart", "spread"), [(0.0, 1 / 8), (1e-9, 1 / 8), (0.9, 0.45)])
+def test_what_few_real_defects_agree_in_by_chance_does_not_decide(apart, spread):
+    """The other spread is 1, so their mean is a half or more, and a quarter of that the least of two defects."""
+    real = np.array([[0.0, 0.0], [apart, 2.0]])
+    assert likeness(np.array([-0.01, 0.0]), real) == pytest.approx(-0.01 / spread / math.sqrt(2))
+    assert likeness(np.array([-0.01, 0.0]), real) > likeness(np.array([0.0, -0.5]), real)
 
 
 @pytest.mark.parametrize("shapes", [((2,), (1, 2)), ((3,), (4, 2)), ((2,), (2,))])

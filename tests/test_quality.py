@@ -295,7 +295,11 @@ def test_command_prints_and_writes(
         (lambda generated, real: shutil.rmtree(real / "tile/test/hole"), "no pictures of tile/hole"),
         (lambda generated, real: shutil.rmtree(real / "tile"), "no category tile"),
         (lambda generated, real: shutil.rmtree(real), "not in MVTec AD's layout"),
-        (lambda generated, real: (generated / "trained_on.csv").write_text("name,group\nx.png,\n"), "none of the pict"),
+        (  # the normal pictures that a base was trained on say nothing of the defects
+            lambda generated, real: (generated / "trained_on.csv").write_text("name,group\ntile/train/good/001.png,\n"),
+            "none of the def",
+        ),
+        (lambda generated, real: (generated / "trained_on.csv").write_text("name,group\nx.png,\n"), "none of the def"),
     ],
 )
 def test_bad_input_is_told_by_its_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from safetensors import safe_open
 
@@ -20,7 +22,7 @@ from lit_defect.tasks import AnomalyDiffusion, MaskDiffusion
 from lit_defect.tasks.few_shots import FewShots
 from lit_defect.tasks.learnt_files import EXPORT
 from lit_defect.tasks.views import view
-from tests.anomaly_diffusion import NATIVE, PAIRS, SIZE, make_base, make_parts, parts, task_of, write_config
+from tests.anomaly_diffusion import NATIVE, PAIRS, SERVED, SIZE, make_base, make_parts, parts, task_of, write_config
 from tests.contrastive import make_trainer
 from tests.fakes import make_mvtec, save
 from tests.segmentation import command, fit, refused
@@ -366,7 +368,9 @@ def test_the_export(made):
         header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert header["task"] == "AnomalyDiffusion"
     assert header["fingerprint"] == checkpoint["base"]["fingerprint"]
-    assert header["template"] == "a photo of a *"
+    assert json.loads(header["learnt_with"]) == {
+        "template": "a photo of a *", "anomaly_tokens": 2, "spatial_tokens": 2, "lora": 2,
+    }  # fmt: skip
     assert json.loads(header["pairs"]) == [list(pair) for pair in PAIRS]
     assert tensors.keys() == checkpoint["state_dict"].keys()
     assert all(torch.equal(tensors[key], value) for key, value in checkpoint["state_dict"].items())
@@ -406,9 +410,26 @@ def test_a_base_of_another_latent_shape(made, tmp_path):
     [{"anomaly_tokens": 3}, {"spatial_tokens": 0}, {"spatial_tokens": 3}, {"lora": 0}, {"lora": 4}],
     ids=lambda options: "-".join(f"{key}{value}" for key, value in options.items()),
 )
-def test_a_checkpoint_of_other_options(made, options):
-    with pytest.raises(UserError, match=r"does not fit this AnomalyDiffusion: .*config\.yaml"):
+def test_a_checkpoint_of_other_options(made, tmp_path, options):
+    ((key, value),) = options.items()
+    said = rf"model\.init_args\.{key} = {value}, but the checkpoint was learnt with 2; take that"
+    with pytest.raises(UserError, match=said):
         AnomalyDiffusion.load_from_checkpoint(made.checkpoint, weights_only=True, **options)
+    older = torch.load(made.checkpoint, weights_only=True)
+    del older["learnt_with"]  # as an earlier version wrote it
+    torch.save(older, tmp_path / "older.ckpt")
+    with pytest.raises(UserError, match=r"does not fit this AnomalyDiffusion: .*config\.yaml"):
+        AnomalyDiffusion.load_from_checkpoint(tmp_path / "older.ckpt", weights_only=True, **options)
+
+
+def test_another_template_is_warned_of_and_taken(made):
+    said = r"model\.init_args\.template = 'a \* on a wall', but the checkpoint was learnt with 'a photo of a \*'"
+    with pytest.warns(UserWarning, match=said):
+        task = AnomalyDiffusion.load_from_checkpoint(made.checkpoint, weights_only=True, template="a * on a wall")
+    assert task.prompts["tile"].text == "a * on a wall"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "model.init_args")
+        AnomalyDiffusion.load_from_checkpoint(made.checkpoint, weights_only=True)
 
 
 def test_a_checkpoint_of_other_pairs_is_not_gone_on_with(made, tmp_path):
@@ -562,6 +583,23 @@ def test_verbs_that_do_not_apply(made, tmp_path, capsys, verb):
     message = refused(capsys, run, verb, "--config", config, "--ckpt_path", made.checkpoint)
     assert "AnomalyDiffusion is judged by what it makes" in message
     assert f"no verb {verb}" in message
+
+
+@pytest.mark.parametrize("model", ["AnomalyDiffusion", "MaskDiffusion"])
+def test_a_test_after_the_training_is_refused_before_it(made, tmp_path, capsys, model):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        yaml.safe_dump({
+            "experiment": "tiny",
+            "model": {"class_path": model, "init_args": {"base": str(made.base)}},
+            "data": {"class_path": "MVTecAD", "init_args": {"root": str(made.root), **SERVED}},
+        })
+    )  # fmt: skip
+    words = ("fit", "--config", config, "--run_id", "one", "--test_after_fit", "true")
+    message = refused(capsys, lambda *arguments: command(tmp_path, *arguments), *words)
+    assert f"--test_after_fit true: {model} is judged by what it makes" in message
+    assert message.strip().endswith("set it to false")
+    assert not (tmp_path / "runs" / "tiny" / "one").exists()
 
 
 def test_the_attention_is_left_as_it_was(opened):

@@ -25,6 +25,7 @@ from lit_defect.errors import DataError, UserError
 from lit_defect.generation import store as stores
 from lit_defect.generation.options import Generation
 from lit_defect.generation.store import GeneratedStore, read_manifest, read_trained_on
+from lit_defect.tasks import AnomalyDiffusion
 from lit_defect.tasks import defect_generation as generation
 from lit_defect.tasks.defect_generation import DefectGeneration
 from tests.anomaly_diffusion import (
@@ -742,6 +743,22 @@ def test_the_set_is_refused_where_its_teachers_test(learnt, plain):
     data = parts(learnt.root, synthetic=str(plain), setting="supervised", test_fraction=0.5)
     with pytest.raises(DataError, match=r"has learnt from .* that test here"):
         data.setup("fit")
+
+
+def test_the_set_is_refused_where_the_normal_pictures_of_its_base_test(learnt, tmp_path):
+    """An own base knows what it was trained on; both who learns upon it and who generates from an older run tell."""
+    own = shutil.copytree(learnt.base, tmp_path / "base")
+    (own / "trained_on.csv").write_text("name,group\ntile/test/good/000.png,part 7\n")
+    task = task_of(own, QUICK | {"count": 1}, prompt_noise=0.1)
+    generate(learnt.checkpoint, task, parts(learnt.root), tmp_path / "set")
+    known = {("tile/test/good/000.png", "part 7")}
+    assert set(read_trained_on(tmp_path / "set")) >= known
+    task.trainer.save_checkpoint(tmp_path / "later.ckpt", weights_only=True)
+    assert AnomalyDiffusion.load_from_checkpoint(
+        tmp_path / "later.ckpt", weights_only=True, base=str(learnt.base)
+    ).learnt_from == task.learnt_from >= known, "also without the list"  # fmt: skip
+    with pytest.raises(DataError, match=r"has learnt from 1 pictures.* that test here .*good/000\.png"):
+        parts(learnt.root, synthetic=str(tmp_path / "set")).setup("fit")
 
 
 def test_the_set_is_not_learnt_from_again(learnt, plain, tmp_path):

@@ -12,6 +12,7 @@ from scipy.ndimage import correlate1d
 
 from lit_defect.data import MVTecAD
 from lit_defect.errors import UserError
+from lit_defect.generation.store import read_trained_on
 from lit_defect.tasks import ImageAutoencoder
 from lit_defect.tasks.views import unit_range
 from tests.contrastive import make_trainer
@@ -75,6 +76,14 @@ def test_without_validation_the_latest_state_is_saved(runs, tmp_path):
     config = write(tmp_path / "c.yaml", "ImageAutoencoder", runs.root, data={"val_fraction": 0.0}, trainer={"max_epochs": 1})  # fmt: skip
     command(tmp_path, "fit", "--config", config, "--run_id", "one")
     assert (tmp_path / "runs" / "ImageAutoencoder" / "one" / "autoencoder" / "config.json").is_file()
+
+
+def test_the_pictures_that_it_was_trained_on_are_listed(runs):
+    data = tiles(runs.root)
+    data.setup("fit")
+    assert len(data.samples["train"]) == 9
+    known = read_trained_on(runs.autoencoder / "autoencoder")
+    assert known == sorted((sample.name, sample.group) for sample in data.samples["train"])
 
 
 def test_the_ratio_is_that_of_each_pictures_error(runs):

@@ -13,7 +13,9 @@ from lit_defect.data import MVTecAD
 from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.diffusion.captions import light_of
 from lit_defect.errors import UserError
+from lit_defect.tasks.image_autoencoder import open_autoencoder
 from lit_defect.tasks.views import unit_range
+from tests.contrastive import make_trainer
 from tests.diffusion import answer_for
 from tests.fakes import make_mvtec
 from tests.latent import sd_alpha_bar
@@ -155,7 +157,7 @@ def test_a_perfect_network_has_no_loss_and_errors_are_weighed(runs, prediction, 
     task.networks = None
     task._own_vae = task.vae
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lit_defect.tasks.latent_diffusion._open_autoencoder", lambda source: task._own_vae)
+        patch.setattr("lit_defect.tasks.latent_diffusion.open_autoencoder", lambda source: (task._own_vae, set()))
         task.configure_model()
     mean = torch.randn(6, 2, 16, 16)
     moments = torch.cat([mean, torch.full_like(mean, -60.0)], dim=1)
@@ -264,6 +266,40 @@ def test_prompts_too_short_for_the_captions_are_refused(runs):
 def test_an_autoencoder_may_be_a_run_a_folder_or_a_pipelines(runs):
     for source in (runs.autoencoder, runs.autoencoder / "autoencoder", runs.base / "pipeline"):
         assert ready(base(source), tiles(runs.root)).vae.config.latent_channels == 2
+
+
+@pytest.mark.parametrize("place", ["run", "folder", "pipeline", "part of a pipeline"])
+def test_what_autoencoder_and_base_were_trained_on_is_listed(runs, tmp_path, place):
+    root = tmp_path / "other"
+    source = {"run": root, "folder": root, "pipeline": root, "part of a pipeline": root / "vae"}[place]
+    where = {"run": root / "autoencoder", "folder": root}.get(place, root / "vae")
+    shutil.copytree(runs.autoencoder / "autoencoder", where)
+    (where / "trained_on.csv").unlink()
+    listed = root if "pipeline" in place else where
+    (listed / "trained_on.csv").write_text("name,group\nelsewhere.png,part 9\n")
+    task, data = base(source), tiles(runs.root)
+    ready(task, data)
+    task._trainer = make_trainer(default_root_dir=tmp_path / "run")
+    task._trainer.datamodule = data
+    task.on_train_end()
+    own = {(sample.name, sample.group) for sample in data.samples["train"]}
+    assert len(own) == 9
+    assert LatentBase.open(str(tmp_path / "run")).trained_on == own | {("elsewhere.png", "part 9")}
+
+
+def test_the_run_of_both_lists_what_they_were_trained_on(runs):
+    data = tiles(runs.root)
+    data.setup("fit")
+    assert LatentBase.open(str(runs.base)).trained_on == {(s.name, s.group) for s in data.samples["train"]}
+
+
+def test_an_autoencoder_in_half_precision_alone_is_opened(runs, tmp_path):
+    vae, _ = open_autoencoder(str(runs.autoencoder))
+    vae.half().save_pretrained(tmp_path / "half", variant="fp16")
+    opened, _ = open_autoencoder(str(tmp_path / "half"))
+    assert {(value.dtype, key in vae.state_dict()) for key, value in opened.state_dict().items()} == {
+        (torch.float32, True)
+    }
 
 
 def test_a_missing_autoencoder_is_refused(runs, tmp_path, capsys, lit_defect):

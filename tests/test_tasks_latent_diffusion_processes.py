@@ -22,7 +22,7 @@ from lit_defect.tasks.views import unit_range
 from tests.contrastive import make_trainer
 from tests.fakes import make_mvtec
 from tests.latent import tiny_vae
-from tests.latent_tasks import EPOCHS, SAVING, autoencoder, base, few_samples, tiles, write
+from tests.latent_tasks import EPOCHS, SAVING, autoencoder, base, few_samples, ready, tiles, write
 from tests.segmentation import fit, weights
 from tests.test_survival import LIMIT, reached, run, start
 
@@ -93,6 +93,22 @@ def test_two_processes_hold_the_same_weights(two, name):
     assert one["val/loss"] == pytest.approx(other["val/loss"])
     if name == "LatentDiffusion":
         assert int(first["ema.n_averaged"]) == 2 * 2, "2 steps an epoch"
+
+
+def test_two_processes_validate_like_one(two):
+    """Each picture has noise of its own, wherever it is judged; one process has another number of them in a batch."""
+    task, data = base(two.folder / "given"), tiles(two.root)
+    ready(task, data).load_state_dict(two.ranks[0]["LatentDiffusion"])
+    task.on_fit_start()
+    judged: list[tuple[float, int]] = []
+    task.log = lambda name, value, batch_size, **_: judged.append((float(value) * batch_size, batch_size))
+    with torch.no_grad():
+        for batch in data.loader("val"):
+            task.validation_step(batch, 0)
+    total, count = (sum(column) for column in zip(*judged, strict=True))
+    assert count == len(data.samples["val"]) == 6
+    for rank in two.ranks:
+        assert rank["LatentDiffusion watched"]["val/loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_two_processes_speak_one_language(two):

@@ -46,7 +46,17 @@ def test_data_that_a_base_cannot_be_trained_on_is_refused(runs, tmp_path, capsys
 def test_it_has_no_verb_but_fit(runs, capsys, verb):
     folder, config = runs.folder, runs.folder / "base.yaml"
     words = (verb, "--config", config, "--run_id", "one", "--ckpt_path", "last")
-    assert "no verb but fit" in refused(capsys, lambda *arguments: command(folder, *arguments), *words)
+    said = refused(capsys, lambda *arguments: command(folder, *arguments), *words)
+    assert f"LatentDiffusion is judged by what is built upon it: it has no verb {verb}" in said
+
+
+def test_a_test_that_it_has_not_is_refused_before_the_training(runs, tmp_path, capsys):
+    config = write(tmp_path / "c.yaml", "LatentDiffusion", runs.root, autoencoder=str(runs.autoencoder))
+    words = ("fit", "--config", config, "--run_id", "one", "--test_after_fit", "true")
+    said = refused(capsys, lambda *arguments: command(tmp_path, *arguments), *words)
+    assert "--test_after_fit true: LatentDiffusion is judged by what is built upon it" in said
+    assert said.strip().endswith("set it to false")
+    assert not (tmp_path / "runs" / "LatentDiffusion" / "one").exists()
 
 
 def test_a_quick_development_run_leaves_nothing(runs, tmp_path, lit_defect):

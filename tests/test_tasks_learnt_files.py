@@ -75,8 +75,28 @@ def test_another_base_of_the_same_sizes_is_refused(base, tmp_path):
 @pytest.mark.parametrize("option", [{"anomaly_tokens": 3}, {"spatial_tokens": 0}, {"spatial_tokens": 3}])
 def test_other_options_are_refused(base, tmp_path, option):
     write_learnt(opened(base), tmp_path / "l.safetensors")
-    with pytest.raises(UserError, match="does not fit the options anomaly_tokens, spatial_tokens and lora"):
+    ((key, value),) = option.items()
+    said = rf"model\.init_args\.{key} = {value}, but {tmp_path}/l\.safetensors was learnt with 2; take that"
+    with pytest.raises(UserError, match=said):
         start_from(opened(base, **option), tmp_path / "l.safetensors")
+
+
+def test_another_template_is_warned_of(base, tmp_path):
+    one, other = opened(base), opened(base, template="a * on a wall")
+    write_learnt(one, tmp_path / "l.safetensors")
+    with pytest.warns(UserWarning, match=r"template = 'a \* on a wall', but .*l\.safetensors was learnt with 'a photo"):
+        start_from(other, tmp_path / "l.safetensors")
+    assert torch.equal(other.learnt["tokens"].weight, one.learnt["tokens"].weight)
+
+
+def test_a_file_of_an_earlier_version_is_judged_by_its_shapes(base, tmp_path):
+    write_learnt(opened(base), tmp_path / "l.safetensors")
+    with safe_open(tmp_path / "l.safetensors", "pt") as file:
+        about, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(state, tmp_path / "older.safetensors", {key: about[key] for key in about if key != "learnt_with"})
+    start_from(opened(base), tmp_path / "older.safetensors")
+    with pytest.raises(UserError, match="does not fit the options anomaly_tokens, spatial_tokens and lora"):
+        start_from(opened(base, anomaly_tokens=3), tmp_path / "older.safetensors")
 
 
 def test_missing_damaged_and_foreign_files_are_named(base, tmp_path):

@@ -8,7 +8,8 @@
    and whose type is asked for.
 2. A picture made from a normal picture that does not train here is left out: it shows what is evaluated. Where a data
    set is used without its normal pictures none of them is, and only those whose part is evaluated are left out.
-3. A generator that learnt from what tests here is refused, one that learnt from what validates is warned of.
+3. A generator that learnt from what tests here is refused, one that learnt from what validates is warned of; what a
+   base of one's own was trained on is part of that.
 4. What was made from a share `holdout` of the normal pictures is a split of its own, "synthetic_val", to select models
    on. It does not depend on `ratio` and `per_type`: runs that differ in them are selected on the same pictures.
 5. Of the rest, all train or as many as are asked for. Each picture has a lot, a hash of the seed and its name: the

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from lit_defect.diffusion.process import ForwardProcess, Prediction
 from lit_defect.errors import UserError
+from lit_defect.generation.store import TRAINED_ON, find_trained_on
 from lit_defect.nets.fitting import fingerprint
 from lit_defect.nets.weights import knock_at_hub
 
@@ -30,7 +32,14 @@ INDEX = "model_index.json"
 _PARTS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text_encoder": ("text_encoder", "bert")}
 _FOLDERS = (*itertools.chain(*_PARTS.values()), "tokenizer", "scheduler")
 _DESCRIPTIONS = ("*.json", "*.txt", "*.model")
-_OTHER_PRECISIONS = ("*.fp16*", "*.non_ema*")
+_HALF, _RAW = "*.fp16*", "*.non_ema*"
+# What a repository's weights may be called, and what of that is left out; the first that it has for all networks.
+_WEIGHTS = (
+    ("*.safetensors", (_HALF, _RAW)),
+    ("*.bin", (_HALF, _RAW)),
+    (f"{_HALF}.safetensors", (_RAW,)),
+    (f"{_HALF}.bin", (_RAW,)),
+)
 
 
 class LatentBase(nn.Module):
@@ -55,6 +64,7 @@ class LatentBase(nn.Module):
         multiple: pixels that the sides of a picture must be a multiple of.
         width: of a token's embedding.
         fingerprint: SHA-256 of all its weights.
+        trained_on: name and group of every picture of one's own that it was trained on; empty for other people's.
     """
 
     def __init__(self, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, scheduler: Any, source: str) -> None:
@@ -65,6 +75,7 @@ class LatentBase(nn.Module):
         self.text_encoder: Any = text_encoder
         self.tokenizer = tokenizer
         self.source = source
+        self.trained_on: set[tuple[str, str]] = set()
         self.process = ForwardProcess.of_scheduler(scheduler)
         self.prediction: Prediction = scheduler.get("prediction_type", "epsilon")
         self.channels = int(self.vae.config.latent_channels)
@@ -81,6 +92,8 @@ class LatentBase(nn.Module):
     def open(cls, source: str) -> LatentBase:
         """Load a base from a folder, the run of a `LatentDiffusion`, or the hub.
 
+        Weights become float32; those of a variant `fp16` are taken where there are no others.
+
         Args:
             source: folder of a saved pipeline, a run folder that holds one as `pipeline`, or the name of a repository.
 
@@ -93,13 +106,16 @@ class LatentBase(nn.Module):
             parts = {name: _load(folder, index, name) for name in _PARTS}
             tokenizer = _load_tokenizer(folder, index)
             scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+            trained_on = find_trained_on(folder)
         except UserError:
             raise
         except Exception as error:  # a damaged folder fails in as many ways as there are files
             raise UserError(
                 f"{KEY}: the pipeline in {folder} cannot be opened ({_reason(error)}); copy or train it again"
             ) from error
-        return cls(**parts, tokenizer=tokenizer, scheduler=scheduler, source=source)
+        base = cls(**parts, tokenizer=tokenizer, scheduler=scheduler, source=source)
+        base.trained_on = trained_on
+        return base
 
     @property
     def embeddings(self) -> Tensor:
@@ -186,35 +202,59 @@ def _folder(source: str) -> Path:
 
 
 def _from_hub(source: str) -> Path:
-    """The folder of a repository in the hub's cache, fetched if it is not there."""
+    """The folder of a repository in the hub's cache, fetched if it is not there.
+
+    Where the cache has weights in float16 only, they will do if the hub has no others or cannot be reached.
+    """
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
+    cached = None
     try:
         index = try_to_load_from_cache(source, INDEX)
-        if isinstance(index, str) and _is_whole(Path(index).parent):  # whoever has put it there
-            return Path(index).parent
+        cached = Path(index).parent if isinstance(index, str) else None
+        if cached and _is_whole(cached):  # whoever has put it there
+            return cached
         if constants.HF_HUB_OFFLINE:
             raise OSError("it is not in the cache, and HF_HUB_OFFLINE is set")
         knock_at_hub()
-        for weights in ("*.safetensors", "*.bin"):  # the latter only where there are none of the former
+        for weights, ignored in _WEIGHTS:
             wanted = [f"{part}/{kind}" for part in _FOLDERS for kind in (*_DESCRIPTIONS, weights)]
-            options: Any = {"allow_patterns": [INDEX, *wanted], "ignore_patterns": list(_OTHER_PRECISIONS)}
+            options: Any = {"allow_patterns": [INDEX, TRAINED_ON, *wanted], "ignore_patterns": list(ignored)}
             folder = Path(snapshot_download(source, **options))
-            if _is_whole(folder):
+            if _is_whole(folder, halves=_HALF not in ignored):
                 break
         return folder
     except Exception as error:  # the client's errors have changed their base class between versions
+        if cached and _is_whole(cached, halves=True):
+            return cached
         raise UserError(
             f"{KEY}: could not fetch {source} from the hub ({_reason(error)}). Copy the pipeline's folder here and "
             "name it, or train a base on your own pictures: experiments/anomaly_diffusion/base_*.yaml"
         ) from error
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a cached pipeline, of which a client may have fetched some files only, has all that is opened."""
-    weights = {path.parent.name for kind in ("safetensors", "bin") for path in folder.glob(f"*/*.{kind}")}
+def _is_whole(folder: Path, halves: bool = False) -> bool:
+    """Whether a cached pipeline, of which a client may have fetched some files only, has all that is opened.
+
+    Args:
+        folder: of the pipeline.
+        halves: whether weights in float16 will do.
+    """
+    variants = (None, "fp16") if halves else (None,)
+    weights = {part for part in itertools.chain(*_PARTS.values()) if _variants(folder / part).intersection(variants)}
     others = all((folder / part).is_dir() for part in ("tokenizer", "scheduler"))
     return others and all(weights.intersection(names) for names in _PARTS.values())
+
+
+def _variants(folder: Path) -> set[str | None]:
+    """Which weights are in a network's folder: None for those in full precision, "fp16"."""
+    names = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") and not fnmatch(p.name, _RAW)]
+    return {"fp16" if fnmatch(name, _HALF) else None for name in names}
+
+
+def variant(folder: Path) -> str | None:
+    """What diffusers and transformers call the weights to load of a network's folder: "fp16" if it has no others."""
+    return "fp16" if _variants(folder) == {"fp16"} else None
 
 
 def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
@@ -236,7 +276,10 @@ def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
         factory = pipeline_latent_diffusion.LDMBertModel
     if factory is None:
         raise UserError(f"{KEY}: diffusers and transformers have no {kind}, the {name} in {folder}")
-    loaded, report = factory.from_pretrained(folder / name, output_loading_info=True)
+    options: dict[str, Any] = {"variant": variant(folder / name), "output_loading_info": True}
+    if part == "text_encoder":
+        options["dtype"] = torch.float32  # else transformers rounds to what config.json names
+    loaded, report = factory.from_pretrained(folder / name, **options)
     if report["missing_keys"]:  # both libraries fill them with random numbers
         raise UserError(
             f"{KEY}: the weights of the {name} in {folder} lack {', '.join(sorted(report['missing_keys']))}"

@@ -209,8 +209,9 @@ def covered(asked: Bools, repaired: Bools) -> float:
 def likeness(candidate: Floats, real: Floats) -> float:
     """Minus the distance of a candidate's descriptor to the nearest real one, in standard deviations of the real ones.
 
-    The distance is the root mean square over the D dimensions, each in its own standard deviations; one in which all
-    real defects agree counts in its own units.
+    The distance is the root mean square over the D dimensions, each in its own standard deviations. These are at least
+    the 2 N-th part of their mean, all being of latents: few defects may agree in one by chance, which would then decide
+    alone. Where all agree in everything, it counts in their own units.
 
     Args:
         candidate: (D,).
@@ -222,5 +223,6 @@ def likeness(candidate: Floats, real: Floats) -> float:
     if real.ndim != 2 or len(real) < 2 or candidate.shape != real.shape[1:]:
         raise ValueError(f"expected descriptors (D,) and (N >= 2, D), not {candidate.shape} and {real.shape}")
     spread = real.std(axis=0)
-    steps = (real - candidate) / np.where(spread > 0, spread, 1.0)
+    spread = np.maximum(spread, spread.mean() / (2 * len(real))) if spread.any() else np.ones_like(spread)
+    steps = (real - candidate) / spread
     return -float(np.sqrt(np.square(steps).mean(axis=1)).min())

@@ -20,7 +20,7 @@ from lit_defect.generation.files import Bools, read_mask
 from lit_defect.generation.mask_rules import MaskRules, fix_to
 from lit_defect.generation.mask_shapes import fit_mask, vary
 from lit_defect.generation.options import KEY
-from lit_defect.generation.store import TRAINED_ON, read_trained_on
+from lit_defect.generation.store import find_trained_on
 
 Pair = tuple[str, str]  # category, defect type
 RealMasks = Mapping[Pair, Sequence[tuple[str, Bools]]]  # name and mask (H, W) of the real defects; sizes may differ
@@ -160,8 +160,7 @@ class MaskFolder(MaskSource):
 
     def __init__(self, folder: Path, rules: Mapping[Pair, MaskRules]) -> None:
         super().__init__(rules)
-        if (Path(folder) / TRAINED_ON).is_file():  # not where somebody has drawn them
-            self.learnt_from = set(read_trained_on(folder))
+        self.learnt_from = find_trained_on(folder)
         self._files = {pair: sorted(Path(folder, *pair).glob("*.png")) for pair in rules}
         for pair, files in self._files.items():
             if not files:

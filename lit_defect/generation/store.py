@@ -1,7 +1,7 @@
 """A generated data set on disk: pictures and masks in MVTec AD's layout, and a line about each picture asked for.
 
     ROOT/about.json              what decides the pixels: generator, base model, tokens, options, seed; and the counts
-    ROOT/trained_on.csv          name,group of every picture that the generator has learnt from
+    ROOT/trained_on.csv          name,group of every picture that the generator, or a base of one's own, has learnt from
     ROOT/manifest.csv            a line per picture asked for, accepted or not; the columns are those of `manifest.Row`
     ROOT/<category>/test/<type>/00000.png
     ROOT/<category>/ground_truth/<type>/00000_mask.png     accepted ones only; 0 and 255
@@ -73,7 +73,7 @@ class Store:
     def __init__(self, root: Path, about: About, trained_on: Iterable[tuple[str, str]], rank: int = 0) -> None:
         self.root = Path(root)
         self._part = self.root / PARTS / f"manifest.{rank}.csv"
-        learnt = table([("name", "group"), *sorted(set(trained_on))])
+        learnt = _listed(trained_on)
         content = {"format": _format(self.kind), "version": VERSION, **asdict(about)}
         self._about = json.loads(json.dumps(content | {"trained_on": hashlib.sha256(learnt).hexdigest()}))
         with self._writing():
@@ -271,6 +271,24 @@ def read_trained_on(root: Path) -> list[tuple[str, str]]:
     path = Path(root) / TRAINED_ON
     lines = read_table(path, ("name", "group"))
     return [(name, group) for _, (name, group) in lines]
+
+
+def find_trained_on(folder: Path) -> set[tuple[str, str]]:
+    """The same of a folder that need not have a list: empty where it was not made here, or drawn by somebody.
+
+    Raises:
+        DataError: the list is damaged.
+    """
+    return set(read_trained_on(folder)) if (Path(folder) / TRAINED_ON).is_file() else set()
+
+
+def write_trained_on(folder: Path, pictures: Iterable[tuple[str, str]]) -> None:
+    """Write `trained_on.csv`: name and group of every picture that what lies in the folder was trained on."""
+    write_whole(Path(folder) / TRAINED_ON, _listed(pictures))
+
+
+def _listed(pictures: Iterable[tuple[str, str]]) -> bytes:
+    return table([("name", "group"), *sorted(set(pictures))])
 
 
 def _format(kind: str) -> str:

@@ -30,7 +30,14 @@ class DefectTask(LightningModule):
         warmup: share of all optimizer steps over which the learning rate rises from zero.
         monitor: logged value that chooses the best checkpoint; smaller is better for losses and errors. None where
             the last state is the result.
+
+    Attributes:
+        verbs: that the task has.
+        judged_by: what is looked at where there is no verb `test`.
     """
+
+    verbs: tuple[str, ...] = ("fit", "validate", "test", "predict")
+    judged_by = ""
 
     def __init__(
         self,
@@ -58,8 +65,24 @@ class DefectTask(LightningModule):
         self._evaluated: list[dict[str, Tensor]] = []
 
     def setup(self, stage: str) -> None:
-        """Forget what an evaluation that broke off has left."""
+        """Forget what an evaluation that broke off has left.
+
+        Raises:
+            UserError: a verb that the task has not.
+        """
+        if reason := self.objection(getattr(stage, "value", stage)):
+            raise UserError(reason)
         self._evaluated.clear()
+
+    def objection(self, verb: str) -> str | None:
+        """Why the task has no such verb; None if it has."""
+        if verb in self.verbs:
+            return None
+        return f"{type(self).__name__} is judged by {self.judged_by}: it has no verb {verb}"
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Of a task without the verb: Lightning, which comes before `setup`, would refuse in words of its own."""
+        raise NotImplementedError
 
     @property
     def data(self) -> Any:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from lit_defect.anomalies import PseudoAnomaly
+from lit_defect.diffusion.base_model import variant
 from lit_defect.errors import UserError
+from lit_defect.generation.store import find_trained_on, write_trained_on
 from lit_defect.runs import keep_previous, write_json
 from lit_defect.tasks.base import Batch, DefectTask
 from lit_defect.tasks.picture_sheets import picture_sheet
@@ -191,6 +193,8 @@ class ImageAutoencoder(DefectTask):
     def on_train_end(self) -> None:
         """Scale the latents to unit variance and write the run's folder `autoencoder`, the best state if one was.
 
+        With it goes the list of the pictures that it was trained on.
+
         Raises:
             UserError: the training has failed.
         """
@@ -218,6 +222,7 @@ class ImageAutoencoder(DefectTask):
         self.vae.register_to_config(scaling_factor=round(1 / spread, 5))
         folder = Path(trainer.default_root_dir) / FOLDER
         keep_previous(folder)
+        write_trained_on(folder, ((sample.name, sample.group) for sample in samples))
         self.vae.save_pretrained(folder)
 
 
@@ -234,3 +239,29 @@ def check_normal(task: DefectTask, stage: str) -> None:
             f"{defects} of the training pictures have a defect, and {name} learns from normal ones only: set "
             "data.init_args.setting to one_class"
         )
+
+
+def open_autoencoder(source: str) -> tuple[Any, set[tuple[str, str]]]:
+    """An AutoencoderKL from a run folder, a folder of its own or a pipeline's, and what it was trained on.
+
+    Raises:
+        UserError: nothing there, or damaged.
+    """
+    from diffusers import AutoencoderKL
+
+    path = Path(source).expanduser()
+    folder = next((f for f in (path, path / FOLDER, path / "vae") if (f / "config.json").is_file()), None)
+    if folder is None:
+        raise UserError(
+            f"model.init_args.autoencoder: {path} is no run of an ImageAutoencoder that has ended, and no folder of an "
+            "AutoencoderKL; train one by experiments/anomaly_diffusion/autoencoder_*.yaml"
+        )
+    trained_on = find_trained_on(folder.parent if folder.name == "vae" else folder)  # a pipeline has one for all parts
+    try:
+        vae, report = AutoencoderKL.from_pretrained(folder, variant=variant(folder), output_loading_info=True)
+        if report["missing_keys"]:  # diffusers goes on with random numbers
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        return vae.float(), trained_on
+    except Exception as error:  # a damaged folder fails in as many ways as there are bytes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.init_args.autoencoder: {folder} cannot be opened ({reason})") from error

@@ -24,7 +24,7 @@ from lit_defect.nets.fitting import fingerprint
 from lit_defect.nets.inserted_tokens import AnomalyTokens, SpatialEncoder
 from lit_defect.tasks.base import Batch, DefectTask
 from lit_defect.tasks.few_shots import FewShots, encode_shots, is_shot
-from lit_defect.tasks.learnt_files import EXPORT, is_learnt, start_from, write_learnt
+from lit_defect.tasks.learnt_files import EXPORT, check_options, is_learnt, start_from, write_learnt
 from lit_defect.tasks.pixels import Listed
 from lit_defect.tasks.views import VIEWS
 
@@ -37,7 +37,7 @@ class Inversion(DefectTask):
 
     Args:
         base: hub name, folder of a pipeline of diffusers, or run of a `LatentDiffusion`.
-        template: of the prompt; the learnt vectors stand for "*".
+        template: of the prompt; the learnt vectors stand for "*". What was learnt with another one is warned of.
         anomaly_tokens: k vectors for each pair.
         spatial_tokens: n vectors that the spatial encoder makes of the mask; 0 for none.
         start_word: whose embedding the vectors start from.
@@ -54,6 +54,9 @@ class Inversion(DefectTask):
     Raises:
         UserError: an option out of range.
     """
+
+    verbs = ("fit", "predict")
+    judged_by = "what it makes (python -m lit_defect.quality)"
 
     def __init__(
         self,
@@ -126,9 +129,6 @@ class Inversion(DefectTask):
         """
         super().setup(stage)
         data, name = self.data, type(self).__name__
-        if stage not in ("fit", "predict"):
-            verb = getattr(stage, "value", stage)
-            raise UserError(f"{name} is judged by what it makes (python -m lit_defect.quality): it has no verb {verb}")
         if data is None or data.normal_class is None or not data.with_masks:
             raise UserError(f"{name} needs a data module with a good class and masks: set data.init_args.with_masks")
         if data.image_size is None:
@@ -183,6 +183,7 @@ class Inversion(DefectTask):
                 )
             )
         self.base = base
+        self.learnt_from |= base.trained_on
         self.cross = CrossAttention(base.unet)
         if self.pairs is not None:  # else a checkpoint will tell them
             self._make_tokens(self.pairs)
@@ -234,8 +235,14 @@ class Inversion(DefectTask):
         """Everything that was learnt, by its name in the state of the task."""
         return {key: value for key, value in self.state_dict().items() if is_learnt(key)}
 
+    def learnt_with(self) -> dict[str, Any]:
+        """The options that what is learnt depends on."""
+        tokens, spatial = self.counts
+        return {"template": self.template, "anomaly_tokens": tokens, "spatial_tokens": spatial, "lora": self.lora}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was learnt, and the hash of the base."""
+        """Keep what was learnt, with what options, and the hash of the base."""
+        checkpoint["learnt_with"] = self.learnt_with()
         checkpoint["base"] = {"source": self.base_source, "fingerprint": self.network.fingerprint}
         checkpoint["task"] = type(self).__name__
         checkpoint["learnt_from"] = sorted(list(picture) for picture in self.learnt_from)
@@ -259,14 +266,14 @@ class Inversion(DefectTask):
                 f"checkpoint was learnt on, {known.get('source')} ({str(known.get('fingerprint'))[:12]}); vectors mean "
                 "nothing to another base"
             )
+        check_options(self, checkpoint.get("learnt_with", {}), "the checkpoint")
         pairs: list[Any] = [tuple(pair) for pair in checkpoint.get("hyper_parameters", {}).get("pairs", ())]
         if self._trainer is not None and self._trainer.state.fn == "fit":
             self._check_pairs(pairs, self.pairs or [])
         if self.pairs != pairs or "tokens" not in self.learnt:
             self._make_tokens(pairs)
         self.learnt_from |= {(picture, group) for picture, group in checkpoint.get("learnt_from", ())}
-        own = self.state_dict()
-        learnt = checkpoint["state_dict"]
+        own, learnt = self.state_dict(), checkpoint["state_dict"]
         misfit = sorted(
             {key for key, value in own.items() if is_learnt(key) and learnt.get(key, own[key][:0]).shape != value.shape}
             | (learnt.keys() - own.keys())
@@ -338,10 +345,6 @@ class Inversion(DefectTask):
         total, count = self.trainer.strategy.reduce(self._judged, reduce_op="sum").tolist()  # type: ignore[union-attr, arg-type]
         if count:
             self.log("val/loss", total / count, prog_bar=True, sync_dist=True)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Without it Lightning would refuse in words of its own; `setup` comes before."""
-        raise NotImplementedError
 
     def _loss(self, shots: FewShots, rows: Tensor, views: Tensor) -> Tensor:
         base, device = self.network, self.device

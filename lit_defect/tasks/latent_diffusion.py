@@ -9,11 +9,12 @@ pictures and in arbitrary edits of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from lit_defect.anomalies import PseudoAnomaly
 from lit_defect.diffusion.base_model import save_pipeline
@@ -24,13 +25,13 @@ from lit_defect.diffusion.process import ForwardProcess
 from lit_defect.diffusion.prompts import LONGEST, encode_prompt, text_states
 from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
+from lit_defect.generation.store import write_trained_on
 from lit_defect.losses.diffusion import masked_mse, min_snr_weights, offset_noise
 from lit_defect.nets.averaging import running_mean
 from lit_defect.nets.fitting import fingerprint
 from lit_defect.runs import keep_previous
 from lit_defect.tasks.base import Batch, DefectTask
-from lit_defect.tasks.image_autoencoder import FOLDER as AUTOENCODER
-from lit_defect.tasks.image_autoencoder import check_normal
+from lit_defect.tasks.image_autoencoder import check_normal, open_autoencoder
 from lit_defect.tasks.latent_bank import LatentBank, fill_bank
 from lit_defect.tasks.picture_sheets import picture_sheet
 from lit_defect.tasks.pixels import Listed
@@ -70,6 +71,9 @@ class LatentDiffusion(DefectTask):
     Raises:
         UserError: an option out of range, or an autoencoder that is not there.
     """
+
+    verbs = ("fit",)
+    judged_by = "what is built upon it"
 
     def __init__(
         self,
@@ -129,6 +133,7 @@ class LatentDiffusion(DefectTask):
         self.sizes: dict[str, Any] = {"channels": tuple(channels), "layers": layers, "heads": heads}
         self.text_sizes: dict[str, Any] = {"width": text_width, "layers": text_layers, "heads": heads}
         self.networks: Any = None
+        self.trained_on: set[tuple[str, str]] = set()  # name and group of the autoencoder's pictures
         self._banks: dict[str, LatentBank] = {}
 
     # --- construction ---
@@ -145,8 +150,6 @@ class LatentDiffusion(DefectTask):
             UserError: defective training pictures, sizes that do not go through the networks, another stage than fit.
         """
         super().setup(stage)
-        if stage != "fit":
-            raise UserError("LatentDiffusion is judged by what is built upon it: it has no verb but fit")
         check_normal(self, stage)
         self.data.serve_images = True  # also after a training on encoded pictures
         samples = [*self.data.samples["train"], *self.data.samples.get("val", [])]
@@ -168,7 +171,8 @@ class LatentDiffusion(DefectTask):
         """Build the networks."""
         if self.networks is not None:
             return
-        self.vae = _open_autoencoder(self.autoencoder).requires_grad_(False)
+        self.vae, self.trained_on = open_autoencoder(self.autoencoder)
+        self.vae.requires_grad_(False)
         self.scale = float(self.vae.config.scaling_factor)
         self.shift = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -255,11 +259,13 @@ class LatentDiffusion(DefectTask):
         ids = torch.stack([encode_prompt(self.tokenizer, caption, 0).ids for caption in captions])
         return torch.cat([posterior.mean, posterior.logvar], dim=1), ids.to(self.device)
 
-    def _loss(self, networks: Any, moments: Tensor, ids: Tensor) -> Tensor:
+    def _loss(self, networks: Any, moments: Tensor, ids: Tensor, streams: Sequence[Generator] | None = None) -> Tensor:
+        """Each picture draws from its own stream, all from torch's global one where none are given."""
         mean, logvar = moments.chunk(2, dim=1)
-        latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean) - self.shift) * self.scale
-        t = torch.randint(self.process.train_steps, (len(latents),), device=self.device)
-        noise = offset_noise(torch.randn_like(latents), self.offset)
+        each: Sequence[Generator | None] = [None] if streams is None else streams
+        draws = [self._draw(like, stream) for like, stream in zip(mean.chunk(len(each)), each, strict=True)]
+        spread, t, noise = (torch.cat(parts) for parts in zip(*draws, strict=True))
+        latents = (mean + (0.5 * logvar).exp() * spread - self.shift) * self.scale
         state = self.process.add_noise(latents, noise, t)
         states = text_states(networks["text"], ids, None, ())
         output = networks["unet"](state, t, states).sample
@@ -269,29 +275,37 @@ class LatentDiffusion(DefectTask):
         target = self.process.target(state, latents, t, self.prediction)
         return masked_mse(output.float(), target, None, normalised=True, weights=weights)
 
-    def on_validation_epoch_start(self) -> None:
-        """The same steps and noise after each epoch."""
-        torch.manual_seed(self.global_rank)
+    def _draw(self, like: Tensor, stream: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise of the latents (B, C, h, w), steps (B,) and noise of the process (B, C, h, w)."""
+        device = like.device if stream is None else stream.device
+        spread, t, noise = (
+            torch.randn(like.shape, generator=stream, device=device),
+            torch.randint(self.process.train_steps, (len(like),), generator=stream, device=device),
+            torch.randn(like.shape, generator=stream, device=device),
+        )
+        return spread.to(like), t.to(like.device), offset_noise(noise.to(like), self.offset, stream)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss by the running mean of the weights, on pictures that do not train."""
+        """The loss by the running mean of the weights, on pictures that do not train.
+
+        Each has steps and noise of its own, the same after each epoch, in any batch and on any process.
+        """
         rows = batch["index"].cpu()
         moments, ids = self._banks["val"].draw(rows, rows % 2, self.device)
-        loss = self._loss(self.ema.module, moments, ids)
+        loss = self._loss(self.ema.module, moments, ids, generators(0, rows.tolist()))
         self.log("val/loss", loss, batch_size=len(rows), sync_dist=True, prog_bar=True)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """None: `setup` says so, which Lightning comes to if this is here."""
 
     # --- the result ---
 
     def on_train_end(self) -> None:
-        """Write the run's folder `pipeline`, and pictures that it makes."""
+        """Write the run's folder `pipeline` with the list of what it was trained on, and pictures that it makes."""
         trainer = self.trainer
         if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
         keep_previous(root / FOLDER)
+        own = {(sample.name, sample.group) for sample in self.data.samples["train"]}
+        write_trained_on(root / FOLDER, self.trained_on | own)  # first: no pipeline is there without it
         mean: Any = self.ema.module
         save_pipeline(
             root / FOLDER,
@@ -366,24 +380,3 @@ def make_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> An
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-def _open_autoencoder(source: str) -> Any:
-    """An AutoencoderKL from a run folder, a folder of its own or a pipeline's."""
-    from diffusers import AutoencoderKL
-
-    path = Path(source).expanduser()
-    folder = next((f for f in (path, path / AUTOENCODER, path / "vae") if (f / "config.json").is_file()), None)
-    if folder is None:
-        raise UserError(
-            f"model.init_args.autoencoder: {path} is no run of an ImageAutoencoder that has ended, and no folder of an "
-            "AutoencoderKL; train one by experiments/anomaly_diffusion/autoencoder_*.yaml"
-        )
-    try:
-        vae, report = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
-        if report["missing_keys"]:  # diffusers goes on with random numbers
-            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
-        return vae.float()
-    except Exception as error:  # a damaged folder fails in as many ways as there are bytes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.init_args.autoencoder: {folder} cannot be opened ({reason})") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_defect.errors import UserError
@@ -29,12 +31,32 @@ def write_learnt(task: Any, path: Path) -> None:
         "task": type(task).__name__,
         "base": task.base_source,
         "fingerprint": task.network.fingerprint,
-        "template": task.template,
+        "learnt_with": json.dumps(task.learnt_with()),
         "pairs": json.dumps(task.pairs),
         "learnt_from": json.dumps(sorted(task.learnt_from)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous().cpu() for key, value in task.learnt_state().items()}, path, about)
+
+
+def check_options(task: Any, learnt_with: Mapping[str, Any], source: str) -> None:
+    """Whether what was learnt is to be used as it was learnt; prompts may be tried out, with a warning.
+
+    Args:
+        task: an `Inversion`.
+        learnt_with: its `learnt_with` when it learnt; what is not told is not checked.
+        source: what the messages call the file.
+
+    Raises:
+        UserError: another number of vectors, or another rank of LoRA.
+    """
+    for option, now in task.learnt_with().items():
+        if (then := learnt_with.get(option, now)) == now:
+            continue
+        told = f"model.init_args.{option} = {now!r}, but {source} was learnt with {then!r}"
+        if option != "template":
+            raise UserError(f"{told}; take that, or train anew")
+        rank_zero_warn(f"{told}: vectors that were learnt in one prompt may show something else in another")
 
 
 @torch.no_grad()
@@ -54,6 +76,7 @@ def start_from(task: Any, path: Path) -> None:
             f"{KEY}: {path} was learnt on another base, {about['base']} ({about['fingerprint'][:12]}), not on "
             f"{task.base_source} ({task.network.fingerprint[:12]}); vectors mean nothing to another base"
         )
+    check_options(task, json.loads(about.get("learnt_with", "{}")), str(path))
     tokens = state.pop(_TOKENS, torch.empty(0))
     own = task.learnt_state()
     mine = own.pop(_TOKENS)
