@@ -23,6 +23,7 @@ from lit_defect.data import CustomCrops
 from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation import store as stores
+from lit_defect.generation.judgement import stands_out
 from lit_defect.generation.options import Generation
 from lit_defect.generation.store import GeneratedStore, read_manifest, read_trained_on
 from lit_defect.tasks import AnomalyDiffusion
@@ -516,18 +517,34 @@ def test_lost_contrast_is_given_back(learnt, plain, tmp_path):
         assert (abs((more - normal) - gain * (once - normal))[inside] <= (gain + 1) / 2).all(), "but for whole levels"
 
 
-def test_what_stands_out_more_than_real_ones_is_weakened(learnt, plain, tmp_path):
-    """A random base makes more than the real ones have; as many as limits there are lie within them then."""
-    rows = made(learnt, tmp_path / "set", most_contrast=0.5)
+def test_what_stands_out_more_than_real_ones_is_weakened(learnt, tmp_path):
+    """The real ones are hardly seen: their masks lie on plain surface."""
+    root = make_parts(tmp_path / "data")
+    rng = np.random.default_rng(0)
+    for path in root.glob("tile/test/*/*.png"):
+        save(surface(rng, NATIVE), path)
+    options = {"restore": True, "count": 4}
+    free = made(learnt, tmp_path / "free", parts(root), **options)
+    rows = made(learnt, tmp_path / "set", parts(root), most_contrast=0.5, **options)
     seen = learnt.task._maker.contrasts
-    before = lines(plain / "manifest.csv")
-    limits = [seen[row["category"], row["defect_type"]] for row in rows]
-    assert any(float(row["contrast"]) > limit.most + 1 for row, limit in zip(before, limits, strict=True))
-    for row, limit in zip(rows, limits, strict=True):
-        assert float(row["contrast"]) <= limit.most + 1, "but for whole levels"
-    free = made(learnt, tmp_path / "picture", most_contrast=0.5, paste="picture")
-    plainly = made(learnt, tmp_path / "free", paste="picture")
-    assert [row["contrast"] for row in free] == [row["contrast"] for row in plainly], "it has no change to weaken"
+    weaker = 0
+    for before, row in zip(free, rows, strict=True):
+        limit = seen[row["category"], row["defect_type"]].most
+        was, now = float(before["contrast"]), float(row["contrast"])
+        if was <= limit:
+            assert was == now
+            continue
+        weaker += 1
+        picture, normal = pixels(tmp_path / "set" / row["image"]), pixels(root / row["source"])
+        mask = marked(tmp_path / "set" / row["mask"])
+        plain = abs(stands_out(normal, mask))  # no change makes the place itself less so
+        assert now <= max(limit, plain) + 0.5, "but for whole grey levels"
+        assert (picture[~mask] == normal[~mask]).all()
+    assert weaker >= 3
+    whole = [
+        made(learnt, tmp_path / f"{most}", parts(root), most_contrast=most, paste="picture") for most in (0.0, 0.5)
+    ]
+    assert whole[0] == whole[1], "it has no change to weaken"
 
 
 def test_each_real_defect_is_encoded_once(learnt, tmp_path, monkeypatch):
