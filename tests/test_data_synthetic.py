@@ -222,6 +222,31 @@ def test_a_share_takes_the_turns_of_normal_pictures_and_leaves_the_real_defects_
     assert len({s.name for s in drawn if s.source != "real"}) == 24
 
 
+@pytest.mark.parametrize("target", ["binary", "defects"])
+def test_alone_generated_defects_train_and_the_real_ones_are_written_down_as_unused(
+    tmp_path: Path, target: str
+) -> None:
+    build = tiles(tmp_path, target=target)
+    plain = build()
+    folder = str(generate(tmp_path / "made", good(tiles(tmp_path)())))
+    both, data = build(folder), build({"path": folder, "alone": True})
+    real = [s for s in data.samples["train"] if s.source == "real"]
+    assert real == good(plain)
+    assert made(data) == made(both)
+    assert data.samples["test"] == plain.samples["test"]
+    data.write_records(tmp_path / "records")
+    kept_out = {s.name for s in plain.samples["train"] if s not in real}
+    assert len(kept_out) == 4
+    assert {row["name"] for row in rows(tmp_path / "records" / "splits.csv") if row["split"] == "unused"} == kept_out
+
+
+def test_alone_generated_defects_must_stand_for_every_class(tmp_path: Path) -> None:
+    build = tiles(tmp_path, target="defects")
+    folder = generate(tmp_path / "made", good(tiles(tmp_path)()), kinds=["crack"])
+    with pytest.raises(UserError, match=r"alone leaves nothing of hole: generate some"):
+        build({"path": str(folder), "alone": True})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -29,7 +29,7 @@ from lit_defect.data.serving import Serving
 from lit_defect.data.settings import check_choices, check_settings
 from lit_defect.data.splits import assign_splits, read_groups, read_split, without_defects, write_groups, write_split
 from lit_defect.data.stores import Stores
-from lit_defect.data.synthetic import SYNTHETIC_VAL, Choice, Recipe, SyntheticOptions, choose
+from lit_defect.data.synthetic import SYNTHETIC_VAL, Choice, Recipe, SyntheticOptions, alone, choose
 from lit_defect.errors import UserError
 
 AUTO = "auto"
@@ -69,8 +69,8 @@ class DefectDataModule(Serving):
         predict_split: what `predict` runs over where there is no `predict_root`; `all` takes the pictures that train,
             validate and test, one after the other.
         synthetic: generated pictures that train, too: the folder of a generated data set, or that `path` with `ratio`,
-            `types`, `per_type`, `holdout` and `share` (`lit_defect.data.synthetic.SyntheticOptions`). They never
-            validate nor test; what is held out is the split "synthetic_val".
+            `types`, `per_type`, `holdout`, `share` and `alone` (`lit_defect.data.synthetic.SyntheticOptions`). They
+            never validate nor test; what is held out is the split "synthetic_val".
 
     Attributes:
         samples: after `setup`, the samples of each split ("train", "val", "test", "predict"; "synthetic_val" where
@@ -309,6 +309,9 @@ class DefectDataModule(Serving):
         )
         checked = self._check(self._choice.samples, normal_class=self.normal_class, with_masks=self.with_masks)
         self._generated = checked
+        if recipe.alone:
+            self._divided = alone(self._divided, checked.samples, self.normal_class)
+            self.samples["train"] = [s for s in self._divided if s.split == "train"]
         self.samples["train"] += [sample for sample in checked.samples if sample.split == "train"]
         if recipe.holdout:
             self.samples[SYNTHETIC_VAL] = [sample for sample in checked.samples if sample.split == SYNTHETIC_VAL]

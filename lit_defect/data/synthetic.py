@@ -26,7 +26,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Required, TypedDict
@@ -34,7 +34,7 @@ from typing import Any, Required, TypedDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.data.samples import REAL, Sample
-from lit_defect.data.splits import some
+from lit_defect.data.splits import UNUSED, some
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.store import Row, read_about, read_manifest, read_trained_on
 
@@ -57,6 +57,7 @@ class SyntheticOptions(TypedDict, total=False):
         holdout: share of the normal pictures behind them that is held out as `synthetic_val`.
         share: how much of what is drawn is generated, where the sampler is `balanced`. They take the turns of normal
             pictures, so that real defects come up as often as without them; null counts them to their class.
+        alone: whether real defects are kept out of training, as in the protocol of AnomalyDiffusion's authors.
     """
 
     path: Required[str]
@@ -65,6 +66,7 @@ class SyntheticOptions(TypedDict, total=False):
     per_type: int | None
     holdout: float
     share: float | None
+    alone: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Recipe:
     per_type: int | None = None
     holdout: float = 0.0
     share: float | None = None
+    alone: bool = False
 
     @classmethod
     def of(cls, value: str | Path | Mapping[str, Any]) -> Recipe:
@@ -108,6 +111,19 @@ class Recipe:
     def most(self, kind: str) -> int | None:
         """How many pictures of a type may train; None for any number."""
         return self.types[kind] if isinstance(self.types, dict) else self.per_type
+
+
+def alone(real: Sequence[Sample], generated: Sequence[Sample], normal_class: int | None) -> list[Sample]:
+    """The real samples with the defects of the training split unused, whose place generated ones take.
+
+    Raises:
+        UserError: of a class that defects trained there is no generated picture.
+    """
+    wanted = {(s.label, s.defect_type) for s in real if s.split == "train" and s.label != normal_class}
+    there = {s.label for s in generated if s.split == "train"}
+    if missing := sorted({kind for label, kind in wanted if label not in there}):
+        raise UserError(f"data.synthetic.alone leaves nothing of {some(missing)}: generate some, or leave alone out.")
+    return [replace(s, split=UNUSED) if s.split == "train" and s.label != normal_class else s for s in real]
 
 
 def turns(samples: Sequence[Sample], normal_class: int | None, share: float) -> tuple[list[int], dict[int, float]]:
