@@ -698,6 +698,24 @@ def test_new_normal_pictures(learnt, tmp_path):
     assert [s.name for s in data.samples["test"]], "the data set is still there"
 
 
+def test_a_set_is_of_the_same_normal_pictures_when_gone_on_with(learnt, tmp_path):
+    """Its lines name them by where they lie below one folder; and what has a number is not made again."""
+    for folder, count in (("one", 2), ("other", 2), ("more", 3)):
+        for i in range(count):
+            save(
+                surface(np.random.default_rng([count, i, len(folder)]), (40, 30 + len(folder))),
+                tmp_path / folder / f"{i}.png",
+            )
+    new = {name: parts(learnt.root, predict_root=str(tmp_path / name)) for name in ("one", "other", "more")}
+    first = made(learnt, tmp_path / "set", new["one"], count=1)
+    assert [row["number"] for row in made(learnt, tmp_path / "set", new["one"], count=2)][:2] == [
+        r["number"] for r in first
+    ]
+    for other in (new["other"], new["more"], parts(learnt.root)):
+        with pytest.raises(UserError, match=r"options\.sources"):
+            made(learnt, tmp_path / "set", other, count=3)
+
+
 def test_crops_of_photographs(learnt, tmp_path):
     """Without a category, and with several pictures in a file; what is made of one trains there."""
     table = make_crops_csv(tmp_path / "data", photographs=12, size=(70, 101), crop=(25, 27), masks=True)

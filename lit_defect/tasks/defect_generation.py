@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -124,12 +125,19 @@ class DefectGeneration:
             base={"source": self.base.source, "fingerprint": self.base.fingerprint},
             tokens=self.tokens,
             options={**self.settings, "template": task.template, "image_size": list(self.size),
-                     "prompt_noise": task.prompt_noise},
+                     "prompt_noise": task.prompt_noise, "sources": self._sources()},
             seed=seed,
         )  # fmt: skip
         varied = {(s.name, s.group) for s in task.defects("train") if (s.category, s.defect_type) in task.pairs}
         self.store = GeneratedStore(root, about, task.learnt_from | varied | self.masks.learnt_from, rank)
         self.done = self.store.done()
+
+    def _sources(self) -> str:
+        """What defects are put onto, in words: the numbers of a set that is gone on with must mean the same pictures."""
+        if self.task.data.predict_root is None:
+            return "normal training pictures"  # of any category: another one may join them
+        files = sorted((s.name, Path(s.path).stat().st_size) for s in self.task.data.samples[self.sources])
+        return f"{len(files)} pictures of {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
 
     # --- a group of jobs ---
 
