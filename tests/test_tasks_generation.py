@@ -702,10 +702,8 @@ def test_a_set_is_of_the_same_normal_pictures_when_gone_on_with(learnt, tmp_path
     """Its lines name them by where they lie below one folder; and what has a number is not made again."""
     for folder, count in (("one", 2), ("other", 2), ("more", 3)):
         for i in range(count):
-            save(
-                surface(np.random.default_rng([count, i, len(folder)]), (40, 30 + len(folder))),
-                tmp_path / folder / f"{i}.png",
-            )
+            part = surface(np.random.default_rng([count, i]), (40, 30 + len(folder)))
+            save(part, tmp_path / folder / f"{i}.png")
     new = {name: parts(learnt.root, predict_root=str(tmp_path / name)) for name in ("one", "other", "more")}
     first = made(learnt, tmp_path / "set", new["one"], count=1)
     assert [row["number"] for row in made(learnt, tmp_path / "set", new["one"], count=2)][:2] == [

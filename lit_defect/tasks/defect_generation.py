@@ -133,7 +133,7 @@ class DefectGeneration:
         self.done = self.store.done()
 
     def _sources(self) -> str:
-        """What defects are put onto, in words: the numbers of a set that is gone on with must mean the same pictures."""
+        """What defects are put onto: the numbers of a set that is gone on with must mean the same pictures."""
         if self.task.data.predict_root is None:
             return "normal training pictures"  # of any category: another one may join them
         files = sorted((s.name, Path(s.path).stat().st_size) for s in self.task.data.samples[self.sources])
