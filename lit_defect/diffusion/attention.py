@@ -14,7 +14,8 @@ learnt tokens only:
     official    A = softmax(L),  L_ij = w_i (Q K^T / sqrt(d))_ij      the authors' code
 
 As a rule of thumb the authors advise re-weighting for defects of texture, and none for structural ones. Their code
-also multiplies the column of the prompt's start token, which looks like an oversight and is not repeated here.
+also multiplies the column of the prompt's start token, which looks like an oversight and is not repeated here. It joins
+re-weighting with a region that is wider at first (`latent_sampling.Region`); here either can be had alone.
 """
 
 from __future__ import annotations
