@@ -60,6 +60,13 @@ def halve(folder: Path) -> Path:
     return folder
 
 
+def pickle_weights(source: Path, target: Path) -> None:
+    """Writes the weights of one pipeline into the folder of another as older versions of the libraries did."""
+    for name in WEIGHTS.values():
+        path = target / name.replace("/model.safetensors", "/pytorch_model.bin").replace("safetensors", "bin")
+        torch.save(load_file(source / name), path)
+
+
 def pictures(count=2, size=(32, 48), seed=0):
     return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
@@ -520,12 +527,9 @@ def test_only_what_is_opened_is_fetched(hub, folder, tmp_path, monkeypatch):
 
 
 def test_pickled_weights_are_fetched_where_there_are_no_others(hub, folder, tmp_path, monkeypatch):
+    pickle_weights(folder, folder)
     for name in WEIGHTS.values():
-        state = load_file(folder / name)
         (folder / name).unlink()
-        torch.save(
-            state, folder / name.replace("/model.safetensors", "/pytorch_model.bin").replace("safetensors", "bin")
-        )
     download = FakeDownload(folder, tmp_path / "fetched")
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("lit_defect.diffusion.base_model.knock_at_hub", lambda: None)
@@ -544,9 +548,7 @@ def test_half_precision_is_fetched_where_there_is_no_other(hub, folder, tmp_path
     monkeypatch.setattr("huggingface_hub.snapshot_download", FakeDownload(folder, tmp_path / "fetched"))
     assert LatentBase.open("maker/model").fingerprint == LatentBase.open(str(folder)).fingerprint
     # With another file in full precision for each network, that one is taken, pickled or not.
-    for name in WEIGHTS.values():
-        path = folder / name.replace("/model.safetensors", "/pytorch_model.bin").replace("safetensors", "bin")
-        torch.save(load_file(full / name), path)
+    pickle_weights(full, folder)
     download = FakeDownload(folder, tmp_path / "whole")
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert LatentBase.open("maker/model").fingerprint == LatentBase.open(str(full)).fingerprint
@@ -554,8 +556,11 @@ def test_half_precision_is_fetched_where_there_is_no_other(hub, folder, tmp_path
 
 
 def test_cached_half_precision_is_for_when_the_hub_has_no_better(hub, folder, tmp_path, monkeypatch, reached):
-    full = tiny_pipeline(tmp_path / "full")
     target = cached(hub, halve(folder))
+    full = tiny_pipeline(tmp_path / "full")
+    pickle_weights(full, full)
+    for name in WEIGHTS.values():
+        (full / name).unlink()
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert LatentBase.open("maker/model").fingerprint == LatentBase.open(str(folder)).fingerprint
