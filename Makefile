@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # make anomaly DATA=FOLDER: generated defects, and what they are worth, on a folder in MVTec AD's layout; goes on where it
-# was stopped. The runs are called after the folder and its place: another one has its own.
+# was stopped. The runs are called after the folder and its place: another one has its own. FITS and PREDICTS take further
+# options, such as FITS="--trainer.devices 4" PREDICTS="--model.generation.count 500".
 RUN ?= $(shell cd "$(DATA)" 2>/dev/null && printf '%s-%s' "$$(basename "$$PWD" | tr -c '[:alnum:]\n' _)" \
 	"$$(printf %s "$$PWD" | cksum | cut -d' ' -f1)")
-CHAIN = --data.root "$(DATA)" --run_id $(RUN) --resume
+CHAIN = --data.root "$(DATA)" --run_id $(RUN) --resume $(FITS)
 STEPS := experiments/anomaly_diffusion
 FIT := $(BIN)/python -m lit_defect fit
 
@@ -40,7 +41,7 @@ anomaly: environment
 	$(FIT) --config $(STEPS)/autoencoder_magnetic_tile.yaml $(CHAIN)
 	$(FIT) --config $(STEPS)/base_magnetic_tile.yaml --model.autoencoder runs/autoencoder_magnetic_tile/$(RUN) $(CHAIN)
 	$(FIT) --config $(STEPS)/anomaly_magnetic_tile.yaml --model.base runs/base_magnetic_tile/$(RUN) $(CHAIN)
-	$(BIN)/python -m lit_defect predict --config runs/anomaly_magnetic_tile/$(RUN)/config.yaml --run_id $(RUN) --ckpt_path last
+	$(BIN)/python -m lit_defect predict --config runs/anomaly_magnetic_tile/$(RUN)/config.yaml --run_id $(RUN) --ckpt_path last $(PREDICTS)
 	$(FIT) --config $(STEPS)/localizer_magnetic_tile.yaml $(CHAIN)
 	$(FIT) --config $(STEPS)/localizer_magnetic_tile.yaml --experiment localizer_generated \
 		--data.synthetic.path runs/anomaly_magnetic_tile/$(RUN)/generated --data.synthetic.share 0.25 $(CHAIN)
