@@ -339,7 +339,9 @@ class LatentDiffusion(DefectTask):
             generators(0, range(_SHOWN)),
             states,
         )
+        self.vae.enable_slicing()  # one at a time: of large pictures, twelve at once are more than a training step
         pictures = (self.vae.decode(latents / self.scale + self.shift).sample.float() + 1) / 2
+        self.vae.disable_slicing()
         picture_sheet(path, [pictures.clamp(0, 1)], prompts, "What the base makes of these prompts", columns=4)
 
 
