@@ -11,7 +11,9 @@ import torch
 
 from lit_defect.diffusion.captions import COLUMNS, ROWS, edit_of, light_of, make_tokenizer, vocabulary
 from lit_defect.diffusion.prompts import encode_prompt
+from lit_defect.tasks import variations
 from lit_defect.tasks.variations import Variations, spoken
+from tests.anomalies import Stripes
 
 NAMES = ["tile", "metal nut", "Zipper", "größe", "screw m8"]
 OTHERS = ["zebra", "tiles", "naïve", "日本語", "crack🙂", "anti-static", "don't", "x", "12.5%", "a/b_c"]
@@ -218,7 +220,7 @@ def varied(count=400, **options):
     torch.manual_seed(3)
     images = torch.rand(count, 1, 1, 1).expand(-1, 3, 32, 32) * 0.8 + 0.1 + 0.05 * torch.rand(count, 3, 32, 32)
     chosen = {"edited": 0.5, "masks": 0.2, "augment": "flips", "light": 0.1, **options}
-    return images, *Variations(None, **chosen)(images, ["metal nut"] * count)
+    return images, *Variations(None, **chosen).captioned(images, ["metal nut"] * count)
 
 
 def test_captions_say_what_the_pictures_are():
@@ -255,6 +257,47 @@ def test_variations_follow_the_global_generator():
     (_, one, said), (_, other, again) = varied(40), varied(40)
     assert torch.equal(one, other)
     assert said == again
+
+
+def test_pictures_without_captions_are_the_same_and_nothing_is_measured_in_them(monkeypatch):
+    plan = Variations(None, edited=0.5, masks=0.2, augment="flips", light=0.1)
+    images = torch.rand(40, 3, 32, 32)
+    torch.manual_seed(5)
+    pictures, _ = plan.captioned(images, ["tile"] * 40)
+    monkeypatch.setattr(variations, "light_of", None)
+    monkeypatch.setattr(variations, "edit_of", None)
+    torch.manual_seed(5)
+    assert torch.equal(plan(images), pictures)
+    assert not torch.equal(plan(images), pictures)
+
+
+def test_only_the_chosen_pictures_are_edited_in_all_kinds():
+    seen = []
+
+    class Watched(Stripes):
+        def generate(self, images, uniforms):
+            seen.append(images)
+            return super().generate(images, uniforms)
+
+    plan = Variations(Watched(ssim_scope="off"), edited=0.3, masks=0.2, augment="none", light=0.0)
+    images = torch.full((400, 3, 32, 32), 0.5) + 0.1 * torch.rand(400, 3, 1, 1)
+    images[300:] = 0.95  # too bright: no stripes are accepted
+    torch.manual_seed(0)
+    pictures, captions = plan.captioned(images, ["tile"] * 400)
+    changed = (pictures != images).flatten(1).any(1)
+    edited = sum(len(some) for some in seen)
+    assert 160 < edited < 240
+    assert 110 < int(changed.sum()) < edited
+    assert not changed[300:].any(), "what the gate rejects stays plain"
+    assert changed.tolist() == [" with a " in caption for caption in captions]
+    tones = {caption.split(" with a ")[1].split()[1] for caption in captions if " with a " in caption}
+    assert tones == {"dark", "bright"}, "both kinds are drawn"
+    masks = torch.tensor([caption.startswith("a mask of") for caption in captions])
+    assert 0.25 < float(masks.sum() / changed.sum()) < 0.55
+    stripes = torch.zeros(32, 32)
+    stripes[::4] = 1
+    assert (pictures[masks] == stripes).all()
+    assert torch.equal(pictures[changed & ~masks][:, :, 1::4], images[changed & ~masks][:, :, 1::4])
 
 
 @pytest.mark.parametrize(("folder", "words"), [("magnetic_tile", "magnetic tile"), ("anti-static_mat", "anti static mat"), ("", "product"), ("_", "product")])  # fmt: skip

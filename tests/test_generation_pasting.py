@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 from skimage.measure import label
 
 from lit_defect.errors import UserError
@@ -20,7 +21,7 @@ from lit_defect.generation.judgement import (
     stands_out,
     weakened,
 )
-from lit_defect.generation.pasting import feathered, paste_back, repair_label
+from lit_defect.generation.pasting import Place, feathered, repair_label
 
 RULE = Rule(least_change=5, least_covered=0.5)
 
@@ -41,6 +42,49 @@ def colours(size: tuple[int, int], seed: int = 0) -> np.ndarray:
 
 
 # --- paste-back ---
+
+
+def paste_back(normal, generated, mask, feather, reconstructed=None, gain=1.0):
+    place = Place(normal, mask, feather, reconstructed)
+    return place.blended(place.enlarged(generated), gain), place.mask
+
+
+@pytest.mark.parametrize("size", [(256, 301), (33, 20), (17, 90)])
+@pytest.mark.parametrize("corner", [(0, 0), (9, 5), (26, 18)])
+def test_pixels_are_those_of_the_whole_picture_at_the_new_size(size, corner):
+    """At the picture's edges, too; the whole one is resized by Pillow, and then cut."""
+    top, left = corner
+    mask = box((32, 24), top, left, top + 6, left + 6)
+    generated, before = np.random.default_rng(3).random((2, 32, 24, 3)).astype(np.float32)
+    before /= 4  # so that the sums below stay within the grey levels
+
+    def whole(picture):
+        channels = [Image.fromarray(np.ascontiguousarray(picture[..., c])) for c in range(3)]
+        scaled = [np.asarray(one.resize(size[::-1], Image.Resampling.BICUBIC)) for one in channels]
+        return 255 * np.stack(scaled, axis=2).clip(0, 1)
+
+    normal = colours(size)
+    result, marked = paste_back(normal, generated, mask, 0)
+    np.testing.assert_allclose(result[marked], whole(generated)[marked], atol=0.501)
+    assert marked.any()
+    assert np.array_equal(result[~marked], normal[~marked])
+    normal = 64 + normal // 4
+    result, marked = paste_back(normal, generated / 4, mask, 0, before)
+    np.testing.assert_allclose(result[marked], (normal + whole(generated / 4) - whole(before))[marked], atol=0.501)
+
+
+def test_only_the_surroundings_of_the_mask_are_enlarged_and_each_picture_once(monkeypatch):
+    resize, sizes = Image.Image.resize, []
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda one, size, *a, **k: sizes.append(size) or resize(one, size, *a, **k)
+    )
+    mask, pictures = box((256, 320), 80, 150, 96, 165), np.random.default_rng(0).random((3, 64, 64, 3))
+    place = Place(colours((256, 320)), mask, 2, pictures[0])
+    for picture in pictures[1:]:
+        enlarged = place.enlarged(picture)
+        place.blended(enlarged, 2.0)
+        place.blended(enlarged, 0.5)
+    assert sizes == [(17, 18)] * 9, "three channels of the reconstruction and of two candidates"
 
 
 @pytest.mark.parametrize("size", [(32, 24), (75, 90), (13, 17)])

@@ -536,10 +536,15 @@ def test_templates(made, options, expected):
     assert expected.replace('\\"', '"') in rejects(made, task_of(made.base, **options))
 
 
-def test_words_behind_the_vectors_may_be_cut(made):
+def test_words_behind_the_vectors_that_are_cut_are_told_once(made):
     task = task_of(made.base, template="a photo of a * " + "on a tile " * 20)
-    fit(task, parts(made.root, batches_per_epoch=1), default_root_dir=made.others)
-    assert task.prompts["tile"].cut.endswith("on a tile")
+    with pytest.warns(UserWarning, match="is cut off; take fewer tokens or words") as said:
+        fit(task, parts(made.root, batches_per_epoch=1), default_root_dir=made.others)
+    cut = task.prompts["tile"].cut
+    assert cut.endswith("on a tile")
+    told = [str(one.message) for one in said if "is cut off" in str(one.message)]
+    assert len(told) == 1
+    assert f'"{cut}" does not fit behind the 4 learnt tokens' in told[0]
 
 
 def test_the_category_stands_behind_the_vectors(made, tmp_path):

@@ -206,6 +206,17 @@ def test_any_number_of_steps_ends_with_samples(runs, tmp_path, steps):
     assert LatentBase.open(str(tmp_path)).process.train_steps == steps
 
 
+def test_samples_are_decoded_one_at_a_time(runs, tmp_path):
+    task = ready(base(runs.autoencoder, train_steps=10), tiles(runs.root))
+    task._banks["val"] = task._bank("val", 1)
+    sizes: list[int] = []
+    task.vae.decoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    task._draw_samples(tmp_path / "samples.png")
+    assert sizes == [1, 1], "of the two that these tests draw"
+    assert (tmp_path / "samples.png").is_file()
+    assert not task.vae.use_slicing, "the training encodes batches"
+
+
 def test_categories_are_called_by_the_words_given(runs, tmp_path):
     root = make_mvtec(tmp_path / "two", categories=("tile", "metal_nut"), size=(32, 32), train_good=4, test_good=2)
     task = ready(base(runs.autoencoder, words={"tile": "floor tile"}), tiles(root, val_fraction=0.0))

@@ -24,12 +24,13 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from lit_defect.anomalies import CutPaste, LocalPseudoAnomaly, PseudoAnomalies, PseudoAnomaly
+from lit_defect.anomalies import CutPaste, LocalPseudoAnomaly
 from lit_defect.data import ELPV, MVTecAD
 from lit_defect.errors import UserError
 from lit_defect.reporting.maps import read_map
 from lit_defect.tasks import AnomalyLocalizer
 from lit_defect.tasks.localization import image_scores
+from tests.anomalies import Stripes
 from tests.contrastive import PIXEL, fit, make_trainer
 from tests.fakes import make_elpv, make_mvtec, save, surface
 from tests.test_data_synthetic import generate
@@ -139,24 +140,6 @@ def test_figures_are_those_of_all_pixels_of_the_split(root, size):
 
 
 # --- what is learned ---
-
-
-class Stripes(PseudoAnomaly):
-    """Black rows in the first kind, white ones in the second; bright pictures are rejected."""
-
-    kinds = 2
-    uniforms_of_picture = 1
-
-    def generate(self, images: Tensor, uniforms: Tensor) -> PseudoAnomalies:
-        made = torch.cat([images, images])
-        made[: len(images), :, ::4] = 0
-        made[len(images) :, :, ::4] = 1
-        masks = torch.zeros_like(made[:, :1], dtype=torch.bool)
-        masks[:, :, ::4] = True
-        accepted = (images.mean((1, 2, 3)) < 0.9).repeat(2)
-        one = torch.ones(len(made))
-        kind = torch.arange(1, 3).repeat_interleave(len(images))
-        return PseudoAnomalies(made, masks, one, accepted, one, kind, one[:, None], one[:, None])
 
 
 def test_a_share_of_the_normal_pictures_is_changed_and_their_masks_say_where(root):

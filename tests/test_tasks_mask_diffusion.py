@@ -286,7 +286,7 @@ def test_what_was_learnt_from_is_told(learnt, drawing, tmp_path):
     about = read_about(tmp_path / "masks", MaskStore.kind)
     assert about["generator"] == "MaskDiffusion"
     assert about["base"]["fingerprint"] == LatentBase.open(str(learnt.base)).fingerprint
-    assert about["options"]["threshold"] == 0.8
+    assert about["options"]["threshold"] == 0.9
     with pytest.raises(DataError, match="is not of a generated data set"):
         read_about(tmp_path / "masks")
 

@@ -108,6 +108,13 @@ class PseudoAnomaly(ABC):
         with torch.autocast(images.device.type, enabled=False):
             return self.generate(images.contiguous(), uniforms)
 
+    def one_of_each(self, images: Tensor) -> PseudoAnomalies:
+        """As many rows as pictures: of each one kind, drawn as everything here is from torch's global generator."""
+        made = self(images, torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
+        kinds = torch.randint(self.kinds, (len(images),), device=images.device)
+        rows = kinds * len(images) + torch.arange(len(images), device=images.device)
+        return PseudoAnomalies(*(column[rows] for column in made))
+
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32 or not len(images):
             raise ValueError(f"expected (B, 3, H, W) float32, not {tuple(images.shape)} {images.dtype}")

@@ -10,12 +10,13 @@ the text encoder looks up for these tokens, and everything after that is the tex
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_defect.errors import UserError
@@ -86,6 +87,28 @@ def encode_prompt(tokenizer: Any, template: str, slots: int, category: str = "")
         (before + PLACEHOLDER * bool(slots) + after[:kept]).strip(),
         after[kept:].strip(),
     )
+
+
+def encode_prompts(tokenizer: Any, template: str, slots: int, categories: Iterable[str]) -> dict[str, Prompt]:
+    """The prompt of each category, with the vectors at the same places in all; warns of words that are cut off.
+
+    Args: see `encode_prompt`.
+
+    Raises:
+        UserError: as there, or names of different lengths before the vectors.
+    """
+    made = {category: encode_prompt(tokenizer, template, slots, category) for category in categories}
+    if len({prompt.positions for prompt in made.values()}) > 1:
+        raise UserError(
+            f"{_KEY} = {template!r}: the categories have names of different lengths, so that the vectors would stand "
+            'at different places: put {category} behind the "*"'
+        )
+    if cut := max((prompt.cut for prompt in made.values()), key=len, default=""):
+        rank_zero_warn(
+            f'{_KEY} = {template!r}: "{cut}" does not fit behind the {slots} learnt tokens and is cut off; take fewer '
+            "tokens or words"
+        )
+    return made
 
 
 def text_states(

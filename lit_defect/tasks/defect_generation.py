@@ -34,7 +34,7 @@ from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_shapes import fit_mask
 from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskFolder, MaskSource, Pair, rules_of
 from lit_defect.generation.options import KEY, Generation
-from lit_defect.generation.pasting import paste_back, repair_label
+from lit_defect.generation.pasting import Place, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.losses.diffusion import latent_mask
 from lit_defect.tasks.few_shots import defect_positions
@@ -158,17 +158,22 @@ class DefectGeneration:
         normal = torch.cat([self._small(picture) for picture in originals])  # (J, 3, H, W) in [0, 1]
         small = [fit_mask(found.mask, self.size) for found in drawn]  # what the network is told
         masks = torch.from_numpy(np.stack(small))[:, None].float().to(self.task.device)
-        pictures, latents = self.generate(jobs, normal, masks)  # (J, N, ...)
+        clean = self.base.encode(2 * normal - 1)  # (J, C, h, w)
+        pictures, latents = self.generate(jobs, normal, clean, masks)  # (J, N, ...)
         # What a candidate is compared with: the normal picture, or what the autoencoder makes of it.
-        plain = self.options.paste == "picture"
-        before = _plain(normal if plain else (self.base.decode(self.base.encode(2 * normal - 1)) + 1) / 2)
+        before = _plain(normal if self.options.paste == "picture" else (self.base.decode(clean) + 1) / 2)
         for row, job in enumerate(jobs):
             if job.number not in self.done:
                 original = Original(originals[row], objects[row], before[row], small[row])
                 self._write(job, drawn[row], original, _plain(pictures[row]), latents[row])
 
-    def generate(self, jobs: Sequence[Job], normal: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """N candidates of J pictures (J, 3, H, W) in [0, 1] with defects at masks (J, 1, H, W).
+    def generate(self, jobs: Sequence[Job], normal: Tensor, clean: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """N candidates of J pictures with defects.
+
+        Args:
+            jobs: J of them.
+            normal: (J, 3, H, W) in [0, 1], with latents `clean` (J, C, h, w).
+            masks: (J, 1, H, W), where the defects go.
 
         Returns:
             Pictures (J, N, 3, H, W) about [0, 1], all of them the autoencoder's; and their latents (J, N, C, h, w),
@@ -177,7 +182,7 @@ class DefectGeneration:
         task, base, count = self.task, self.base, int(self.settings["candidates"])
         streams = [_stream([*job.seed, _SAMPLE, number]) for job in jobs for number in range(count)]
         pairs = torch.tensor([task.learnt["tokens"].row_of(*job.pair) for job in jobs for _ in range(count)])
-        clean = base.encode(2 * normal - 1).float().repeat_interleave(count, dim=0)  # (J N, C, h, w)
+        clean = clean.float().repeat_interleave(count, dim=0)  # (J N, C, h, w)
         marks = masks.repeat_interleave(count, dim=0)
         told = task.states(pairs.to(task.device), marks, lambda *shape: _draws(shape, streams))
         pixels = (2 * normal - 1).repeat_interleave(count, dim=0)
@@ -230,8 +235,10 @@ class DefectGeneration:
     def _write(self, job: Job, drawn: Drawn, original: Original, pictures: Any, latents: Tensor) -> None:
         """Judge the candidates (N, H, W, 3) of a job and write the best."""
         places = torch.from_numpy(original.mask)[None, None].float()
+        reference = original.before if self.options.paste == "change" else None
+        place = Place(original.picture, drawn.mask, self.options.feather, reference)
         candidates = [
-            self._candidate(job, drawn, original, picture, self._descriptor(latent[None].cpu(), places)[0].numpy())
+            self._candidate(job, place, original, picture, self._descriptor(latent[None].cpu(), places)[0].numpy())
             for picture, latent in zip(pictures, latents, strict=True)
         ]
         verdict = self.judges[job.pair].judge([candidate.measures for candidate in candidates])
@@ -245,16 +252,16 @@ class DefectGeneration:
         self.store.add(made, shown.picture if taken else None, shown.label if taken else None, kept)
         self.done.add(job.number)
 
-    def _candidate(self, job: Job, drawn: Drawn, original: Original, picture: Any, descriptor: Any) -> Candidate:
-        native = original.picture
-        reference = original.before if self.options.paste == "change" else None
+    def _candidate(self, job: Job, place: Place, original: Original, picture: Any, descriptor: Any) -> Candidate:
+        native, asked = original.picture, place.mask
         gain, wished = self.gains[job.pair], self.contrasts[job.pair]
-        result, asked = paste_back(native, picture, drawn.mask, self.options.feather, reference, gain)
+        enlarged = place.enlarged(picture)
+        result = place.blended(enlarged, gain)
         found = stands_out(result, asked)
-        if reference is not None and wished.most < abs(found) < math.inf:
+        if self.options.paste == "change" and wished.most < abs(found) < math.inf:
             wanted = wished.one(np.random.default_rng([*job.seed, _CONTRAST]))
             gain = weakened(gain, stands_out(native, asked), found, wanted)
-            result, _ = paste_back(native, picture, drawn.mask, self.options.feather, reference, gain)
+            result = place.blended(enlarged, gain)
         label = repair_label(native, result, asked, self.options.least_change) if self.options.repair else asked
         result = np.where(label[..., None], result, native)  # what changed too little to be marked, has not
         inside, outside = change(original.before, picture, original.mask)

@@ -23,7 +23,7 @@ from lit_defect.runs import keep_previous, write_json
 from lit_defect.tasks.base import Batch, DefectTask
 from lit_defect.tasks.picture_sheets import picture_sheet
 from lit_defect.tasks.pixels import Listed
-from lit_defect.tasks.variations import Variations, spoken
+from lit_defect.tasks.variations import Variations
 from lit_defect.tasks.views import unit_range
 
 FOLDER = "autoencoder"
@@ -40,7 +40,7 @@ class ImageAutoencoder(DefectTask):
         kl: weight of the KL divergence per latent value.
         ssim: weight of 1 - SSIM beside L1.
         anomaly: makes the edits; null for spots, scars and clouds of any tone.
-        edited: share of the pictures with an edit.
+        edited: share of the pictures with an edit, less those that the gate of `anomaly` rejects.
         masks: share of the pictures that are the mask of an edit instead, for `MaskDiffusion`.
         augment: views that training draws from: `none`, `flip`, `flips`, `dihedral`.
         light: share by which brightness and contrast change, at most.
@@ -134,7 +134,7 @@ class ImageAutoencoder(DefectTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch of varied pictures."""
-        images, _ = self.variations(unit_range(batch["image"]), [spoken(name) for name in batch["category"]])
+        images = self.variations(unit_range(batch["image"]))
         found, divergence = self.reconstruct(images, drawn=True)
         loss = self.loss(found, images, divergence)
         self.log("train/loss", loss, batch_size=len(images), prog_bar=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_defect.diffusion.attention import CrossAttention
 from lit_defect.diffusion.base_model import LatentBase
-from lit_defect.diffusion.prompts import Prompt, encode_prompt, text_states
+from lit_defect.diffusion.prompts import encode_prompt, encode_prompts, text_states
 from lit_defect.errors import UserError
 from lit_defect.losses.diffusion import min_snr_weights, offset_noise
 from lit_defect.nets.fitting import fingerprint
@@ -37,7 +37,8 @@ class Inversion(DefectTask):
 
     Args:
         base: hub name, folder of a pipeline of diffusers, or run of a `LatentDiffusion`.
-        template: of the prompt; the learnt vectors stand for "*". What was learnt with another one is warned of.
+        template: of the prompt; the learnt vectors stand for "*". What was learnt with another one is warned of, and
+            so are words at its end that do not fit behind the vectors.
         anomaly_tokens: k vectors for each pair.
         spatial_tokens: n vectors that the spatial encoder makes of the mask; 0 for none.
         start_word: whose embedding the vectors start from.
@@ -194,18 +195,8 @@ class Inversion(DefectTask):
         self.learnt["tokens"] = AnomalyTokens(pairs, self.counts[0], base.width, start).to(self.device)
         self.pairs = pairs
         self.hparams.update(pairs=[list(pair) for pair in pairs])
-        self.prompts = self._prompts()
-
-    def _prompts(self) -> dict[str, Prompt]:
-        """By category; the vectors stand at the same places in all."""
-        categories = sorted({category for category, _ in self.pairs or ()})
-        made = {c: encode_prompt(self.network.tokenizer, self.template, sum(self.counts), c) for c in categories}
-        if len({prompt.positions for prompt in made.values()}) > 1:
-            raise UserError(
-                f"model.init_args.template = {self.template!r}: the categories have names of different lengths, so "
-                'that the vectors would stand at different places: put {category} behind the "*"'
-            )
-        return made
+        categories = sorted({category for category, _ in pairs})
+        self.prompts = encode_prompts(base.tokenizer, self.template, sum(self.counts), categories)
 
     @property
     def positions(self) -> tuple[int, ...]:

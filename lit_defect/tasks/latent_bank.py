@@ -56,7 +56,7 @@ def fill_bank(
             said: list[list[str]] = [[] for _ in spoken]
             for number in range(variants):
                 torch.manual_seed(generators(data.seed, [start], number)[0].initial_seed())
-                pictures, sentences = (variations if number else plain)(images, spoken)
+                pictures, sentences = (variations if number else plain).captioned(images, spoken)
                 posterior = vae.encode(2 * pictures.to(device) - 1).latent_dist
                 rows.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu())
                 for kept, sentence in zip(said, sentences, strict=True):

@@ -55,7 +55,7 @@ class LatentDiffusion(DefectTask):
         prompt_length: tokens of a prompt, start and end among them; 12 of them are AnomalyDiffusion's.
         words: what each category is called in a prompt; null for its name.
         anomaly: makes the edits; null for spots, scars and clouds of any tone.
-        edited: share of the pictures with an edit.
+        edited: share of the pictures with an edit, less those that the gate of `anomaly` rejects.
         masks: share of the pictures that are the mask of an edit instead.
         variants: of each training picture, encoded once; null draws and encodes anew in each step.
         augment: views that they are drawn from.
@@ -254,7 +254,7 @@ class LatentDiffusion(DefectTask):
     @torch.no_grad()
     def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = unit_range(batch["image"])
-        pictures, captions = self.variations(images, [self.names[category] for category in batch["category"]])
+        pictures, captions = self.variations.captioned(images, [self.names[category] for category in batch["category"]])
         posterior = self.vae.encode(2 * pictures - 1).latent_dist
         ids = torch.stack([encode_prompt(self.tokenizer, caption, 0).ids for caption in captions])
         return torch.cat([posterior.mean, posterior.logvar], dim=1), ids.to(self.device)
@@ -339,7 +339,9 @@ class LatentDiffusion(DefectTask):
             generators(0, range(_SHOWN)),
             states,
         )
+        self.vae.enable_slicing()  # one at a time: of large pictures, twelve at once are more than a training step
         pictures = (self.vae.decode(latents / self.scale + self.shift).sample.float() + 1) / 2
+        self.vae.disable_slicing()
         picture_sheet(path, [pictures.clamp(0, 1)], prompts, "What the base makes of these prompts", columns=4)
 
 

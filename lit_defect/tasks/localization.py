@@ -260,14 +260,12 @@ class AnomalyLocalizer(ScoringTask):
         rows = ((labels == self.data.normal_class) & drawn).nonzero()[:, 0]  # (n,)
         if self.anomaly is None or not len(rows):
             return images, masks
-        made = self.anomaly(images[rows], torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
-        kinds = torch.randint(self.anomaly.kinds, (len(rows),), device=images.device)
-        chosen = kinds * len(rows) + torch.arange(len(rows), device=images.device)  # one of the kinds x n rows for each
-        accepted = made.accepted[chosen]
+        made = self.anomaly.one_of_each(images[rows])
+        accepted = made.accepted
         self.log("train/rejected", 1 - accepted.float().mean(), batch_size=len(rows))
-        rows, chosen = rows[accepted], chosen[accepted]
-        marked = made.masks[chosen, 0].to(masks.dtype)
-        return images.index_copy(0, rows, made.images[chosen]), masks.index_copy(0, rows, marked)
+        marked = made.masks[accepted, 0].to(masks.dtype)
+        rows = rows[accepted]
+        return images.index_copy(0, rows, made.images[accepted]), masks.index_copy(0, rows, marked)
 
     # --- selection ---
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,21 @@ def arbitrary_edits() -> PseudoAnomaly:
     return MixedAnomaly([local, CutPasteScar(candidates=1, ssim_scope="off"), PerlinAnomaly(candidates=1)])
 
 
+class _Varied(NamedTuple):
+    """Pictures with all that is known of them."""
+
+    pictures: Tensor  # (B, 3, H, W) in [0, 1]
+    views: Tensor  # (B, 3, H, W), before the edits
+    rows: Tensor  # (n,) int64, the pictures with an edit
+    edits: Tensor  # (n, 3, H, W)
+    masks: Tensor  # (n, 1, H, W), the pixels that an edit has changed
+    as_masks: Tensor  # (n,) bool, whether the picture is that mask
+
+
 class Variations:
     """Makes of normal pictures plain, edited and mask pictures in random views and light.
+
+    An edit that the gate of `anomaly` rejects is not made: its picture stays plain.
 
     Args:
         anomaly: makes the edits; None for `arbitrary_edits`.
@@ -48,31 +63,36 @@ class Variations:
         self.augment: Listed = augment
         self.light = light
 
-    def __call__(self, images: Tensor, names: list[str]) -> tuple[Tensor, list[str]]:
-        """(B, 3, H, W) in [0, 1] and what they show -> as many pictures, and a caption of each.
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> as many pictures.
 
         Everything is drawn from torch's global generator.
         """
-        (images,) = augmented([images], self.augment, None)
-        images = random_light(images, self.light) if self.light else images
-        seed = int(torch.randint(2**62, ()))
-        kind = torch.rand(len(images))
-        pictures, captions = images.clone(), []
-        made = None
-        if self.edited + self.masks > 0:
-            made = self.anomaly(images, torch.Generator().manual_seed(seed))
-        for row, name in enumerate(names):
-            image = images[row].float().cpu().numpy()
-            caption = f"{light_of(image)} {name}"
-            opening = PHOTO
-            if made is not None and kind[row] < self.edited + self.masks and bool(made.masks[row].any()):
-                mask, edit = made.masks[row, 0], made.images[row]
-                caption += " " + edit_of(image, edit.float().cpu().numpy(), mask.cpu().numpy())
-                shows_mask = bool(kind[row] < self.masks)
-                opening = MASK if shows_mask else PHOTO
-                pictures[row] = mask.to(images.dtype) if shows_mask else edit
-            captions.append(f"{opening} {caption}")
-        return pictures, captions
+        return self._varied(images).pictures
+
+    def captioned(self, images: Tensor, names: list[str]) -> tuple[Tensor, list[str]]:
+        """The same pictures, and a caption of each: B `names` say what they show."""
+        made = self._varied(images)
+        views, edits, masks = (part.float().cpu().numpy() for part in (made.views, made.edits, made.masks))
+        captions = [f"{light_of(view)} {name}" for view, name in zip(views, names, strict=True)]
+        openings = [PHOTO] * len(names)
+        for row, edit, mask, is_mask in zip(made.rows.tolist(), edits, masks, made.as_masks.tolist(), strict=True):
+            captions[row] += " " + edit_of(views[row], edit, mask[0] > 0)
+            openings[row] = MASK if is_mask else PHOTO
+        return made.pictures, [f"{opening} {caption}" for opening, caption in zip(openings, captions, strict=True)]
+
+    def _varied(self, images: Tensor) -> _Varied:
+        (views,) = augmented([images], self.augment, None)
+        views = random_light(views, self.light) if self.light else views
+        chance = torch.rand(len(views)).to(views.device)
+        rows = (chance < self.edited + self.masks).nonzero()[:, 0]
+        if not len(rows):
+            return _Varied(views, views, rows, views[:0], views[:0, :1], rows)
+        made = self.anomaly.one_of_each(views[rows])
+        rows, edits, masks = rows[made.accepted], made.images[made.accepted], made.masks[made.accepted]
+        as_masks = chance[rows] < self.masks
+        shown = torch.where(as_masks.view(-1, 1, 1, 1), masks.to(edits.dtype), edits)
+        return _Varied(views.index_copy(0, rows, shown), views, rows, edits, masks, as_masks)
 
 
 def spoken(category: str) -> str:
