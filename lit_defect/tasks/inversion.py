@@ -57,6 +57,7 @@ class Inversion(DefectTask):
 
     verbs = ("fit", "predict")
     judged_by = "what it makes (python -m lit_defect.quality)"
+    exports = EXPORT
 
     def __init__(
         self,
@@ -289,11 +290,9 @@ class Inversion(DefectTask):
         """SHA-256 of what was learnt."""
         return fingerprint(self.learnt_state())
 
-    def on_train_end(self) -> None:
-        """Write `learnt.safetensors` into the run's folder."""
-        trainer = self.trainer
-        if not getattr(trainer, "fast_dev_run", False) and trainer.is_global_zero:
-            write_learnt(self, Path(trainer.default_root_dir) / EXPORT)
+    def export(self, path: Path) -> None:
+        """Write `learnt.safetensors`, which the option `start` of other runs takes."""
+        write_learnt(self, path)
 
     # --- training ---
 
