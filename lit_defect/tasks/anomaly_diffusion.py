@@ -111,8 +111,7 @@ class AnomalyDiffusion(SetMaker):
                 data.setup("fit")  # the real defects, whose masks are varied
             if not normal:
                 raise UserError("there are no normal pictures to put defects on")
-            data.samples[SOURCES] = normal
-            self.serve_groups()
+            self.serve_groups(**{SOURCES: normal})
 
     def plan_groups(self) -> None:
         """The jobs in groups that go through the network together.

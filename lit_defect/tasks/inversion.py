@@ -101,7 +101,6 @@ class Inversion(DefectTask):
         self.learnt_from: set[tuple[str, str]] = set()  # name and group of each picture
         self._shots: dict[str, FewShots] = {}
         self._judged: Tensor
-        self._served: int | None = None  # samples in a batch of the data module
 
     # --- what a subclass provides ---
 
@@ -212,16 +211,6 @@ class Inversion(DefectTask):
     def positions(self) -> tuple[int, ...]:
         """Of the vectors in the prompts."""
         return next(iter(self.prompts.values())).positions
-
-    def serve_groups(self) -> None:
-        """For `predict`: a step is a group of what is to be made, so that one sees how far it is."""
-        self._served, self.data.eval_batch_size = self.data.eval_batch_size, 1
-        self.data.serve_images = False
-
-    def teardown(self, stage: str) -> None:
-        """The data module goes on as it was."""
-        if self._served is not None:
-            self.data.eval_batch_size, self._served = self._served, None
 
     def train(self, mode: bool = True) -> Inversion:
         """The base stays as it is."""

@@ -151,7 +151,6 @@ class LatentDiffusion(DefectTask):
         """
         super().setup(stage)
         check_normal(self, stage)
-        self.data.serve_images = True  # also after a training on encoded pictures
         samples = [*self.data.samples["train"], *self.data.samples.get("val", [])]
         self.names = {s.category: self.words.get(s.category, spoken(s.category)) for s in samples}
         if unknown := sorted(set(self.words) - set(self.names)):

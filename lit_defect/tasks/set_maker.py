@@ -36,9 +36,13 @@ class SetMaker(Inversion):
     def plan_groups(self) -> None:
         """Decide what is made, and let a sample of the split `predict` stand for each group of it."""
 
-    def serve_groups(self) -> None:
-        """Also plan, where the pairs are known; else a checkpoint will tell them."""
-        super().serve_groups()
+    def serve_groups(self, **splits: list[Any]) -> None:
+        """A step is a group of what is to be made, so that one sees how far it is; the plan may wait for a checkpoint.
+
+        Args:
+            splits: further ones that the data module is to have.
+        """
+        self.data.serve_places(**splits)
         if self.pairs is not None:
             self.plan_groups()
 
