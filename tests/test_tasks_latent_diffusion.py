@@ -15,7 +15,6 @@ from lit_defect.diffusion.captions import light_of
 from lit_defect.errors import UserError
 from lit_defect.tasks.image_autoencoder import open_autoencoder
 from lit_defect.tasks.views import unit_range
-from tests.contrastive import make_trainer
 from tests.diffusion import answer_for
 from tests.fakes import make_mvtec
 from tests.latent import sd_alpha_bar
@@ -289,10 +288,7 @@ def test_what_autoencoder_and_base_were_trained_on_is_listed(runs, tmp_path, pla
     listed = root if "pipeline" in place else where
     (listed / "trained_on.csv").write_text("name,group\nelsewhere.png,part 9\n")
     task, data = base(source), tiles(runs.root)
-    ready(task, data)
-    task._trainer = make_trainer(default_root_dir=tmp_path / "run")
-    task._trainer.datamodule = data
-    task.on_train_end()
+    ready(task, data).export(tmp_path / "run" / "pipeline")
     own = {(sample.name, sample.group) for sample in data.samples["train"]}
     assert len(own) == 9
     assert LatentBase.open(str(tmp_path / "run")).trained_on == own | {("elsewhere.png", "part 9")}

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,7 @@ from lit_defect.generation import mask_store
 from lit_defect.generation.mask_rules import MaskRules, largest_border_share
 from lit_defect.generation.mask_store import MaskStore
 from lit_defect.generation.store import read_about, read_trained_on
-from lit_defect.tasks import MaskDiffusion
+from lit_defect.tasks import AnomalyLocalizer, MaskDiffusion
 from lit_defect.tasks.mask_diffusion import MaskGeneration
 from lit_defect.tasks.views import view
 from tests.anomaly_diffusion import (
@@ -46,6 +47,7 @@ from tests.anomaly_diffusion import (
 from tests.contrastive import make_trainer
 from tests.fakes import SHADES, save
 from tests.segmentation import command, fit, refused
+from tests.test_survival import LIMIT
 
 QUICK = {"count": 3, "steps": 2, "guidance": 2.0, "batch": 4}
 LEARNT = [f"tile/test/crack/{i:03d}.png" for i in range(3)] + [f"tile/test/hole/{i:03d}.png" for i in range(2)]
@@ -407,15 +409,26 @@ def on_one_rank(rank: int, root: str, base: str, checkpoint: str, folder: str, p
         )
 
 
-def test_two_processes_make_the_masks_of_one(learnt, drawing, tmp_path):
-    """Also where there are fewer groups than processes."""
+def on_two(function: Any, learnt: Learnt, folder: Path) -> None:
+    """Start two processes; a hang is killed and fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # A fork has all modules already, but no process may fork once its autograd has threads for a GPU.
     way = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
-    given = (str(learnt.root), str(learnt.base), str(learnt.checkpoint), str(tmp_path / "two"), port)
-    torch.multiprocessing.start_processes(on_one_rank, given, 2, start_method=way)
+    given = (str(learnt.root), str(learnt.base), str(learnt.checkpoint), str(folder), port)
+    processes = torch.multiprocessing.start_processes(function, given, 2, join=False, start_method=way)
+    deadline = time.monotonic() + LIMIT
+    while not processes.join(1):
+        if time.monotonic() > deadline:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail("a process waits for another that has stopped")
+
+
+def test_two_processes_make_the_masks_of_one(learnt, drawing, tmp_path):
+    """Also where there are fewer groups than processes."""
+    on_two(on_one_rank, learnt, tmp_path / "two")
     made(learnt, tmp_path / "one" / "many", count=4, batch=2)
     made(learnt, tmp_path / "one" / "few", count=1, types=["hole"])
     for name, asked in (("many", 8), ("few", 1)):
@@ -423,6 +436,64 @@ def test_two_processes_make_the_masks_of_one(learnt, drawing, tmp_path):
         assert sorted(alone) == sorted(together)
         assert [key for key in alone if alone[key] != together[key]] == []
         assert len(lines(tmp_path / "two" / name / "masks.csv")) == asked
+
+
+def refused_on_one_rank(rank: int, root: str, base: str, checkpoint: str, folder: str, port: int) -> None:
+    """What each process says when the first cannot begin, and when it cannot join the lists."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    os.environ["LIT_DEFECT_CACHE"] = f"{folder}/cache{rank}"
+    LatentBase.decode = blobs  # type: ignore[method-assign]
+    task, said = task_for(Path(base), prompt_noise=0.1), []
+    for name in ("another", "full"):
+        task.generation = MaskGeneration(**{**QUICK, "output": f"{folder}/{name}"})
+        if name == "full" and rank == 0:
+            MaskStore.merge = full  # type: ignore[method-assign]
+        seed_everything(0, verbose=False)
+        trainer = make_trainer(devices=2, strategy="ddp", default_root_dir=folder)
+        with pytest.raises(UserError) as told:
+            trainer.predict(
+                task, datamodule=parts(Path(root)), ckpt_path=checkpoint, return_predictions=False, weights_only=True
+            )
+        said.append(str(told.value))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
+
+
+def full(store: MaskStore) -> None:
+    raise UserError("the disk is full")
+
+
+def test_what_the_first_process_cannot_do_stops_all(learnt, drawing, tmp_path):
+    made(learnt, tmp_path / "two" / "another", seed=1)
+    on_two(refused_on_one_rank, learnt, tmp_path / "two")
+    first, second = (json.loads((tmp_path / "two" / f"{rank}.json").read_text()) for rank in range(2))
+    assert "holds another generation (seed was 1, is 0)" in first[0]
+    assert first[1] == "the disk is full"
+    assert second == ["the first process (rank 0) has stopped; its own message says why"] * 2
+
+
+def test_the_data_module_is_left_as_it_was(learnt, drawing, tmp_path):
+    """One object for one task after another, also after a verb that was refused."""
+    data = parts(learnt.root, cache_dir=str(tmp_path / "cache"))
+
+    def served() -> tuple[Any, ...]:
+        return data.serve_images, data.eval_batch_size, dict(data.samples)
+
+    fit(task_for(learnt.base), data, default_root_dir=tmp_path)
+    before = served()
+    made(learnt, tmp_path / "set", data=data)
+    assert served() == before
+    with pytest.raises(UserError, match="holds another generation"):
+        made(learnt, tmp_path / "set", data=data, seed=1)
+    assert served() == before
+    task = task_of(learnt.base, {"masks": str(tmp_path / "set")})
+    fit(task, data, default_root_dir=tmp_path).save_checkpoint(tmp_path / "defects.ckpt")
+    generate(tmp_path / "defects.ckpt", task, data, tmp_path / "defects")
+    assert served() == before
+    localizer = AnomalyLocalizer(encoder="tu-test_convnext", options={"encoder_depth": 2, "decoder_channels": [16, 8]})
+    trainer = fit(localizer, data, default_root_dir=tmp_path)
+    scores = [batch["map_max"] for batch in trainer.predict(localizer, datamodule=data) or ()]
+    assert len(torch.cat(scores)) == len(data.samples["test"])
 
 
 # ---- what takes the masks --------------------------------------------------------------------------------------

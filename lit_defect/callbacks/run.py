@@ -84,9 +84,9 @@ class RunRecorder(Callback):
             if isinstance(logger, MetricsCSV):
                 logger.rewind(trainer.global_step)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say in `run.json` that the run is complete, and how long it took."""
-        if trainer.is_global_zero:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say in `run.json` that the run is complete, after the task has exported, and how long it took."""
+        if stage == "fit" and trainer.is_global_zero:
             seconds = round(time.monotonic() - self._start, 1)
             self.run.update(
                 status="interrupted" if trainer.interrupted else "finished",

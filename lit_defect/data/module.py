@@ -76,7 +76,7 @@ class DefectDataModule(Serving):
         samples: after `setup`, the samples of each split ("train", "val", "test", "predict"; "synthetic_val" where
             generated pictures are held out).
         serve_images: set to False (before the first batch) by a task that needs identity and labels only;
-            nothing is decoded then.
+            nothing is decoded then, until the verb ends.
         leaks: near-duplicates across splits, the closest first.
     """
 
@@ -157,6 +157,7 @@ class DefectDataModule(Serving):
         self._guarded = False
         self._stores: Stores | None = None
         self._to_predict: CheckResult | None = None
+        self._own: tuple[int, dict[str, list[Sample]]] | None = None  # batch size and samples while a task has others
 
     def assign(self, samples: list[Sample]) -> list[Sample]:
         """The samples with their splits: what the layout prescribes, and seeded draws for the rest."""
@@ -190,7 +191,23 @@ class DefectDataModule(Serving):
             self._guard()
             self._guarded = True
 
+    def teardown(self, stage: str) -> None:
+        """Go on as before, whatever a task has asked for."""
+        self.serve_images = True
+        if self._own is not None:
+            (self.eval_batch_size, self.samples), self._own = self._own, None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """As `teardown`, which Lightning leaves out after an error."""
+        self.teardown("")
+
     # ---- for tasks, callbacks and the command line --------------------------------------------------------
+
+    def serve_places(self, **splits: list[Sample]) -> None:
+        """Until the verb ends, have these splits too; serve one sample a batch, without its picture."""
+        self._own = (self.eval_batch_size, self.samples)
+        self.eval_batch_size, self.samples = 1, {**self.samples, **splits}
+        self.serve_images = False
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Number of samples by split and class name, for the splits that have any.

@@ -111,8 +111,7 @@ class AnomalyDiffusion(SetMaker):
                 data.setup("fit")  # the real defects, whose masks are varied
             if not normal:
                 raise UserError("there are no normal pictures to put defects on")
-            data.samples[SOURCES] = normal
-            self.serve_groups()
+            self.serve_groups(**{SOURCES: normal})
 
     def plan_groups(self) -> None:
         """The jobs in groups that go through the network together.
@@ -141,6 +140,7 @@ class AnomalyDiffusion(SetMaker):
         rank, pairs = self.trainer.global_rank, {job.pair for group in self._groups for job in group}
         with self.beginning():
             self._maker = DefectGeneration(self, self.generation, self.seed, self.root, SOURCES, rank, pairs)
+        self._store = self._maker.store
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Make some groups of pictures; their numbers."""
@@ -150,15 +150,7 @@ class AnomalyDiffusion(SetMaker):
         groups: Tensor = batch["index"]
         return groups
 
-    def on_predict_epoch_end(self) -> None:
-        """Join what the processes have written."""
-        self.trainer.strategy.barrier("all pictures are made")
-        if self.trainer.is_global_zero and self._maker is not None:
-            self._maker.store.merge()
-        self.trainer.strategy.barrier("the manifest is written")
-
     def write_results(self, folder: Path, stage: str) -> None:
         """Counts and a sheet of real and generated defects; rank 0 only."""
-        assert self._maker is not None
-        rows = self._maker.store.merge()
+        rows = self._store.merge()
         write_generated(self, self.root, rows, count(rows), folder)

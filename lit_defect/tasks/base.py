@@ -5,7 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_defect.errors import UserError
+from lit_defect.runs import keep_previous
 
 Batch = dict[str, Any]
 _LESS_IS_BETTER = ("loss", "error", "ece", "nll", "brier", "escape", "overkill")
@@ -34,10 +39,12 @@ class DefectTask(LightningModule):
     Attributes:
         verbs: that the task has.
         judged_by: what is looked at where there is no verb `test`.
+        exports: file or folder in the run's folder that other runs build upon; empty for none.
     """
 
     verbs: tuple[str, ...] = ("fit", "validate", "test", "predict")
     judged_by = ""
+    exports = ""
 
     def __init__(
         self,
@@ -127,6 +134,49 @@ class DefectTask(LightningModule):
         factor = partial(warmup_and_decay, total=total, warmup=self.warmup, schedule=self.schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_end(self) -> None:
+        """Export the best state where `monitor` chose one, else the last; an earlier export is kept under a number.
+
+        Not in `on_train_end`, which Lightning leaves out where a resumed fit has nothing left to train: that of a run
+        that was stopped after its last epoch, before it could export.
+        """
+        trainer: Any = self.trainer
+        if not self.exports or trainer.fast_dev_run or not trainer.is_global_zero or not trainer.global_step:
+            return
+        self.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+        path = Path(trainer.default_root_dir) / self.exports
+        unfinished = path.with_name(f".{path.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        with self._best_state():
+            self.export(unfinished)
+            keep_previous(path)
+            unfinished.rename(path)
+            self.draw_export(path.parent / "figures")
+        self.cpu()
+
+    def export(self, path: Path) -> None:
+        """Write what `exports` names to `path`, where nothing is; rank 0 only."""
+        raise NotImplementedError
+
+    def draw_export(self, folder: Path) -> None:
+        """Figures of what was exported; rank 0 only."""
+
+    @contextmanager
+    def _best_state(self) -> Iterator[None]:
+        """The state of the best checkpoint, if there is one; afterwards the last again, as on the other ranks."""
+        kept = [c for c in self.trainer.checkpoint_callbacks if getattr(c, "monitor", None)]
+        path = next((best for callback in kept if (best := getattr(callback, "best_model_path", ""))), None)
+        if path is None:
+            yield
+            return
+        best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        last = {key: value.clone() for key, value in self.state_dict().items() if key in best}
+        self.load_state_dict(best, strict=False)  # a frozen base is in no checkpoint
+        try:
+            yield
+        finally:
+            self.load_state_dict(last, strict=False)
 
     def collect(self, **tensors: Tensor) -> None:
         """Keep one evaluated batch; `index` (B,) must be among the tensors (B, ...)."""

@@ -147,8 +147,6 @@ class DefectClassifier(DefectTask):
                 self._check_monitor(np.array([sample.label for sample in data.samples["val"]]))
         elif stage == "validate" and "val" not in counts:
             raise UserError("there is no validation split: set data.val_fraction, or use `test`")
-        elif stage == "predict":
-            data.serve_images = True  # also after a training on cached features
 
     def _check_training(self, counts: dict[str, int]) -> None:
         """The loss for classes of these sizes; two of them at least."""

@@ -50,6 +50,8 @@ class ImageAutoencoder(DefectTask):
         UserError: an option out of range.
     """
 
+    exports = FOLDER
+
     def __init__(
         self,
         channels: tuple[int, ...] = (64, 128, 128),
@@ -190,21 +192,14 @@ class ImageAutoencoder(DefectTask):
         picture_sheet(path, [images, found.clamp(0, 1)], batch["defect_type"], "Pictures and what the latents keep")
         print(f"\n{'  '.join(f'{name} {value:.1f} dB' for name, value in self._figures.items())}\nfigure  {path}\n")
 
-    def on_train_end(self) -> None:
-        """Scale the latents to unit variance and write the run's folder `autoencoder`, the best state if one was.
+    def export(self, path: Path) -> None:
+        """Scale the latents to unit variance and write the folder `autoencoder`.
 
         With it goes the list of the pictures that it was trained on.
 
         Raises:
             UserError: the training has failed.
         """
-        trainer = self.trainer
-        if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
-            return
-        best = next((b for c in trainer.checkpoint_callbacks if (b := getattr(c, "best_model_path", ""))), "")
-        if best:
-            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            self.load_state_dict(state)
         samples = self.data.samples["train"]
         positions = sorted({round(i * (len(samples) - 1) / (_SCALED_BY - 1)) for i in range(_SCALED_BY)})
         loader, latents = self.data.loader("train"), []
@@ -220,10 +215,8 @@ class ImageAutoencoder(DefectTask):
                 "upon them; train again with a smaller model.init_args.lr"
             )
         self.vae.register_to_config(scaling_factor=round(1 / spread, 5))
-        folder = Path(trainer.default_root_dir) / FOLDER
-        keep_previous(folder)
-        write_trained_on(folder, ((sample.name, sample.group) for sample in samples))
-        self.vae.save_pretrained(folder)
+        write_trained_on(path, ((sample.name, sample.group) for sample in samples))
+        self.vae.save_pretrained(path)
 
 
 def check_normal(task: DefectTask, stage: str) -> None:

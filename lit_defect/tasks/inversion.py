@@ -58,6 +58,7 @@ class Inversion(DefectTask):
 
     verbs = ("fit", "predict")
     judged_by = "what it makes (python -m lit_defect.quality)"
+    exports = EXPORT
 
     def __init__(
         self,
@@ -101,7 +102,6 @@ class Inversion(DefectTask):
         self.learnt_from: set[tuple[str, str]] = set()  # name and group of each picture
         self._shots: dict[str, FewShots] = {}
         self._judged: Tensor
-        self._served: int | None = None  # samples in a batch of the data module
 
     # --- what a subclass provides ---
 
@@ -203,16 +203,6 @@ class Inversion(DefectTask):
         """Of the vectors in the prompts."""
         return next(iter(self.prompts.values())).positions
 
-    def serve_groups(self) -> None:
-        """For `predict`: a step is a group of what is to be made, so that one sees how far it is."""
-        self._served, self.data.eval_batch_size = self.data.eval_batch_size, 1
-        self.data.serve_images = False
-
-    def teardown(self, stage: str) -> None:
-        """The data module goes on as it was."""
-        if self._served is not None:
-            self.data.eval_batch_size, self._served = self._served, None
-
     def train(self, mode: bool = True) -> Inversion:
         """The base stays as it is."""
         super().train(mode)
@@ -280,11 +270,9 @@ class Inversion(DefectTask):
         """SHA-256 of what was learnt."""
         return fingerprint(self.learnt_state())
 
-    def on_train_end(self) -> None:
-        """Write `learnt.safetensors` into the run's folder."""
-        trainer = self.trainer
-        if not getattr(trainer, "fast_dev_run", False) and trainer.is_global_zero:
-            write_learnt(self, Path(trainer.default_root_dir) / EXPORT)
+    def export(self, path: Path) -> None:
+        """Write `learnt.safetensors`, which the option `start` of other runs takes."""
+        write_learnt(self, path)
 
     # --- training ---
 

@@ -19,7 +19,6 @@ from torch.nn.functional import nll_loss
 from lit_defect.diffusion.labels import VOID, one_hot
 from lit_defect.errors import UserError
 from lit_defect.nets.label_autoencoder import LabelAutoencoder
-from lit_defect.runs import keep_previous
 from lit_defect.tasks.base import Batch
 from lit_defect.tasks.pixels import Answer, PixelTask, augmented, targets
 
@@ -41,6 +40,7 @@ class MaskAutoencoder(PixelTask):
     """
 
     main = "autoencoder"
+    exports = FOLDER
 
     def __init__(
         self,
@@ -131,15 +131,9 @@ class MaskAutoencoder(PixelTask):
         if ended or trainer.should_stop or not self.network.fitted:
             self._fit_scale()
 
-    def on_train_end(self) -> None:
-        """Write the run's folder `autoencoder`: the best state where one was chosen, else the last."""
-        trainer = self.trainer
-        if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
-            return
-        best = next((b for c in trainer.checkpoint_callbacks if (b := getattr(c, "best_model_path", ""))), "")
-        folder = Path(trainer.default_root_dir) / FOLDER
-        keep_previous(folder)
-        (LabelAutoencoder.load(best) if best else self.network).save(folder)
+    def export(self, path: Path) -> None:
+        """Write the folder `autoencoder`."""
+        self.network.save(path)
 
     def _fit_scale(self) -> None:
         """By training masks as they are, the same ones on all processes."""

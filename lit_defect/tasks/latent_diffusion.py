@@ -29,7 +29,6 @@ from lit_defect.generation.store import write_trained_on
 from lit_defect.losses.diffusion import masked_mse, min_snr_weights, offset_noise
 from lit_defect.nets.averaging import running_mean
 from lit_defect.nets.fitting import fingerprint
-from lit_defect.runs import keep_previous
 from lit_defect.tasks.base import Batch, DefectTask
 from lit_defect.tasks.image_autoencoder import check_normal, open_autoencoder
 from lit_defect.tasks.latent_bank import LatentBank, fill_bank
@@ -74,6 +73,7 @@ class LatentDiffusion(DefectTask):
 
     verbs = ("fit",)
     judged_by = "what is built upon it"
+    exports = FOLDER
 
     def __init__(
         self,
@@ -151,7 +151,6 @@ class LatentDiffusion(DefectTask):
         """
         super().setup(stage)
         check_normal(self, stage)
-        self.data.serve_images = True  # also after a training on encoded pictures
         samples = [*self.data.samples["train"], *self.data.samples.get("val", [])]
         self.names = {s.category: self.words.get(s.category, spoken(s.category)) for s in samples}
         if unknown := sorted(set(self.words) - set(self.names)):
@@ -297,18 +296,13 @@ class LatentDiffusion(DefectTask):
 
     # --- the result ---
 
-    def on_train_end(self) -> None:
-        """Write the run's folder `pipeline` with the list of what it was trained on, and pictures that it makes."""
-        trainer = self.trainer
-        if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
-            return
-        root = Path(trainer.default_root_dir)
-        keep_previous(root / FOLDER)
+    def export(self, path: Path) -> None:
+        """Write the folder `pipeline` with the list of what it was trained on."""
         own = {(sample.name, sample.group) for sample in self.data.samples["train"]}
-        write_trained_on(root / FOLDER, self.trained_on | own)  # first: no pipeline is there without it
+        write_trained_on(path, self.trained_on | own)
         mean: Any = self.ema.module
         save_pipeline(
-            root / FOLDER,
+            path,
             vae=self.vae,
             unet=mean["unet"],
             text_encoder=mean["text"],
@@ -316,11 +310,10 @@ class LatentDiffusion(DefectTask):
             process=self.process,
             prediction=self.prediction,
         )
-        self._draw_samples(root / "figures" / "samples.png")
 
     @torch.no_grad()
-    def _draw_samples(self, path: Path) -> None:
-        """Pictures of prompts that the training has seen, beside what they were said of."""
+    def draw_export(self, folder: Path) -> None:
+        """`samples.png`, pictures of prompts that the training has seen, beside what they were said of."""
         bank = self._banks.get("val") or self._banks.get("train")
         if bank is None:
             return
@@ -342,7 +335,9 @@ class LatentDiffusion(DefectTask):
         self.vae.enable_slicing()  # one at a time: of large pictures, twelve at once are more than a training step
         pictures = (self.vae.decode(latents / self.scale + self.shift).sample.float() + 1) / 2
         self.vae.disable_slicing()
-        picture_sheet(path, [pictures.clamp(0, 1)], prompts, "What the base makes of these prompts", columns=4)
+        picture_sheet(
+            folder / "samples.png", [pictures.clamp(0, 1)], prompts, "What the base makes of these prompts", columns=4
+        )
 
 
 def make_unet(

@@ -219,13 +219,6 @@ class MaskDiffusion(SetMaker):
         white = ((base.decode(latents) + 1) / 2).mean(dim=1)
         return (white > options.threshold).cpu().numpy()
 
-    def on_predict_epoch_end(self) -> None:
-        """Join what the processes have written."""
-        self.trainer.strategy.barrier("all masks are made")
-        if self.trainer.is_global_zero:
-            self._store.merge()
-        self.trainer.strategy.barrier("their list is written")
-
     def write_results(self, folder: Path, stage: str) -> None:
         """Counts, and a sheet of real and new masks; rank 0 only."""
         lines = self._store.lines()

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
+from lit_defect.errors import UserError
+
 T = TypeVar("T")
+
+
+@contextmanager
+def first_process_first(trainer: Any) -> Iterator[None]:
+    """What is done in it the first process does before the others; its error is one of all, so that nobody waits.
+
+    Raises:
+        UserError: on the others, if the first has failed.
+    """
+    strategy, first = trainer.strategy, trainer.is_global_zero
+    if not first and not strategy.broadcast(False):  # what the first has said
+        raise UserError("the first process (rank 0) has stopped; its own message says why")
+    try:
+        yield
+    except Exception:
+        if first:
+            strategy.broadcast(False)
+        raise
+    if first:
+        strategy.broadcast(True)
 
 
 def joined(part: Tensor) -> Tensor:

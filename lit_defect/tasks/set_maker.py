@@ -12,6 +12,7 @@ from typing import Any
 from lit_defect.errors import UserError
 from lit_defect.generation.options import KEY
 from lit_defect.tasks.inversion import Inversion
+from lit_defect.tasks.processes import first_process_first
 
 
 class SetMaker(Inversion):
@@ -20,10 +21,12 @@ class SetMaker(Inversion):
     Attributes:
         generation: with `output`, the folder of the set; null for `folder` in the run's folder.
         folder: its name there.
+        _store: of the set, after `beginning`.
     """
 
     generation: Any
     folder: str
+    _store: Any
 
     @property
     def title(self) -> str:
@@ -36,9 +39,13 @@ class SetMaker(Inversion):
     def plan_groups(self) -> None:
         """Decide what is made, and let a sample of the split `predict` stand for each group of it."""
 
-    def serve_groups(self) -> None:
-        """Also plan, where the pairs are known; else a checkpoint will tell them."""
-        super().serve_groups()
+    def serve_groups(self, **splits: list[Any]) -> None:
+        """A step is a group of what is to be made, so that one sees how far it is; the plan may wait for a checkpoint.
+
+        Args:
+            splits: further ones that the data module is to have.
+        """
+        self.data.serve_places(**splits)
         if self.pairs is not None:
             self.plan_groups()
 
@@ -64,12 +71,16 @@ class SetMaker(Inversion):
         """The first process opens the set before the others.
 
         Raises:
-            UserError: under fast_dev_run, which would leave half of it.
+            UserError: under fast_dev_run, which would leave half of it; or the first process could not.
         """
         if getattr(self.trainer, "fast_dev_run", False):
             raise UserError(f"fast_dev_run would leave half a set in {self.root}: set {KEY}.count instead")
-        if not self.trainer.is_global_zero:
-            self.trainer.strategy.barrier("the set is begun")
-        yield
-        if self.trainer.is_global_zero:
-            self.trainer.strategy.barrier("the set is begun")
+        with first_process_first(self.trainer):
+            yield
+
+    def on_predict_epoch_end(self) -> None:
+        """Join what the processes have written."""
+        self.trainer.strategy.barrier("all is made")
+        with first_process_first(self.trainer):
+            if self.trainer.is_global_zero:
+                self._store.merge()
