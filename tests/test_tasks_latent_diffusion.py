@@ -210,7 +210,7 @@ def test_samples_are_decoded_one_at_a_time(runs, tmp_path):
     task._banks["val"] = task._bank("val", 1)
     sizes: list[int] = []
     task.vae.decoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
-    task._draw_samples(tmp_path / "samples.png")
+    task.draw_export(tmp_path)
     assert sizes == [1, 1], "of the two that these tests draw"
     assert (tmp_path / "samples.png").is_file()
     assert not task.vae.use_slicing, "the training encodes batches"
