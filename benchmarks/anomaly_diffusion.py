@@ -36,8 +36,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from generator.peers import compare_diffusers
-from generator.subject import DEVICE, SOURCES, Subject, clock, counted, jobs_of, middle, normal_of, untrained
+from generator.peers import compare_diffusers, sampling_of
+from generator.subject import DEVICE, SOURCES, Subject, clock, counted, jobs_of, untrained
 from generator.training import CASES, compare_memory, compare_training
 
 from lit_defect.data.images import read_image, read_mask, resize_image
@@ -70,7 +70,7 @@ def compare_pictures(subject: Subject, folder: Path, options: Any) -> None:
     groups = jobs_of(task, options.batch * options.rounds, options.batch)
     makers = {name: subject.maker(task, folder / str(n), arm) for n, (name, arm) in enumerate(ARMS.items())}
     first = groups[0][0]
-    makers[FAST].generate([first], makers[FAST]._small(normal_of(task, first)), middle(task))  # a first call prepares
+    sampling_of(task, first, makers[FAST])()  # a first call prepares
     evaluations: dict[str, list[float]] = {name: [] for name in ARMS}
     spent: dict[str, list[float]] = {name: [] for name in ARMS}
     until = time.monotonic() + 60 * options.minutes

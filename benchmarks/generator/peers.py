@@ -145,7 +145,8 @@ def loop_of(task: AnomalyDiffusion, job: Job, arm: dict[str, Any], scheduler: st
 def sampling_of(task: AnomalyDiffusion, job: Job, maker: Any) -> Run:
     @torch.no_grad()
     def run() -> Any:
-        return maker.generate([job], maker._small(normal_of(task, job)), middle(task))[0].cpu()
+        normal = maker._small(normal_of(task, job))
+        return maker.generate([job], normal, task.network.encode(2 * normal - 1).float(), middle(task))[0].cpu()
 
     return run
 
