@@ -195,7 +195,7 @@ def test_off_is_a_word(trained, predict, tmp_path, capsys):
         (("--model.generation.steps", "7"), "model.init_args.generation.steps = 7: must divide the 1000 steps"),
         (("--model.generation.sampler", "euler"), "sampler"),
         (("--trainer.fast_dev_run", "true"), "set model.init_args.generation.count instead"),
-        (("--model.lora", "0"), "does not fit this AnomalyDiffusion"),
+        (("--model.lora", "0"), "lora = 0, but the checkpoint was learnt with 2; take that"),
     ],
     ids=lambda value: value[0].rsplit(".", 1)[-1] if isinstance(value, tuple) else "",
 )
