@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 
 # make anomaly DATA=FOLDER: generated defects, and what they are worth, on a folder in MVTec AD's layout; goes on where it
 # was stopped. The runs are called after the folder and its place: another one has its own. FITS and PREDICTS take further
-# options, such as FITS="--trainer.devices 4" PREDICTS="--model.generation.count 500".
-RUN ?= $(shell cd "$(DATA)" 2>/dev/null && printf '%s-%s' "$$(basename "$$PWD" | tr -c '[:alnum:]\n' _)" \
+# options, such as FITS="--trainer.devices 4" PREDICTS="--model.generation.count 500"; for other ones than before name
+# another RUN, as a training that has ended is left alone.
+RUN ?= $(shell cd "$(DATA)" >/dev/null 2>&1 && printf '%s-%s' "$$(basename "$$PWD" | tr -c '[:alnum:]\n' _)" \
 	"$$(printf %s "$$PWD" | cksum | cut -d' ' -f1)")
 CHAIN = --data.root "$(DATA)" --run_id $(RUN) --resume $(FITS)
 STEPS := experiments/anomaly_diffusion

@@ -674,6 +674,19 @@ def test_defects_of_one_pixel(learnt, tmp_path):
         assert changed >= 2, "not all: a pixel may happen to be given its own grey"
 
 
+def test_defects_of_one_pixel_in_pictures_larger_than_masks_are_drawn_at(learnt, tmp_path, monkeypatch):
+    """Enlarged again they are of several pixels, which are one where rules are looked at."""
+    monkeypatch.setattr("lit_defect.generation.mask_sources.LARGEST", 32)
+    root = make_mvtec(tmp_path / "data", train_good=3, test_good=1, defects={"crack": 6, "hole": 6}, size=(96, 81))
+    for path in root.glob("tile/ground_truth/*/*.png"):
+        mask = np.zeros((96, 81), np.uint8)
+        mask[40, 30] = 255
+        save(mask, path)
+    rows = made(learnt, tmp_path / "set", parts(root), least_change=0.0)
+    assert [row["reason"] for row in rows] == [""] * 4
+    assert all(marked(tmp_path / "set" / row["mask"]).sum() > 4 for row in rows)
+
+
 # ---- pictures of one's own -------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,8 @@ class Region(NamedTuple):
     Attributes:
         normal: (B, C, h, w), its clean latents.
         mask: (B, 1, h, w), 1 where it is replaced.
-        grow: how far that reaches beyond the mask at the first of all steps, as a share of the shorter side.
+        grow: how far that reaches beyond the mask, as a share of the shorter side: 1.1 times this at the first of all
+            steps, a tenth of it at the last.
     """
 
     normal: Tensor

@@ -93,7 +93,7 @@ class MaskSource(ABC):
         Raises:
             DataError: the pair has no masks; or in no try any of the mask lay on the object.
         """
-        whole, foreground = foreground, _no_larger(foreground)
+        whole, foreground = foreground, no_larger(foreground)
         if pair not in self.rules:
             known = ", ".join("/".join(known) for known in sorted(self.rules))
             raise DataError(f"there are no masks of {'/'.join(pair)}; there are of {known}")
@@ -176,8 +176,8 @@ class MaskFolder(MaskSource):
         return fit_mask(mask, foreground.shape), path.name
 
 
-def _no_larger(mask: Bools) -> Bools:
-    """A mask (H, W) made smaller if it is larger than `LARGEST`."""
+def no_larger(mask: Bools) -> Bools:
+    """A mask (H, W) made smaller if it is larger than `LARGEST`: of the size that rules are looked at."""
     share = LARGEST / max(mask.shape)
     height, width = (max(1, round(share * side)) for side in mask.shape)
     return fit_mask(mask, (height, width)) if share < 1 else mask

@@ -56,7 +56,7 @@ class Generation:
         guidance: scale of classifier-free guidance; 1 for none.
         reweight: adaptive attention re-weighting: `paper`, `official` (the authors' code) or `off`.
         grow: how far beyond its mask a defect may be drawn at first, as a share of the shorter side; less with every
-            step, and nothing at the end. The authors' code has 0.25 together with its re-weighting.
+            step, and in the end the normal picture is back there. The authors' code has 0.25 with its re-weighting.
         candidates: of each picture, of which the best is taken.
         masks: `augmented` real masks, or a folder that `MaskDiffusion` wrote.
         foreground: where a defect may lie: `auto` (estimated), `all`, or a folder of object masks.
@@ -69,8 +69,9 @@ class Generation:
         least_covered: share of the mask that must have changed.
         least_contrast: share of the real training defects of a type that stand out less from their surroundings than a
             generated one has to; 0 lets every candidate pass.
-        most_contrast: share of the real training defects of a type that stand out more than a generated one may. A
-            `change` that would is weakened until it stands out as a real one, drawn at random, does; 0 leaves all.
+        most_contrast: with a `change`, share of the real training defects of a type that stand out more than a
+            generated one may: one that would is weakened until it stands out as a real one, drawn at random, does; 0
+            leaves all.
         repair: whether the label is where the picture changed within the mask, not all of the mask.
         keep_rejected: whether rejected candidates are written, too.
         batch: pictures that go through the network together, each with its candidates, and twice under guidance;
@@ -118,6 +119,10 @@ class Generation:
         for key in ("least_contrast", "most_contrast"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected a share from 0 to 1")
+        if self.least_contrast + self.most_contrast > 1:
+            raise UserError(
+                f"{KEY}.least_contrast and {KEY}.most_contrast leave no defect: expected no more than 1 in sum"
+            )
         if not self.feather >= 0:
             raise UserError(f"{KEY}.feather = {self.feather}: expected pixels, 0 or more")
 

@@ -32,7 +32,15 @@ from lit_defect.generation.judgement import (
 )
 from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_shapes import fit_mask
-from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskFolder, MaskSource, Pair, rules_of
+from lit_defect.generation.mask_sources import (
+    AugmentedMasks,
+    Drawn,
+    MaskFolder,
+    MaskSource,
+    Pair,
+    no_larger,
+    rules_of,
+)
 from lit_defect.generation.options import KEY, Generation
 from lit_defect.generation.pasting import Place, repair_label
 from lit_defect.generation.store import About, GeneratedStore
@@ -271,7 +279,7 @@ class DefectGeneration:
             covered=covered(asked, label),
             contrast=abs(stands_out(result, label)),
             likeness=likeness(descriptor, self.real[job.pair]),
-            mask_fault=self.rules[job.pair].fault(label, original.area),
+            mask_fault=self.rules[job.pair].fault(no_larger(label), no_larger(original.area)),
         )
         return Candidate(result, label, measures)
 

@@ -72,7 +72,11 @@ def choose_pairs(pairs: Sequence[tuple[str, str]], types: Sequence[str] | None, 
     known = sorted({kind for _, kind in pairs})
     for kind in types or ():
         if kind not in known:
-            raise UserError(f"model.init_args.generation.types: {kind!r} was not learnt; there are {', '.join(known)}")
+            products = ", ".join(sorted({category for category, _ in pairs} - {""}))
+            raise UserError(
+                f"model.init_args.generation.types: {kind!r} was not learnt; there are {', '.join(known)}"
+                + (f" of {products}" if products else "")
+            )
     there = set(categories)
     wanted = [pair for pair in pairs if not types or pair[1] in types]
     chosen = [pair for pair in wanted if pair[0] in there or there == {""}]
