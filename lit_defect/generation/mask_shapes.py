@@ -48,14 +48,17 @@ def fit_mask(mask: Bools, size: tuple[int, int]) -> Bools:
     boxes = ndimage.find_objects(parts)
     areas = np.bincount(parts.ravel())[1:]
     fitted: Bools = np.zeros(size, dtype=np.bool_)
-    most = _MORE * mask.mean() * fitted.size
+    count, most = 0, _MORE * mask.mean() * fitted.size
     for number in np.argsort(-areas, kind="stable"):
-        if fitted.any() and fitted.sum() >= most:
+        if count and count >= most:
             break
         rows, columns = (
             _reach(span, full, new) for span, full, new in zip(boxes[number], mask.shape, size, strict=True)
         )
-        fitted[rows.new, columns.new] |= keep_area(_scaled(parts, number + 1, rows, columns))
+        window = fitted[rows.new, columns.new]
+        added = keep_area(_scaled(parts, number + 1, rows, columns)) & ~window
+        window |= added
+        count += int(added.sum())
     return fitted
 
 
