@@ -6,6 +6,7 @@ checkpoints by name (`--ckpt_path best`), and errors of one or two lines that na
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -111,7 +112,7 @@ class CLI(LightningCLI):
         self._dump_config()
         if config.ckpt_path:
             self._take_checkpoint(config, experiment_dir)
-        elif self.subcommand != "fit":
+        elif self.subcommand != "fit" and _learns(config.model.class_path):
             raise UserError(
                 f"{self.subcommand} needs --ckpt_path best, last or a file: without one it would score random weights"
             )
@@ -121,7 +122,7 @@ class CLI(LightningCLI):
             self.run = self._run_to_fit(config, experiment_dir)
         else:
             run_id = config.run_id or runs.launched_run_id() or runs.new_run_id(config.seed_everything)
-            own = runs.run_of_checkpoint(Path(config.ckpt_path))
+            own = runs.run_of_checkpoint(Path(config.ckpt_path)) if config.ckpt_path else None
             self.run = own or runs.RunFolder(experiment_dir / run_id)
         os.environ[runs.RUN_ID_VARIABLE] = self.run.run_id  # inherited by the processes that Lightning starts
         self.config_dump.update(experiment=experiment, run_id=self.run.run_id, resume=False)
@@ -303,6 +304,12 @@ def _missing(own: list[Callback], extra: list[Callback]) -> list[Callback]:
     """Those of `extra` whose kind the user has not configured."""
     kinds = {type(callback) for callback in own}
     return [callback for callback in extra if type(callback) not in kinds]
+
+
+def _learns(class_path: str) -> bool:
+    """Whether a task of this class is nothing without a checkpoint."""
+    module, _, name = class_path.rpartition(".")
+    return bool(getattr(getattr(importlib.import_module(module), name), "learns", True))
 
 
 def _default_experiment(config: Any) -> str:

@@ -132,6 +132,11 @@ class Serving(Layout, LightningDataModule):
             values = read_mask(sample.mask, box=sample.box, mirror=sample.mirror)
         return picture, self.prepare_mask(values, sample).reshape(values.shape)
 
+    def photograph(self, split: str, position: int) -> Array:
+        """The whole photograph (H, W, 3) uint8, upright, that a sample is a crop of."""
+        sample = self._of(split)[position]
+        return read_image(sample.path, convert=self._convert)
+
     def sample_key(self, sample: Sample) -> str:
         """What decides the pixels of a sample: its file (path, length, time of change), crop, mirror, size.
 

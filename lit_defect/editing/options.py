@@ -60,8 +60,9 @@ class Edit:
 
     Attributes:
         sources: types of the pictures that are edited, such as `good` or `crack`; null for the normal class.
-        result: type of what comes out; null for the type of the picture itself.
-        count: pictures asked for of each type of source; null for one of each picture.
+        result: type of what comes out, or several, of which each picture gets each; null for its own type.
+        count: pictures asked for of each category, type of source and result, or by type of source; null for one of
+            each picture.
         prompt: a sentence, several (each picture draws one), or either by type of the result. `{category}`, `{type}`
             (of the result) and `{caption}` are put in.
         negative_prompt: what guidance leads away from.
@@ -108,8 +109,8 @@ class Edit:
     """
 
     sources: list[str] | None = None
-    result: str | None = None
-    count: int | None = None
+    result: str | list[str] | None = None
+    count: int | dict[str, int] | None = None
     prompt: str | list[str] | dict[str, str | list[str]] = "a photo of a {category} with a {type}"
     negative_prompt: str = ""
     captioner: str | None = None
@@ -147,13 +148,17 @@ class Edit:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("count", "steps", "candidates", "batch"):
-            number = getattr(self, key)
-            if number is not None and number < 1:
-                raise UserError(f"{KEY}.{key} = {number}: expected at least 1")
+        numbers = self.count.values() if isinstance(self.count, dict) else [self.count]
+        if any(number is not None and number < 1 for number in numbers):
+            raise UserError(f"{KEY}.count = {self.count}: expected at least 1")
+        for key in ("steps", "candidates", "batch"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected at least 1")
         strengths = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
         if not all(0 < strength <= 1 for strength in strengths):
-            raise UserError(f"{KEY}.strength = {self.strength}: expected more than 0 (which changes nothing), at most 1")
+            raise UserError(
+                f"{KEY}.strength = {self.strength}: expected more than 0 (which changes nothing), at most 1"
+            )
         for key in ("style_fidelity", "least_covered"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected a number from 0 to 1")
@@ -173,11 +178,23 @@ class Edit:
         Raises:
             UserError: there is none for it.
         """
-        if not isinstance(self.strength, dict):
-            return self.strength
-        if kind not in self.strength:
-            raise UserError(f"{KEY}.strength has none for {kind}; it has {', '.join(self.strength)}")
-        return self.strength[kind]
+        return float(self._of("strength", kind))
+
+    def count_of(self, kind: str) -> int | None:
+        """Pictures asked for of sources of this type; None for one of each.
+
+        Raises:
+            UserError: there is none for it.
+        """
+        return None if self.count is None else int(self._of("count", kind))
+
+    def _of(self, key: str, kind: str) -> Any:
+        value = getattr(self, key)
+        if not isinstance(value, dict):
+            return value
+        if kind not in value:
+            raise UserError(f"{KEY}.{key} has none for {kind}; it has {', '.join(value)}")
+        return value[kind]
 
     def resolved(self) -> dict[str, Any]:
         """Every option that decides the pixels."""

@@ -43,6 +43,21 @@ def png(pixels: Picture | Bools) -> bytes:
     return stream.getvalue()
 
 
+def read_picture(path: Path) -> Picture:
+    """(H, W, 3) uint8 of a picture's file.
+
+    Raises:
+        DataError: there is no such file, or it is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such picture; add it") from None
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as problem:
+        raise DataError(f"{path}: not a readable picture ({problem}); replace the file") from problem
+
+
 def read_mask(path: Path) -> Bools:
     """(H, W) bool, True where any channel of the file is not 0; transparency is none.
 

@@ -20,12 +20,12 @@ from lit_defect.tasks.base import Batch
 from lit_defect.tasks.defect_generation import DefectGeneration
 from lit_defect.tasks.generation_plan import Job, choose_pairs, plan
 from lit_defect.tasks.generation_report import write_generated
-from lit_defect.tasks.set_maker import SetMaker
+from lit_defect.tasks.set_maker import InversionMaker
 
 SOURCES = "sources"  # split of the data module that holds the normal pictures
 
 
-class AnomalyDiffusion(SetMaker):
+class AnomalyDiffusion(InversionMaker):
     """Anomaly embeddings, spatial encoder, masked loss and attention re-weighting on any latent diffusion model.
 
     Args:

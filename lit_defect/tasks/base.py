@@ -40,11 +40,13 @@ class DefectTask(LightningModule):
         verbs: that the task has.
         judged_by: what is looked at where there is no verb `test`.
         exports: file or folder in the run's folder that other runs build upon; empty for none.
+        learns: whether its verbs beside `fit` need a checkpoint.
     """
 
     verbs: tuple[str, ...] = ("fit", "validate", "test", "predict")
     judged_by = ""
     exports = ""
+    learns = True
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ from lit_defect.generation.options import KEY, Generation
 from lit_defect.generation.pasting import Place, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.losses.diffusion import latent_mask
+from lit_defect.tasks.descriptors import descriptor
 from lit_defect.tasks.few_shots import defect_positions
 from lit_defect.tasks.generation_plan import Job
 from lit_defect.tasks.views import resize, unit_range
@@ -246,7 +247,7 @@ class DefectGeneration:
         reference = original.before if self.options.paste == "change" else None
         place = Place(original.picture, drawn.mask, self.options.feather, reference)
         candidates = [
-            self._candidate(job, place, original, picture, self._descriptor(latent[None].cpu(), places)[0].numpy())
+            self._candidate(job, place, original, picture, descriptor(latent[None].cpu(), places)[0].numpy())
             for picture, latent in zip(pictures, latents, strict=True)
         ]
         verdict = self.judges[job.pair].judge([candidate.measures for candidate in candidates])
@@ -333,23 +334,8 @@ class DefectGeneration:
             real.append(stands_out(picture, mask))
             reconstructed.append(stands_out(back[0].permute(1, 2, 0).cpu().numpy(), mask))
             small = torch.from_numpy(fit_mask(mask, self.size))[None, None].float()
-            descriptors.append(self._descriptor(latents.cpu(), small))
+            descriptors.append(descriptor(latents.cpu(), small))
         return real, reconstructed, torch.cat(descriptors).numpy()
-
-    @staticmethod
-    def _descriptor(latents: Tensor, mask: Tensor) -> Tensor:
-        """How a defect differs from what is around it: latents (1, C, h, w), mask (1, 1, H, W) -> (1, 2 C).
-
-        Of each channel the mean inside minus the mean outside, and the standard deviation inside.
-        """
-        latents = latents.float()
-        inside = latent_mask(mask, latents.shape[2:])
-        outside = 1 - inside
-        mean_in, mean_out = (
-            (latents * part).sum(dim=(2, 3)) / part.sum(dim=(2, 3)).clamp(min=1) for part in (inside, outside)
-        )
-        spread = ((latents - mean_in[..., None, None]).square() * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3))
-        return torch.cat([mean_in - mean_out, spread.sqrt()], dim=1)
 
     def _small(self, picture: Any) -> Tensor:
         """A picture (H, W, 3) uint8 as the base takes it: (1, 3, h, w) in [0, 1], in whole grey levels."""

@@ -32,7 +32,7 @@ from lit_defect.tasks.base import Batch
 from lit_defect.tasks.defect_generation import make_sampler
 from lit_defect.tasks.few_shots import defect_positions, mask_of
 from lit_defect.tasks.generation_plan import choose_pairs
-from lit_defect.tasks.set_maker import SetMaker
+from lit_defect.tasks.set_maker import InversionMaker
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class MaskGeneration:
             raise UserError(f"{KEY}.guidance = {self.guidance}: expected 1 (none) or more")
 
 
-class MaskDiffusion(SetMaker):
+class MaskDiffusion(InversionMaker):
     """One joint model of the masks of all (category, defect type) pairs.
 
     Args:

@@ -10,23 +10,74 @@ from pathlib import Path
 from typing import Any
 
 from lit_defect.errors import UserError
-from lit_defect.generation.options import KEY
+from lit_defect.tasks.base import DefectTask
 from lit_defect.tasks.inversion import Inversion
 from lit_defect.tasks.processes import first_process_first
 
 
-class SetMaker(Inversion):
-    """Base of the inversions that generate; a subclass sets `generation`, its options, and `folder`.
+class SetMaker(DefectTask):
+    """Base of the tasks that generate.
 
     Attributes:
-        generation: with `output`, the folder of the set; null for `folder` in the run's folder.
-        folder: its name there.
+        folder: name of the set in the run's folder.
+        output: folder of the set instead; None for that one.
+        counted_by: the option that says how many.
         _store: of the set, after `beginning`.
     """
 
-    generation: Any
     folder: str
+    counted_by: str
     _store: Any
+
+    @property
+    @abstractmethod
+    def output(self) -> str | None:
+        """See above."""
+
+    @abstractmethod
+    def plan_groups(self) -> None:
+        """Decide what is made, and let a sample of the split `predict` stand for each group of it."""
+
+    @property
+    def seed(self) -> int:
+        """Of the generation: `seed_everything`."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @property
+    def root(self) -> Path:
+        """Where the set is written."""
+        return Path(self.output).expanduser() if self.output else Path(self.trainer.default_root_dir) / self.folder
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """The first process opens the set before the others.
+
+        Raises:
+            UserError: under fast_dev_run, which would leave half of it; or the first process could not.
+        """
+        if getattr(self.trainer, "fast_dev_run", False):
+            raise UserError(f"fast_dev_run would leave half a set in {self.root}: set {self.counted_by} instead")
+        with first_process_first(self.trainer):
+            yield
+
+    def on_predict_epoch_end(self) -> None:
+        """Join what the processes have written."""
+        self.trainer.strategy.barrier("all is made")
+        with first_process_first(self.trainer):
+            if self.trainer.is_global_zero:
+                self._store.merge()
+
+
+class InversionMaker(SetMaker, Inversion):
+    """Base of the inversions that generate; a subclass sets `generation`, its options, with `count` and `output`."""
+
+    generation: Any
+    counted_by = "model.init_args.generation.count"
+
+    @property
+    def output(self) -> str | None:
+        """As the options say."""
+        return self.generation.output  # type: ignore[no-any-return]
 
     @property
     def title(self) -> str:
@@ -34,10 +85,6 @@ class SetMaker(Inversion):
         pairs = "" if self.pairs is None else f" of {len(self.pairs)} (category, type) pairs"
         adapters = f", LoRA of rank {self.lora}" if self.lora else ""
         return f"{type(self).__name__}{pairs} on {self.base_source}{adapters}"
-
-    @abstractmethod
-    def plan_groups(self) -> None:
-        """Decide what is made, and let a sample of the split `predict` stand for each group of it."""
 
     def serve_groups(self, **splits: list[Any]) -> None:
         """A step is a group of what is to be made, so that one sees how far it is; the plan may wait for a checkpoint.
@@ -54,33 +101,3 @@ class SetMaker(Inversion):
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == "predict":
             self.plan_groups()
-
-    @property
-    def seed(self) -> int:
-        """Of the generation: `seed_everything`."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-    @property
-    def root(self) -> Path:
-        """Where the set is written."""
-        output = self.generation.output
-        return Path(output).expanduser() if output else Path(self.trainer.default_root_dir) / self.folder
-
-    @contextmanager
-    def beginning(self) -> Iterator[None]:
-        """The first process opens the set before the others.
-
-        Raises:
-            UserError: under fast_dev_run, which would leave half of it; or the first process could not.
-        """
-        if getattr(self.trainer, "fast_dev_run", False):
-            raise UserError(f"fast_dev_run would leave half a set in {self.root}: set {KEY}.count instead")
-        with first_process_first(self.trainer):
-            yield
-
-    def on_predict_epoch_end(self) -> None:
-        """Join what the processes have written."""
-        self.trainer.strategy.barrier("all is made")
-        with first_process_first(self.trainer):
-            if self.trainer.is_global_zero:
-                self._store.merge()

@@ -1,0 +1,205 @@
+"""What an editing puts into the pipeline: pictures, masks, frames, prompts, references."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_defect.editing.captioner import Captioner
+from lit_defect.editing.frames import Frame
+from lit_defect.editing.options import KEY, NO_MASK, Edit
+from lit_defect.editing.prompts import Prompts
+from lit_defect.errors import DataError, UserError
+from lit_defect.generation.files import Bools, Picture, read_picture
+from lit_defect.generation.foreground import Foreground
+from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, rules_of
+from lit_defect.generation.placed_masks import Boxes, DrawnMasks, RandomMasks
+from lit_defect.tasks.editing_plan import EditJob
+from lit_defect.tasks.views import resize, unit_range
+
+_MASK, _PROMPT, _REFERENCE = 1, 3, 4  # every kind of draw of a job has its own random stream
+
+
+class Ready(NamedTuple):
+    """A job with everything that its candidates share.
+
+    Attributes:
+        picture: (H, W, 3) uint8, the source.
+        own: (H, W) what the source's own mask marks; None where the data set is used without masks.
+        mask: (H, W) where it is edited.
+        drawn: where the mask came from; None for no mask.
+        frame: the part that goes through the network.
+        pixels: (3, h, w) in [0, 1], that part.
+        prompt: in words.
+        reference: (3, h, w) in [0, 1], what is followed; None in most modes.
+    """
+
+    job: EditJob
+    picture: Picture
+    own: Bools | None
+    mask: Bools
+    drawn: Drawn | None
+    frame: Frame
+    pixels: Tensor
+    prompt: str
+    reference: Tensor | None
+
+
+class EditInputs:
+    """Prepares the jobs of an editing.
+
+    Args:
+        task: a `StableDiffusionEditor` on its device.
+        sources: split of the data module that holds the pictures to edit.
+        pairs: category and type of what comes out.
+        multiple: of what the sides of a frame must be multiples.
+
+    Raises:
+        UserError, DataError: masks or references that are not there.
+    """
+
+    def __init__(self, task: Any, sources: str, pairs: Iterable[tuple[str, str]], multiple: int) -> None:
+        self.task, self.data, self.sources, self.multiple = task, task.data, sources, multiple
+        self.edit: Edit = task.edit
+        self.prompts = Prompts(self.edit.prompt)
+        self.captioner = Captioner(self.edit.captioner, task.device) if self._captions() else None
+        self.foreground = Foreground(self.edit.foreground)
+        self.masks = self._mask_source(set(pairs))
+        self.references = self._references()
+
+    def prepare(self, job: EditJob) -> Ready:
+        """Everything that the candidates of a job share."""
+        sample = self.data.samples[self.sources][job.source]
+        picture, values = self.data.original(self.sources, job.source)
+        own = None if values is None else np.asarray(values > 0)
+        mask, drawn = self._mask(job, sample, picture, own)
+        frame = self.frame(picture, mask if drawn else None)
+        caption = self.captioner.caption([picture])[0] if self.captioner else ""
+        prompt = self.prompts.of(*job.pair, np.random.default_rng([*job.seed, _PROMPT]), caption)
+        pixels = torch.from_numpy(frame.cut(picture)).permute(2, 0, 1)
+        return Ready(job, picture, own, mask, drawn, frame, pixels, prompt, self._reference(job, frame))
+
+    def _mask(self, job: EditJob, sample: Any, picture: Picture, own: Bools | None) -> tuple[Bools, Drawn | None]:
+        """Where a picture is edited, all of it where there is no mask."""
+        if self.edit.masks == NO_MASK:
+            return np.ones(picture.shape[:2], dtype=np.bool_), None
+        if self.edit.masks == "own":
+            if own is None or not own.any():
+                raise UserError(
+                    f"{KEY}.masks = own, but {sample.name} has no mask: name types of defects by {KEY}.sources, or "
+                    "take other masks"
+                )
+            return own, Drawn(own, "own", Counter())
+        rng = np.random.default_rng([*job.seed, _MASK])
+        drawn = self.masks.draw_for(sample.name, job.pair, rng, self.foreground.of(sample.name, picture))
+        return drawn.mask, drawn
+
+    def frame(self, picture: Picture, mask: Bools | None) -> Frame:
+        """What of a picture with a mask goes through the network."""
+        edit = self.edit
+        return Frame.of(
+            picture.shape[:2], mask, area=edit.area, padding=edit.padding, size=edit.size, multiple=self.multiple
+        )
+
+    def _reference(self, job: EditJob, frame: Frame) -> Tensor | None:
+        """(3, h, w) in [0, 1]: one of those to follow, of its defect where only the mask's box is looked at."""
+        if self.references is None:
+            return None
+        choice = self.references.get("" if "" in self.references else job.pair[0])
+        if not choice:
+            raise UserError(f"{KEY}.references = {self.edit.references}: none of {job.pair[0]} trains")
+        one = choice[int(np.random.default_rng([*job.seed, _REFERENCE]).integers(len(choice)))]
+        picture, values = one if "" in self.references else self.data.original(*one)
+        marked = values is not None and (values > 0).any() and self.edit.area == "only_masked"
+        rows, columns = self.frame(picture, values > 0).box if marked else (slice(None), slice(None))
+        part = torch.from_numpy(np.ascontiguousarray(picture[rows, columns])).permute(2, 0, 1)[None]
+        return resize(unit_range(part), frame.padded)[0].clamp(0, 1)
+
+    def _captions(self) -> bool:
+        if self.prompts.needs_caption and self.edit.captioner is None:
+            raise UserError(f"{KEY}.prompt has a {{caption}}: name a model that makes one by {KEY}.captioner")
+        return self.prompts.needs_caption
+
+    def _mask_source(self, pairs: set[tuple[str, str]]) -> Any:
+        """What draws masks; None where there are none, or they are the pictures' own."""
+        named = self.edit.masks
+        if named in (NO_MASK, "own"):
+            if named == "own" and not self.data.with_masks:
+                raise UserError(f"{KEY}.masks = own: the data set is used without masks; set data.init_args.with_masks")
+            return None
+        if named == "random":
+            return RandomMasks(self.edit.mask_area)
+        if named == "augmented":
+            return self._augmented(pairs)
+        path = Path(named).expanduser()
+        if path.is_file():
+            return Boxes(path)
+        if not path.is_dir():
+            raise UserError(
+                f"{KEY}.masks = {named}: expected none, own, random, augmented, a folder or a list of boxes"
+            )
+        return DrawnMasks(path, self.edit.mask_threshold)
+
+    def _augmented(self, pairs: set[tuple[str, str]]) -> AugmentedMasks:
+        masks = {
+            pair: [
+                (sample.name, marked)
+                for position, sample in self.defects(pair)
+                if (marked := self._own_mask("train", position)) is not None and marked.any()
+            ]
+            for pair in pairs
+        }
+        return AugmentedMasks(masks, rules_of(masks))
+
+    def defects(self, pair: tuple[str, str]) -> list[tuple[int, Any]]:
+        """Positions and samples of the real training pictures of a category and type."""
+        return [
+            (position, sample)
+            for position, sample in enumerate(self.data.samples["train"])
+            if (sample.category, sample.defect_type, sample.source) == (*pair, "real")
+        ]
+
+    def _own_mask(self, split: str, position: int) -> Bools | None:
+        _, values = self.data.original(split, position)
+        return None if values is None else np.asarray(values > 0)
+
+    def _references(self) -> dict[str, list[Any]] | None:
+        """Pictures to follow with their masks, by category; by "" those of a folder."""
+        if self.task.mode not in ("reference_only", "ip_adapter"):
+            return None
+        named = str(self.edit.references)
+        folder = Path(named).expanduser()
+        if folder.is_dir():
+            files = sorted(
+                path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp")
+            )
+            if not files:
+                raise DataError(f"{folder} has no pictures to follow ({KEY}.references)")
+            return {"": [(read_picture(path), None) for path in files]}
+        found = defaultdict(list)
+        for position, sample in enumerate(self.data.samples["train"]):
+            if sample.defect_type == named and sample.source == "real":
+                found[sample.category].append(("train", position))
+        if not found:
+            kinds = sorted({sample.defect_type for sample in self.data.samples["train"]})
+            raise UserError(f"{KEY}.references = {named}: no folder, and no type that trains: {', '.join(kinds)}")
+        return dict(found)
+
+    def looks(self, pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Name and group of every training picture whose look or mask goes into others, or is compared with them."""
+        named = {self.edit.references} if self.references and "" not in self.references else set()
+        looks = {(s.name, s.group) for s in self.data.samples["train"] if s.defect_type in named}
+        looks |= {(sample.name, sample.group) for pair in pairs for _, sample in self.defects(pair)}
+        return looks | set(getattr(self.masks, "learnt_from", ()))
+
+    def listed(self) -> str:
+        """What is edited: the numbers of a set that is gone on with must mean the same pictures."""
+        names = [(sample.name, sample.defect_type) for sample in self.data.samples[self.sources]]
+        return f"{len(names)} pictures of {hashlib.sha256(repr(names).encode()).hexdigest()[:16]}"

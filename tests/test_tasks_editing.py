@@ -1,0 +1,263 @@
+"""StableDiffusionEditor writes data sets: as asked for, repeatable, untouched outside its masks, fit to train on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_defect.data import CustomCrops, ELPV, MVTecAD
+from lit_defect.errors import DataError, UserError
+from lit_defect.generation.store import read_manifest
+from lit_defect.tasks.editing_plan import plan_edits
+from tests.anomaly_diffusion import NATIVE, PAIRS, contents, make_base, make_parts, marked, parts, pixels
+from tests.editing import edited, editor, write_config
+from tests.fakes import make_crops_csv, make_elpv, make_mvtec
+
+GOOD = [f"tile/train/good/{i:03d}.png" for i in range(6)]
+
+
+class Given(NamedTuple):
+    root: Path
+    base: Path
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    folder = tmp_path_factory.mktemp("editing")
+    return Given(make_parts(folder / "parts"), make_base(folder / "base"))
+
+
+@pytest.fixture(autouse=True)
+def _off_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def source_of(given: Given, row: dict[str, str]) -> np.ndarray:
+    return pixels(given.root / row["source"])
+
+
+# --- the plan ---
+
+
+def test_plan_takes_each_source_equally_often_and_grows_without_change():
+    sources = [("tile", "good")] * 4 + [("tile", "hole")] * 2
+    few, many = (plan_edits(sources, None, lambda kind, n=n: n, 3) for n in (4, 9))
+    assert [job for job in many if job.number in {j.number for j in few}] == few
+    taken = [job.source for job in many if job.kind == "good"]
+    assert len(taken) == 9
+    assert set(np.unique(taken, return_counts=True)[1]) <= {2, 3}
+    assert {job.pair for job in few} == {("tile", "good"), ("tile", "hole")}
+    assert len(plan_edits(sources, "crack", lambda kind: None, 0)) == 6
+
+
+# --- what is written ---
+
+
+def test_inpainting_leaves_every_pixel_outside_the_mask_as_it_was(given, tmp_path):
+    rows = edited(editor(given.base, result="crack"), parts(given.root), tmp_path / "set")
+    assert [row["source"] for row in sorted(rows, key=lambda r: r["source"])] == GOOD
+    for row in rows:
+        assert row["accepted"] == "1"
+        assert (row["defect_type"], row["mode"]) == ("crack", "inpaint")
+        before, after = source_of(given, row), pixels(tmp_path / "set" / row["image"])
+        mask = marked(tmp_path / "set" / row["mask"])
+        assert after.shape == (*NATIVE, 3)
+        assert mask.any()
+        assert (after[~mask] == before[~mask]).all()
+        assert (after[mask] != before[mask]).any()
+        assert float(row["most_outside"]) > 0  # before the paste, the autoencoder had changed it
+
+
+def test_pasting_nothing_back_shows_what_the_network_has_done_outside(given, tmp_path):
+    row = edited(editor(given.base, result="crack", paste="none", count=1), parts(given.root), tmp_path / "set")[0]
+    before, after = source_of(given, row), pixels(tmp_path / "set" / row["image"])
+    mask = marked(tmp_path / "set" / row["mask"])
+    assert np.abs(after[~mask].astype(int) - before[~mask]).max() == pytest.approx(float(row["most_outside"]), abs=1)
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (40, 24)])
+def test_a_working_size_does_not_change_the_size_of_what_comes_out(given, tmp_path, sides):
+    task = editor(given.base, result="hole", area="only_masked", padding=4, size=sides, count=2)
+    for row in edited(task, parts(given.root), tmp_path / "set"):
+        before, after = source_of(given, row), pixels(tmp_path / "set" / row["image"])
+        mask = marked(tmp_path / "set" / row["mask"])
+        assert after.shape == before.shape
+        assert (after[~mask] == before[~mask]).all()
+
+
+def test_variants_keep_type_and_mask_of_their_source(given, tmp_path):
+    task = editor(given.base, "img2img", sources=["crack", "good"], strength={"crack": 0.5, "good": 0.25}, count=2)
+    rows = edited(task, parts(given.root), tmp_path / "set")
+    assert sorted((row["defect_type"], float(row["strength"])) for row in rows) == [
+        ("crack", 0.5), ("crack", 0.5), ("good", 0.25), ("good", 0.25)
+    ]  # fmt: skip
+    for row in rows:
+        if row["defect_type"] == "good":
+            assert row["mask"] == ""
+        else:
+            own = given.root / row["source"].replace("/test/", "/ground_truth/").replace(".png", "_mask.png")
+            assert (marked(tmp_path / "set" / row["mask"]) == marked(own)).all()
+
+
+def test_own_masks_are_where_variants_change(given, tmp_path):
+    rows = edited(editor(given.base, sources=["hole"], masks="own"), parts(given.root), tmp_path / "set")
+    for row in rows:
+        before, after = source_of(given, row), pixels(tmp_path / "set" / row["image"])
+        mask = marked(tmp_path / "set" / row["mask"])
+        assert (after[~mask] == before[~mask]).all()
+
+
+def test_changes_are_added_to_the_photograph_s_own_grain(given, tmp_path):
+    made = {
+        paste: edited(
+            editor(given.base, "img2img", result="crack", strength=0.01, paste=paste, count=1, steps_convention="webui"),
+            parts(given.root),
+            tmp_path / paste,
+        )[0]
+        for paste in ("picture", "change")
+    }
+    change = {paste: float(row["change_inside"]) for paste, row in made.items()}
+    assert change["change"] < change["picture"] / 2  # one step changes little; the random autoencoder all
+
+
+def test_candidates_are_judged_and_the_rejected_kept_apart(given, tmp_path):
+    task = editor(given.base, result="crack", candidates=3, least_change=200.0, keep_rejected=True, count=2)
+    rows = edited(task, parts(given.root), tmp_path / "set")
+    assert [row["accepted"] for row in rows] == ["0", "0"]
+    assert all(json.loads(row["rejected"])["nothing changed"] == 3 for row in rows)
+    assert len(list((tmp_path / "set" / "rejected").rglob("*.png"))) == 6
+    assert not list((tmp_path / "set" / "tile").rglob("*.png")) if (tmp_path / "set" / "tile").exists() else True
+    about = json.loads((tmp_path / "set" / "about.json").read_text())
+    assert about["counts"]["rejections"] == {"nothing changed": 6}
+
+
+def test_crops_are_put_back_into_their_photographs(given, tmp_path):
+    make_crops_csv(tmp_path / "crops")
+    data = CustomCrops(str(tmp_path / "crops"), annotations="crops.csv", val_fraction=0.0, leakage="off")
+    rows = edited(editor(given.base, "img2img", put_back=True, count=1), data, tmp_path / "set")
+    assert rows
+    for row in rows:
+        photograph, _, box = row["source"].partition("#")
+        x, y, width, height = map(int, box.split(","))
+        before = pixels(tmp_path / "crops" / photograph)
+        after = pixels(tmp_path / "set" / "photographs" / f"{int(row['number']):05d}.png")
+        crop = pixels(tmp_path / "set" / row["image"])
+        assert (after[y : y + height, x : x + width] == crop).all()
+        before[y : y + height, x : x + width] = crop
+        assert (after == before).all()
+
+
+# --- repeated, gone on with, on several processes ---
+
+
+def test_the_same_seed_makes_the_same_files_and_another_does_not(given, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        edited(editor(given.base, result="crack", count=2), parts(given.root), tmp_path / name, seed)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    pictures = [{k: v for k, v in contents(tmp_path / n).items() if k.endswith(".png")} for n in "ac"]
+    assert pictures[0] != pictures[1]
+
+
+def test_two_processes_write_the_files_of_one(given, tmp_path):
+    for name, more in (("one", {}), ("two", {"devices": 2, "strategy": "ddp_spawn"})):
+        edited(editor(given.base, result="crack", batch=1), parts(given.root), tmp_path / name, **more)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_set_is_gone_on_with_and_another_is_refused(given, tmp_path):
+    edited(editor(given.base, result="crack", count=2), parts(given.root), tmp_path / "whole")
+    edited(editor(given.base, result="crack", count=1), parts(given.root), tmp_path / "set")
+    edited(editor(given.base, result="crack", count=2), parts(given.root), tmp_path / "set")
+    pictures = [{k: v for k, v in contents(tmp_path / n).items() if k.endswith(".png")} for n in ("whole", "set")]
+    assert pictures[0].keys() == pictures[1].keys()
+    with pytest.raises(UserError, match=r"options\.strength was 0\.5, is 0\.75"):
+        edited(editor(given.base, result="crack", count=2, strength=0.75), parts(given.root), tmp_path / "set")
+
+
+# --- training with it ---
+
+
+def test_edited_pictures_train_defects_and_good_ones(given, tmp_path):
+    task = editor(given.base, "img2img", sources=["crack", "good"], count=2)
+    edited(task, parts(given.root), tmp_path / "set")
+    data = parts(given.root, synthetic=str(tmp_path / "set"))
+    data.prepare_data()
+    data.setup("fit")
+    added = [sample for sample in data.samples["train"] if sample.source != "real"]
+    assert sorted(sample.defect_type for sample in added) == ["crack", "crack", "good", "good"]
+    assert {sample.label for sample in added if sample.defect_type == "good"} == {0}
+
+
+def test_cells_without_masks_are_edited_and_train(tmp_path, given, monkeypatch):
+    make_elpv(tmp_path / "site")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    settings: dict[str, Any] = {"val_fraction": 0.0, "leakage": "off", "image_size": 32}
+    task = editor(given.base, "img2img", sources=["defective"], prompt="a photo of a {type} {category} cell")
+    rows = edited(task, ELPV(**settings), tmp_path / "set")
+    assert rows
+    assert all(row["accepted"] == "1" and row["mask"] == "" for row in rows)
+    data = ELPV(**settings, synthetic=str(tmp_path / "set"))
+    data.prepare_data()
+    data.setup("fit")
+    assert sum(sample.source != "real" for sample in data.samples["train"]) == len(rows)
+
+
+# --- through the command line ---
+
+
+def test_command_line_edits_without_a_checkpoint(given, tmp_path, lit_defect):
+    data = {"class_path": "MVTecAD", "init_args": {"root": str(given.root), "setting": "few_shot", "with_masks": True,
+                                                   "val_fraction": 0.0, "leakage": "off"}}  # fmt: skip
+    config = write_config(tmp_path / "edit.yaml", given.base, data, result="crack", count=2)
+    done = lit_defect("predict", "--config", config, "--run_id", "first", "--runs_dir", tmp_path / "runs")
+    run = tmp_path / "runs" / "tiny" / "first"
+    assert len(read_manifest(run / "edited")) == 2
+    with Image.open(run / "figures" / "edited.png") as sheet:
+        assert min(sheet.size) > 100
+    assert "tile/crack" in done.stdout
+    fails = lit_defect("fit", "--config", config, ok=False)
+    assert "has no verb fit" in fails.stderr
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"sources": ["crak"]}, "Did you mean crack"),
+        ({"result": "hole", "strength": {"bad": 0.5}}, "strength has none for good"),
+        ({"masks": "nowhere"}, "expected none, own, random, augmented"),
+        ({"masks": "own", "result": "hole"}, "has no mask"),
+        ({"prompt": {"hole": "a hole"}, "result": "crack"}, "prompt"),
+        ({"prompt": "{caption} with a hole", "result": "hole"}, "captioner"),
+        ({"size": (30, 32), "result": "hole"}, "multiple"),
+        ({"sampler": "Eular a", "result": "hole"}, "Euler a"),
+    ],
+)
+def test_mistakes_are_named(given, tmp_path, options, told):
+    with pytest.raises((UserError, DataError), match=told):
+        edited(editor(given.base, **options), parts(given.root), tmp_path / "set")
+
+
+def test_modes_that_follow_pictures_want_some(given):
+    with pytest.raises(UserError, match="references is missing"):
+        editor(given.base, "reference_only")
+    with pytest.raises(UserError, match="inpainting needs masks"):
+        editor(given.base, masks="none")
+
+
+def test_other_pictures_need_a_type(given, tmp_path):
+    folder = tmp_path / "new"
+    shutil.copytree(given.root / "tile" / "train" / "good", folder)
+    with pytest.raises(UserError, match="result is missing"):
+        edited(editor(given.base), parts(given.root, predict_root=str(folder)), tmp_path / "set")
+    rows = edited(editor(given.base, result="hole"), parts(given.root, predict_root=str(folder)), tmp_path / "set")
+    assert len(rows) == 6
+    assert {row["category"] for row in rows} == {"tile"}
