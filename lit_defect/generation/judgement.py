@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +125,57 @@ def change(normal: Floats, generated: Floats, mask: Bools) -> tuple[float, float
     difference = 255 * np.abs(generated - normal).mean(axis=2)
     inside, outside = (float(difference[part].mean()) if part.any() else 0.0 for part in (mask, ~mask))
     return inside, outside
+
+
+class Outside(NamedTuple):
+    """What an edit did where it should have done nothing.
+
+    Attributes:
+        mean: absolute change of the pixels outside the mask, grey levels.
+        most: of all their channels, grey levels.
+        share: of them that changed, by half a grey level at least; 0 where there are none, as the others.
+    """
+
+    mean: float
+    most: float
+    share: float
+
+
+def outside(source: Picture | Floats, edited: Picture | Floats, mask: Bools | None = None) -> Outside:
+    """How a picture changed outside a mask; without one, how it changed at all.
+
+    Args:
+        source, edited: (H, W, 3), 0 to 255; before the paste-back, or after it.
+        mask: (H, W) bool.
+    """
+    difference = np.abs(edited.astype(np.float64) - source)
+    difference = difference.reshape(-1, difference.shape[-1]) if mask is None else difference[~mask]  # (n, 3)
+    if not len(difference):
+        return Outside(0.0, 0.0, 0.0)
+    changed = (difference >= 0.5).any(axis=1)
+    return Outside(float(difference.mean()), float(difference.max()), float(changed.mean()))
+
+
+def seam(picture: Picture | Floats, mask: Bools, source: Picture | Floats) -> float:
+    """The step across a mask's border beyond that which the source has there, in grey levels; 0 without a border.
+
+    A step is the mean absolute difference between the pixels just inside and those just outside, their neighbours
+    above, below, left or right.
+
+    Args:
+        picture, source: (H, W, 3), 0 to 255.
+        mask: (H, W) bool.
+    """
+    rows, columns = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]  # pairs that the border runs between
+    count = int(rows.sum() + columns.sum())
+    if not count:
+        return 0.0
+    steps = []
+    for pixels in (picture, source):
+        values = pixels.astype(np.float64)
+        down, across = np.abs(np.diff(values, axis=0))[rows], np.abs(np.diff(values, axis=1))[columns]
+        steps.append(float(down.mean(axis=1).sum() + across.mean(axis=1).sum()) / count)
+    return steps[0] - steps[1]
 
 
 def stands_out(picture: Picture | Floats, mask: Bools) -> float:
