@@ -44,8 +44,12 @@ def generate(
     kinds: Iterable[str] = ("crack", "hole"),
     trained_on: Iterable[tuple[str, str]] = (),
     generator: str = "AnomalyDiffusion",
+    unmarked: Iterable[str] = (),
 ) -> Path:
-    """A generated data set with an accepted picture of every kind on every source, and a rejected one of each kind."""
+    """A generated data set with an accepted picture of every kind on every source, and a rejected one of each kind.
+
+    The pictures of the `unmarked` kinds have no masks.
+    """
     about = About(generator=generator, base={"source": "ours", "fingerprint": "b"}, tokens="t", options={}, seed=0)
     store = GeneratedStore(root, about, trained_on)
     rng = np.random.default_rng(7)
@@ -61,11 +65,12 @@ def generate(
                 strength=0.9, guidance=1.0, reweight="off", mask_source="real", candidates=1, rejected={},
                 change_inside=9.0, change_outside=0.0, covered=1.0, contrast=9.0, likeness=float(j), area=0.1,
                 accepted=source is not None, reason="" if source is not None else "nothing changed",
+                mode="", most_outside=0.0, share_changed=0.1, seam=0.0, retried=0,
             )  # fmt: skip
             if source is None:
                 store.add(made)
             else:
-                store.add(made, np.stack([picture] * 3, -1), mask > 0)
+                store.add(made, np.stack([picture] * 3, -1), None if kind in unmarked else mask > 0)
             number += 1
     store.merge()
     return root
@@ -176,7 +181,9 @@ def test_a_ratio_multiplies_the_real_defects_and_larger_ones_contain_smaller_one
     assert Counter(s.defect_type for s in taken[3]) == {"crack": 6, "hole": 6}
     again, other = (names(made(build({"path": folder, "ratio": 3}, seed=seed))) for seed in (0, 1))
     assert again == names(taken[3]) != other
-    with pytest.warns(UserWarning, match=r"ratio 9 asks for 36 pictures \(4 real defects train\) and 24 are there"):
+    with pytest.warns(
+        UserWarning, match=r"ratio 9 asks for 36 defective pictures \(4 real ones train\) and 24 are there"
+    ):
         assert len(made(build({"path": folder, "ratio": 9}))) == 24
 
 
@@ -429,12 +436,75 @@ def test_labels_are_those_of_the_types(tmp_path: Path) -> None:
     folder = generate(tmp_path / "made", good(build()), kinds=["hole", "crack", "scratch", "good"])
     data = build({"path": folder, "types": ["hole", "crack"]})
     assert {(s.defect_type, s.label) for s in made(data)} == {("crack", 1), ("hole", 2)}
-    for kind in ("scratch", "good"):
-        with pytest.raises(DataError, match=f"pictures of {kind}, which is no class of defects"):
-            build({"path": folder, "types": [kind]})
+    with pytest.raises(DataError, match="pictures of scratch, which is no class of this"):
+        build({"path": folder, "types": ["scratch"]})
     assert {s.label for s in made(build({"path": folder, "types": ["scratch"]}, target="binary"))} == {1}
     with pytest.raises(DataError, match="pictures of good"):
-        build(folder, target="binary")
+        build({"path": folder, "types": ["hole", "good"]}, target="defects")
+
+
+def test_normal_pictures_train_as_such_without_a_mask(tmp_path: Path) -> None:
+    build = tiles(tmp_path)
+    folder = generate(tmp_path / "made", good(build()), kinds=["crack", "good"])  # with a mask, as inpainting has
+    data = build(folder)
+    fine = [s for s in made(data) if s.defect_type == "good"]
+    assert len(fine) == 12
+    assert {(s.label, s.mask) for s in fine} == {(0, None)}
+    assert data.counts()["train (synthetic)"] == {"good": 12, "defective": 12}
+    for batch in data.loader("train"):
+        for mask, name in zip(batch["mask"], batch["name"], strict=True):
+            assert not mask.any() or name not in names(fine)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"ratio": 0.5}, {"good": 6, "crack": 2}),  # 12 good ones and 4 defects train
+        ({"ratio": 1, "types": ["good"]}, {"good": 12}),
+        ({"per_type": 5}, {"good": 5, "crack": 5}),
+        ({"types": {"good": 3}}, {"good": 3}),
+    ],
+)
+def test_numbers_of_normal_pictures(tmp_path: Path, options: dict[str, Any], expected: dict[str, int]) -> None:
+    build = tiles(tmp_path)
+    folder = generate(tmp_path / "made", good(build()), kinds=["crack", "good"], unmarked=["good"])
+    assert Counter(s.defect_type for s in made(build({"path": folder} | options))) == expected
+
+
+def test_normal_pictures_are_held_out_and_share_the_turns_of_generated_ones(tmp_path: Path) -> None:
+    build = tiles(tmp_path, sampler="balanced", batch_size=8, batches_per_epoch=40)
+    folder = generate(tmp_path / "made", good(build()), kinds=["crack", "hole", "good"], unmarked=["good"])
+    data = build({"path": str(folder), "share": 0.25, "holdout": 0.25})
+    assert Counter(s.defect_type for s in made(data, "synthetic_val")) == {"crack": 3, "hole": 3, "good": 3}
+    drawn = [data.samples["train"][i] for batch in data.train_dataloader() for i in batch["index"]]
+    counts = Counter(("made" if s.source != "real" else "real", s.label) for s in drawn)
+    shares = {kind: count / len(drawn) for kind, count in counts.items()}
+    expected = {("made", 0): 0.25 / 3, ("made", 1): 0.5 / 3, ("real", 0): 0.25, ("real", 1): 0.5}
+    assert shares == pytest.approx(expected, abs=0.03)
+    with pytest.raises(UserError, match="alone leaves nothing of crack, hole"):
+        build({"path": str(folder), "alone": True, "types": ["good"]})
+
+
+def test_defects_without_masks_train_where_no_masks_are_asked_for(tmp_path: Path) -> None:
+    build = tiles(tmp_path)
+    folder = generate(tmp_path / "made", good(build()), kinds=["crack"], unmarked=["crack"])
+    assert len(made(build(folder, with_masks=False))) == 12
+    with pytest.raises(DataError, match=r"mask missing: 12[^$]*with_masks=false[^$]*a defect, but no mask is given"):
+        build(folder)
+
+
+def test_a_picture_made_from_a_defective_one_needs_that_one_to_train(tmp_path: Path) -> None:
+    build = tiles(tmp_path)
+    plain = build()
+    cracks = {split: [s for s in plain.samples[split] if s.defect_type == "crack"] for split in ("train", "test")}
+    folder = generate(tmp_path / "made", cracks["train"] + cracks["test"], kinds=["crack", "good"])
+    with pytest.warns(UserWarning, match=r"source in test: 8"):
+        data = build(folder)
+    data.write_records(tmp_path / "run")
+    used = {row["made_from"] for row in rows(tmp_path / "run" / "synthetic.csv")}
+    assert used == names(cracks["train"])
+    assert Counter(s.defect_type for s in made(data)) == {"crack": 2, "good": 2}
+    assert len(made(build(generate(tmp_path / "some", cracks["train"]), target="defects"))) == 4
 
 
 def test_kinds_of_defect_are_told_apart_without_the_pictures_behind_them(tmp_path: Path) -> None:
@@ -502,6 +572,32 @@ def test_solar_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.setup("fit")
     assert {s.label for s in made(data)} == {3}
     assert {s.category for s in made(data)} == {"mono", "poly"}
+
+
+@pytest.mark.filterwarnings("ignore:data.synthetic")
+@pytest.mark.parametrize(
+    ("grades", "labels"), [("binary", (0, 0, 1, 1)), ("four", (0, 1, 2, 3)), ("extremes", (0, None, None, 1))]
+)
+def test_solar_cells_of_all_grades(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grades: Any, labels: tuple[int | None, ...]
+) -> None:
+    make_elpv(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = ELPV(leakage="off")
+    plain.setup("fit")
+    kinds = ("good", "defective 1/3", "defective 2/3", "defective")
+    folder = generate(tmp_path / "made", plain.samples["train"], kinds=kinds, unmarked=kinds)
+
+    def build(*types: str) -> ELPV:
+        data = ELPV(leakage="off", synthetic={"path": str(folder), "types": [*types]}, grades=grades)
+        data.setup("fit")
+        return data
+
+    there = {kind: label for kind, label in zip(kinds, labels, strict=True) if label is not None}
+    assert {(s.defect_type, s.label) for s in made(build(*there))} == set(there.items())
+    if None in labels:
+        with pytest.raises(DataError, match="pictures of defective 1/3, which is no class"):
+            build("defective 1/3")
 
 
 def test_masks_of_classes_are_no_masks_of_defects(tmp_path: Path) -> None:

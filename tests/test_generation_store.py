@@ -25,6 +25,7 @@ NAMES = [
     "number", "image", "mask", "source", "source_group", "category", "defect_type", "seed", "prompt", "base", "tokens",
     "sampler", "steps", "strength", "guidance", "reweight", "mask_source", "candidates", "rejected", "change_inside",
     "change_outside", "covered", "contrast", "likeness", "area", "accepted", "reason",
+    "mode", "most_outside", "share_changed", "seam", "retried",
 ]  # fmt: skip
 
 
@@ -40,7 +41,8 @@ def made(number: int, accepted: bool = True, **changes: object) -> manifest.Made
         "steps": 20, "strength": 0.1 + 0.2, "guidance": 1.0, "reweight": "paper", "mask_source": "augmented 000.png",
         "candidates": 4, "rejected": {"nothing changed": 2, "mask: too small": 1}, "change_inside": 12.25,
         "change_outside": math.nan, "covered": 0.5, "contrast": math.inf, "likeness": -math.inf, "area": 1e-5, "accepted": accepted,
-        "reason": "" if accepted else "nothing changed",
+        "reason": "" if accepted else "nothing changed", "mode": "inpaint", "most_outside": 31.5, "share_changed": 0.01,
+        "seam": -0.25, "retried": 2,
     }  # fmt: skip
     return {**values, **changes}
 
@@ -325,14 +327,49 @@ def test_names_that_are_no_folders_are_refused(tmp_path, change):
         open_store(tmp_path).add(made(0, **change), picture(), mask())
 
 
-def test_an_accepted_picture_needs_a_mask_of_its_size_and_another_none(tmp_path):
+def test_an_accepted_picture_needs_a_mask_of_its_size_or_none_and_another_has_neither(tmp_path):
     opened = open_store(tmp_path)
-    for arguments in [(made(0),), (made(0), picture()), (made(0, accepted=False), picture(), mask())]:
-        with pytest.raises(ValueError, match="with"):
+    refused = [(made(0),), (made(0), None, mask()), (made(0, accepted=False), picture(), mask())]
+    for arguments in [*refused, (made(0, accepted=False), None, mask())]:
+        with pytest.raises(ValueError, match="neither them nor a mask"):
             opened.add(*arguments)
     with pytest.raises(ValueError, match="does not fit"):
         opened.add(made(0), picture(), mask()[:-1])
     assert opened.done() == set()
+
+
+def test_a_picture_may_have_no_mask(tmp_path):
+    opened = open_store(tmp_path)
+    opened.add(made(0, defect_type="good"), picture())
+    opened.add(made(1, category="", defect_type="defective 1/3"), picture(1))
+    rows = opened.merge()
+    assert [(row["image"], row["mask"]) for row in rows] == [
+        ("tile/test/good/00000.png", ""), ("test/defective 1_3/00001.png", ""),
+    ]  # fmt: skip
+    assert [row["defect_type"] for row in read_manifest(tmp_path)] == ["good", "defective 1/3"]
+    assert not (tmp_path / "tile/ground_truth").exists()
+    (tmp_path / "tile/test/good/00000.png").unlink()
+    with pytest.raises(DataError, match=r"good/00000\.png is not there"):
+        read_manifest(tmp_path)
+
+
+def test_sets_from_before_there_was_editing_are_read_and_gone_on_with(tmp_path):
+    """They have no columns `mode` to `retried`."""
+
+    def older(path):
+        lines = path.read_text().splitlines()
+        path.write_text("".join(",".join(line.split(",")[: 27 - len(NAMES)]) + "\n" for line in lines))
+
+    fill(tmp_path, range(2))
+    older(tmp_path / ".parts/manifest.0.csv")
+    fill(tmp_path, range(2, 3)).merge()
+    rows = read_manifest(tmp_path)
+    assert [row["number"] for row in rows] == [0, 1, 2]
+    assert [(row["mode"], row["retried"]) for row in rows] == [("", 0), ("", 0), ("inpaint", 2)]
+    assert [math.isnan(row["seam"]) for row in rows] == [True, True, False]
+    older(tmp_path / "manifest.csv")
+    assert [row["mode"] for row in read_manifest(tmp_path)] == ["", "", ""]
+    assert [row["reason"] for row in read_manifest(tmp_path)] == ["", "", "nothing changed"]
 
 
 def test_no_generated_data_set(tmp_path):
@@ -380,9 +417,11 @@ def test_a_missing_picture_or_mask_is_named(tmp_path):
     [
         ("number,", "id,", "other columns"),
         (",20,", ",twenty,", r"manifest\.csv:2 is damaged"),
-        (",1,\n", ",yes,\n", r"manifest\.csv:2 is damaged"),
+        (",1,,inpaint,", ",yes,,inpaint,", r"manifest\.csv:2 is damaged"),
         ('"{""nothing', '"[""nothing', r"manifest\.csv:2 is damaged"),
         (",paper,", ",", r"manifest\.csv:2 is damaged"),
+        (",-0.25,2", "", r"manifest\.csv:2 is damaged"),
+        ("mode,most_outside,", "", "other columns"),
     ],
 )
 def test_a_damaged_manifest_is_refused(tmp_path, old, new, told):

@@ -58,6 +58,16 @@ class ELPV(DefectDataModule):
         """Whether the setting is `one_class`."""
         return self.setting == "one_class"
 
+    def label_of(self, defect_type: str) -> int | None:
+        """Of a grade; with `binary`, "defective 1/3" is good."""
+        return self._label(GRADES.index(defect_type)) if defect_type in GRADES else None
+
+    def _label(self, grade: int) -> int | None:
+        """Label of grade 0 to 3; None if it is left out."""
+        if self.grades == "extremes" and grade in (1, 2):
+            return None
+        return grade if self.grades == "four" else int(grade >= 2)
+
     def find_samples(self) -> list[Sample]:
         """`category` is the cell type, `defect_type` the grade.
 
@@ -78,9 +88,8 @@ class ELPV(DefectDataModule):
                     f"{folder / 'labels.csv'}:{number}: expected path, probability and mono or poly, "
                     f"got {line!r}. Install the package again: pip install --force-reinstall elpv-dataset"
                 ) from None
-            left_out = self.grades == "extremes" and grade in (1, 2)
-            if self.cells in ("both", cell) and not left_out:
-                label = grade if self.grades == "four" else int(grade >= 2)
+            label = self._label(grade)
+            if self.cells in ("both", cell) and label is not None:
                 path, kind = str(folder / name), GRADES[grade]
                 samples.append(Sample(path=path, name=name, label=label, category=cell, defect_type=kind))
         return samples

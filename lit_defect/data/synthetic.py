@@ -4,14 +4,18 @@
     data.synthetic: {path: generated/, ratio: 2, types: [crack, hole], holdout: 0.2}
     data.synthetic: {path: generated/, share: 0.25}      a quarter of each batch, with sampler: balanced
 
+Most are defects; normal pictures train as such, and have no mask whatever the set says. A defect may lack its mask
+where the data set is used without masks (`data.with_masks`).
+
 1. Offered are the accepted pictures of the manifest (`lit_defect.generation.store`) whose category is in the data set
    and whose type is asked for.
-2. A picture made from a normal picture that does not train here is left out: it shows what is evaluated. Where a data
-   set is used without its normal pictures none of them is, and only those whose part is evaluated are left out.
+2. A picture made from one, normal or defective, that does not train here is left out: it shows what is evaluated.
+   Where a data set is used without its normal pictures none of them is, and of those made from them only the ones whose
+   part is evaluated are left out.
 3. A generator that learnt from what tests here is refused, one that learnt from what validates is warned of; what a
    base of one's own was trained on is part of that.
-4. What was made from a share `holdout` of the normal pictures is a split of its own, "synthetic_val", to select models
-   on. It does not depend on `ratio` and `per_type`: runs that differ in them are selected on the same pictures.
+4. What was made from a share `holdout` of the pictures behind them is a split of its own, "synthetic_val", to select
+   models on. It does not depend on `ratio` and `per_type`: runs that differ in them are selected on the same pictures.
 5. Of the rest, all train or as many as are asked for. Each picture has a lot, a hash of the seed and its name: the
    types take turns and give their lowest lots first, so a larger number contains the smaller one.
 
@@ -51,12 +55,15 @@ class SyntheticOptions(TypedDict, total=False):
 
     Attributes:
         path: folder of a generated data set.
-        ratio: pictures to train on, as a multiple of the real defective training pictures; null takes all.
-        types: names of the types to use, or how many pictures of each; null takes all types.
+        ratio: defects to train on, as a multiple of the real defective training pictures, and normal pictures as the
+            same multiple of the real normal ones; null takes all.
+        types: names of the types to use (that of the normal class, such as `good`, is one), or how many pictures of
+            each; null takes all types.
         per_type: so many pictures of every type. As in `types`, a type of two categories counts as two.
-        holdout: share of the normal pictures behind them that is held out as `synthetic_val`.
-        share: how much of what is drawn is generated, where the sampler is `balanced`. They take the turns of normal
-            pictures, so that real defects come up as often as without them; null counts them to their class.
+        holdout: share of the pictures behind them that is held out as `synthetic_val`.
+        share: how much of what is drawn is generated, of whatever class, where the sampler is `balanced`. They take
+            the turns of normal pictures, so that real defects come up as often as without them; null counts them to
+            their class.
         alone: whether real defects are kept out of training, as in the protocol of AnomalyDiffusion's authors.
     """
 
@@ -156,7 +163,7 @@ class Choice:
 
     Attributes:
         samples: with the split `train` or `synthetic_val`, by name.
-        made_from: name of the normal picture behind each, by the sample's name.
+        made_from: name of the picture behind each, by the sample's name.
         left_out: how many accepted pictures are not used, by reason.
         learnt_validation: names of the validation pictures that the generator learnt from.
         about: the generated data set's `about.json`.
@@ -203,7 +210,7 @@ def choose(
     Args:
         real: all samples of the data set, with their splits; generated ones that it lists itself are no real defects.
         label_of: label of a defect type; None if the data set has no such class.
-        normal_class: label that no generated picture may have; defects are counted without it.
+        normal_class: label of the pictures without a defect; None if there is no such class.
         seed: decides the lots.
         by_design: the test shows training pictures anyway (`mirrored_train`): the generator may know them.
         unused: names of normal pictures of the data set that are not among `real`, as none of them is used.
@@ -211,7 +218,7 @@ def choose(
     Raises:
         DataError: the folder holds no finished generated data set, the generator learnt from what tests, a type is
             unknown, a name is taken, or nothing is left to train on.
-        UserError: `ratio` without a real defect to multiply.
+        UserError: `ratio` without a real picture to multiply.
     """
     about = read_about(recipe.path)
     generator = about.get("generator")
@@ -220,10 +227,11 @@ def choose(
     validated = [] if by_design else _learnt(recipe.path, real)
     place = {sample.name: sample for sample in real}
     offered, left_out = _offered(recipe, [row for row in read_manifest(recipe.path) if row["accepted"]], place)
-    labels = {row["defect_type"]: label_of(row["defect_type"]) for row in offered}
-    if odd := [kind for kind, label in labels.items() if label is None or label == normal_class]:
+    found = {row["defect_type"]: label_of(row["defect_type"]) for row in offered}
+    labels = {kind: label for kind, label in found.items() if label is not None}
+    if odd := found.keys() - labels.keys():
         raise DataError(
-            f"{recipe.path} has pictures of {some(odd)}, which is no class of defects of this data set. "
+            f"{recipe.path} has pictures of {some(odd)}, which is no class of this data set. "
             "Generate from the same data set, or leave the type out of data.synthetic.types."
         )
     evaluated = {sample.group for sample in real if sample.split in ("val", "test") and sample.group}
@@ -233,14 +241,20 @@ def choose(
     known = {sample.name: sample.group for sample in real if sample.group}
     groups = {row["source"]: known.get(row["source"]) or row["source_group"] for row in usable}
     held, rest = _hold_out(recipe, usable, groups, seed)
-    defects = sum(s.split == "train" and s.label != normal_class and s.source == REAL for s in real)
-    drawn = _draw(recipe, rest, defects, seed)
+    drawn = []
+    for normal in (False, True):
+        alike = [row for row in rest if (labels[row["defect_type"]] == normal_class) == normal]
+        trained = sum(s.split == "train" and (s.label == normal_class) == normal and s.source == REAL for s in real)
+        drawn += _draw(recipe, alike, trained, "normal" if normal else "defective", seed)
     if spare := len(rest) - len(drawn):
         left_out[SPARE] = spare
 
     samples = []
     for split, rows in (("train", drawn), (SYNTHETIC_VAL, held)):
-        samples += [_sample(recipe.path, row, labels, groups[row["source"]], generator, split) for row in rows]
+        for row in rows:
+            label = labels[row["defect_type"]]
+            made = _sample(recipe.path, row, label, groups[row["source"]], generator, split)
+            samples.append(replace(made, mask=None) if label == normal_class else made)
     if taken := {sample.name for sample in samples} & place.keys():
         raise DataError(f"the data set has pictures of its own with the names of generated ones ({some(taken)}).")
     made_from = {PREFIX + row["image"]: row["source"] for row in usable}
@@ -293,7 +307,7 @@ def _offered(recipe: Recipe, accepted: Sequence[Row], place: Mapping[str, Sample
 def _trains(
     row: Row, place: Mapping[str, Sample], unused: Collection[str], evaluated: Collection[str], left_out: Counter[str]
 ) -> bool:
-    """Whether the normal picture behind a generated one trains, or might; if not, it is counted."""
+    """Whether the picture behind a generated one trains, or might; if not, it is counted."""
     source = place.get(row["source"])
     if source is not None:
         fault = "" if source.split == "train" else f"source in {source.split or 'no split'}"
@@ -316,7 +330,7 @@ def _tell(recipe: Recipe, usable: int, left_out: Counter[str]) -> None:
         )
     if lost:
         rank_zero_warn(
-            f"data.synthetic: {sum(lost.values())} generated pictures are not used, as the normal pictures that they "
+            f"data.synthetic: {sum(lost.values())} generated pictures are not used, as the pictures that they "
             f"were made from do not train ({reasons})."
         )
 
@@ -330,7 +344,7 @@ def _hold_out(recipe: Recipe, rows: Sequence[Row], groups: Mapping[str, str], se
     if len(units) < 2:
         raise DataError(
             f"data.synthetic.holdout: all pictures of {recipe.path} that can be used were made from one part, and what "
-            "is held out must come from others. Generate from more normal pictures, or set it to 0."
+            "is held out must come from others. Generate from more pictures, or set it to 0."
         )
     number = min(max(1, math.floor(recipe.holdout * len(units) + 0.5)), len(units) - 1)
     chosen = set(units[:number])
@@ -338,8 +352,16 @@ def _hold_out(recipe: Recipe, rows: Sequence[Row], groups: Mapping[str, str], se
     return held, [row for row in rows if part[row["source"]] not in chosen]
 
 
-def _draw(recipe: Recipe, rows: Sequence[Row], defects: int, seed: int) -> list[Row]:
-    """As many as the recipe asks for, the types in turn and within a type by lot; all if there are no more."""
+def _draw(recipe: Recipe, rows: Sequence[Row], real: int, what: str, seed: int) -> list[Row]:
+    """As many as the recipe asks for, the types in turn and within a type by lot; all if there are no more.
+
+    Args:
+        recipe: what is asked for.
+        rows: defects, or normal pictures.
+        real: how many real ones of that kind train.
+        what: `defective` or `normal`.
+        seed: decides the lots.
+    """
     kinds: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _lot(seed, "draw", row["image"])):
         kinds[row["category"], row["defect_type"]].append(row)
@@ -348,17 +370,17 @@ def _draw(recipe: Recipe, rows: Sequence[Row], defects: int, seed: int) -> list[
         told = ", ".join(f"{'/'.join(filter(None, kind))} has {number}" for kind, number in sorted(few.items()))
         rank_zero_warn(f"data.synthetic: fewer pictures than asked for: {told}. They all train.")
     capped = [found[: recipe.most(kind)] for (_, kind), found in kinds.items()]
-    if recipe.ratio is None:
+    if recipe.ratio is None or not rows:
         return [row for found in capped for row in found]
-    if not defects:
+    if not real:
         raise UserError(
-            "data.synthetic.ratio multiplies the real defective training pictures, and there are none; "
+            f"data.synthetic.ratio multiplies the real {what} training pictures, and there are none; "
             "give data.synthetic.per_type."
         )
-    wanted = max(1, math.floor(recipe.ratio * defects + 0.5))
+    wanted = max(1, math.floor(recipe.ratio * real + 0.5))
     if wanted > len(rows):
         rank_zero_warn(
-            f"data.synthetic.ratio {recipe.ratio:g} asks for {wanted} pictures ({defects} real defects train) and "
+            f"data.synthetic.ratio {recipe.ratio:g} asks for {wanted} {what} pictures ({real} real ones train) and "
             f"{len(rows)} are there. They all train."
         )
     turns = [(turn, row) for found in capped for turn, row in enumerate(found)]
@@ -366,14 +388,12 @@ def _draw(recipe: Recipe, rows: Sequence[Row], defects: int, seed: int) -> list[
     return [row for _, row in turns[:wanted]]
 
 
-def _sample(root: Path, row: Row, labels: Mapping[str, int | None], group: str, generator: str, split: str) -> Sample:
-    label = labels[row["defect_type"]]
-    assert label is not None  # `choose` has refused it
+def _sample(root: Path, row: Row, label: int, group: str, generator: str, split: str) -> Sample:
     return Sample(
         path=str(root / row["image"]),
         name=PREFIX + row["image"],
         label=label,
-        mask=str(root / row["mask"]),
+        mask=str(root / row["mask"]) if row["mask"] else None,
         category=row["category"],
         defect_type=row["defect_type"],
         group=group,

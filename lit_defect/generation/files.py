@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +59,27 @@ def read_picture(path: Path) -> Picture:
         raise DataError(f"{path}: not a readable picture ({problem}); replace the file") from problem
 
 
+def mask_file(folder: Path, name: str) -> Path:
+    """Where a folder has the mask of a picture, by the picture's name in its data set.
+
+    `train/good/000.jpg` -> `train/good/000.png`; a crop's window stays: `a.jpg#0,8,32,32` -> `a#0,8,32,32.png`.
+    """
+    file, hash_, window = name.partition("#")
+    stem = Path(file).with_suffix("")
+    return folder / stem.with_name(f"{stem.name}{hash_}{window}.png")
+
+
 def read_mask(path: Path) -> Bools:
     """(H, W) bool, True where any channel of the file is not 0; transparency is none.
+
+    Raises:
+        DataError: there is no such file, or it is no picture.
+    """
+    return np.asarray(read_grey(path) > 0)
+
+
+def read_grey(path: Path) -> NDArray[Any]:
+    """(H, W) values of a mask's file, of each pixel the largest of its channels; transparency is none.
 
     Raises:
         DataError: there is no such file, or it is no picture.
@@ -71,7 +91,6 @@ def read_mask(path: Path) -> Bools:
         raise DataError(f"{path}: there is no such mask; add it") from None
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as problem:
         raise DataError(f"{path}: not a readable mask ({problem}); replace the file") from problem
-    marked: Bools = np.asarray(values > 0)
-    if marked.ndim == 3:
-        marked = np.asarray(marked[..., : 1 if marked.shape[2] == 2 else 3].any(axis=2))
-    return marked
+    if values.ndim == 3:
+        values = values[..., : 1 if values.shape[2] == 2 else 3].max(axis=2)
+    return values * np.uint8(255) if values.dtype == np.bool_ else values

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from lit_defect.errors import DataError, UserError
-from lit_defect.generation.files import Bools, Picture, read_mask
+from lit_defect.generation.files import Bools, Picture, mask_file, read_mask
 from lit_defect.generation.options import KEY
 
 UNIFORM = 12.0  # grey levels, root mean square over the channels, as all distances here
@@ -96,9 +96,7 @@ class Foreground:
             return self._estimated(name, picture)
         if self._folder is None:
             return np.ones(picture.shape[:2], dtype=np.bool_)
-        file, _, window = name.partition("#")
-        stem = Path(file).with_suffix("")
-        path = self._folder / stem.with_name(f"{stem.name}#{window}.png" if window else f"{stem.name}.png")
+        path = mask_file(self._folder, name)
         mask = read_mask(path)
         if mask.shape != picture.shape[:2]:
             sizes = f"{mask.shape[1]}x{mask.shape[0]}, its picture {picture.shape[1]}x{picture.shape[0]}"

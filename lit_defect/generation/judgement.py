@@ -2,8 +2,9 @@
 
 A candidate is rejected if any of its figures is not a number, if nothing changed inside the mask, if most of its label
 was lost because the change covers too little of it, if what is left of the label breaks a rule of its type, or if the
-defect stands out from its surroundings less than nearly all real ones do; of the others the one most like the real
-training defects is taken, the first of equals.
+defect stands out from its surroundings less than nearly all real ones do; an edit also if so much changed that it is
+another picture, or if the border of its mask shows. Of the others the one most like the real training defects is taken;
+of equals, as where there are none to compare with, the one whose border shows least, and of these the first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +34,11 @@ class Measures:
         change_inside: mean absolute change within the mask, grey levels.
         change_outside: the same outside, before the paste-back undoes it.
         covered: share of the asked mask that the repaired label keeps.
-        likeness: to the real training defects, at most 0, in standard deviations; 0 where there is no descriptor.
+        likeness: to the real training defects, at most 0, in standard deviations; 0 for all candidates where there is
+            no descriptor, or fewer than two real ones.
         mask_fault: what rule the repaired label breaks, if any.
         contrast: of the label against what is around it, grey levels; infinite where nothing is around it.
+        seam: step across the mask's border, beyond that of the source, grey levels.
     """
 
     change_inside: float
@@ -43,6 +47,7 @@ class Measures:
     likeness: float = 0.0
     mask_fault: str | None = None
     contrast: float = math.inf
+    seam: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,16 +89,18 @@ class Rule:
     least_change: float
     least_covered: float
     least_contrast: float = 0.0
+    key: ClassVar[str] = KEY  # what the numbers are called where the user gives them
 
     def __post_init__(self) -> None:
         if not 0 <= self.least_change <= 255:
-            raise UserError(f"{KEY}.least_change = {self.least_change}: expected 0 to 255 grey levels")
+            raise UserError(f"{self.key}.least_change = {self.least_change}: expected 0 to 255 grey levels")
         if not 0 <= self.least_covered <= 1:
-            raise UserError(f"{KEY}.least_covered = {self.least_covered}: expected a share from 0 to 1")
+            raise UserError(f"{self.key}.least_covered = {self.least_covered}: expected a share from 0 to 1")
 
     def objection(self, candidate: Measures) -> str | None:
         """Why a candidate is rejected; None if it may be taken."""
-        figures = (candidate.change_inside, candidate.change_outside, candidate.covered, candidate.likeness)
+        seen = candidate
+        figures = (seen.change_inside, seen.change_outside, seen.covered, seen.likeness, seen.seam)
         if not all(math.isfinite(figure) for figure in figures) or math.isnan(candidate.contrast):
             return "not a number"
         if candidate.change_inside < self.least_change:
@@ -110,8 +117,40 @@ class Rule:
         """Take the candidate most like the real defects among those that nothing speaks against."""
         reasons = tuple(self.objection(candidate) for candidate in candidates)
         fit = [index for index, reason in enumerate(reasons) if reason is None]
-        chosen = max(fit, key=lambda index: candidates[index].likeness, default=None)
+        chosen = max(fit, key=lambda index: (candidates[index].likeness, -candidates[index].seam), default=None)
         return Verdict(chosen, reasons)
+
+
+@dataclass(frozen=True)
+class EditRule(Rule):
+    """When the edit of a picture counts.
+
+    Attributes:
+        most_change: grey levels within the mask, on average, above which it is another picture; None for no limit.
+        most_seam: grey levels; None for no limit.
+    """
+
+    most_change: float | None = None
+    most_seam: float | None = None
+    key: ClassVar[str] = "model.init_args.edit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.most_change is not None and not self.most_change > self.least_change:
+            least = f"{self.key}.least_change = {self.least_change}"
+            raise UserError(f"{self.key}.most_change = {self.most_change}: expected more than {least}")
+        if self.most_seam is not None and not self.most_seam >= 0:
+            raise UserError(f"{self.key}.most_seam = {self.most_seam}: expected grey levels, 0 or more")
+
+    def objection(self, candidate: Measures) -> str | None:
+        """Why a candidate is rejected; None if it may be taken."""
+        if reason := super().objection(candidate):
+            return reason
+        if self.most_change is not None and candidate.change_inside > self.most_change:
+            return "another picture"
+        if self.most_seam is not None and candidate.seam > self.most_seam:
+            return "its border shows"
+        return None
 
 
 def change(normal: Floats, generated: Floats, mask: Bools) -> tuple[float, float]:
@@ -124,6 +163,57 @@ def change(normal: Floats, generated: Floats, mask: Bools) -> tuple[float, float
     difference = 255 * np.abs(generated - normal).mean(axis=2)
     inside, outside = (float(difference[part].mean()) if part.any() else 0.0 for part in (mask, ~mask))
     return inside, outside
+
+
+class Outside(NamedTuple):
+    """What an edit did where it should have done nothing.
+
+    Attributes:
+        mean: absolute change of the pixels outside the mask, grey levels.
+        most: of all their channels, grey levels.
+        share: of them that changed, by half a grey level at least; 0 where there are none, as the others.
+    """
+
+    mean: float
+    most: float
+    share: float
+
+
+def outside(source: Picture | Floats, edited: Picture | Floats, mask: Bools | None = None) -> Outside:
+    """How a picture changed outside a mask; without one, how it changed at all.
+
+    Args:
+        source, edited: (H, W, 3), 0 to 255; before the paste-back, or after it.
+        mask: (H, W) bool.
+    """
+    difference = np.abs(edited.astype(np.float64) - source)
+    difference = difference.reshape(-1, difference.shape[-1]) if mask is None else difference[~mask]  # (n, 3)
+    if not len(difference):
+        return Outside(0.0, 0.0, 0.0)
+    changed = (difference >= 0.5).any(axis=1)
+    return Outside(float(difference.mean()), float(difference.max()), float(changed.mean()))
+
+
+def seam(picture: Picture | Floats, mask: Bools, source: Picture | Floats) -> float:
+    """The step across a mask's border beyond that which the source has there, in grey levels; 0 without a border.
+
+    A step is the mean absolute difference between the pixels just inside and those just outside, their neighbours
+    above, below, left or right.
+
+    Args:
+        picture, source: (H, W, 3), 0 to 255.
+        mask: (H, W) bool.
+    """
+    rows, columns = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]  # pairs that the border runs between
+    count = int(rows.sum() + columns.sum())
+    if not count:
+        return 0.0
+    steps = []
+    for pixels in (picture, source):
+        values = pixels.astype(np.float64)
+        down, across = np.abs(np.diff(values, axis=0))[rows], np.abs(np.diff(values, axis=1))[columns]
+        steps.append(float(down.mean(axis=1).sum() + across.mean(axis=1).sum()) / count)
+    return steps[0] - steps[1]
 
 
 def stands_out(picture: Picture | Floats, mask: Bools) -> float:

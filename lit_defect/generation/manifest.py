@@ -1,7 +1,8 @@
 """The manifest of a generated data set: a line per picture asked for, and how lines are written and read.
 
 CSV in UTF-8 with the columns `COLUMNS`. A file that grows line by line may end in the middle of one, where a process
-was killed: what follows the last line break does not count, so no cell holds one.
+was killed: what follows the last line break does not count, so no cell holds one. The columns of `LATER` came when
+sets were there already: a line without all of them has their defaults.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ class Made(TypedDict):
     """What its maker knows of a picture asked for; the store adds the names of the files."""
 
     number: int  # of the picture in this generation, from 0
-    source: str  # name of the normal picture in its data set
+    source: str  # name of the picture that it was made from, in its data set
     source_group: str  # the physical part behind it
     category: str
-    defect_type: str
+    defect_type: str  # of the result; also the name of the normal class, where a normal picture was made
     seed: int
     prompt: str
     base: str  # fingerprint of the base model
@@ -46,15 +47,21 @@ class Made(TypedDict):
     area: float  # share of the picture that the mask covers
     accepted: bool
     reason: str  # why not
+    mode: str  # function of an editing; empty where defects are drawn by a generator that learnt them
+    most_outside: float  # largest change outside the mask, before the paste-back undoes it; grey levels
+    share_changed: float  # share of the result's pixels that differ from the source
+    seam: float  # step across the mask's border, beyond that of the source; grey levels
+    retried: int  # candidates that were made again in float32
 
 
 class Row(Made):
     """A line of the manifest."""
 
     image: str  # relative to the root, with forward slashes; empty where not accepted
-    mask: str
+    mask: str  # empty where there is none, too: of a normal picture, and in data sets without masks
 
 
+LATER = {"mode": "", "most_outside": "nan", "share_changed": "nan", "seam": "nan", "retried": "0"}  # cells by default
 COLUMNS = ("number", "image", "mask", *(name for name in get_type_hints(Made) if name != "number"))
 _TYPES = get_type_hints(Row)
 
@@ -108,7 +115,7 @@ def read_rows(path: Path, part: bool = False) -> list[Row]:
         DataError: missing, unreadable, of another version or damaged.
     """
     rows = []
-    for number, texts in read_table(path, COLUMNS, part):
+    for number, texts in read_table(path, COLUMNS, part, tuple(LATER.values())):
         try:
             values = {name: _value(_TYPES[name], text) for name, text in zip(COLUMNS, texts, strict=True)}
         except (ValueError, KeyError, AttributeError):
@@ -117,8 +124,16 @@ def read_rows(path: Path, part: bool = False) -> list[Row]:
     return rows
 
 
-def read_table(path: Path, columns: tuple[str, ...], part: bool = False) -> list[tuple[int, list[str]]]:
-    """Line numbers and cells of a CSV file with just these columns; `part` as in `read_rows`.
+def read_table(
+    path: Path, columns: tuple[str, ...], part: bool = False, later: tuple[str, ...] = ()
+) -> list[tuple[int, list[str]]]:
+    """Line numbers and cells of a CSV file with just these columns.
+
+    Args:
+        path: the file.
+        columns: their names.
+        part: as in `read_rows`.
+        later: the cells that an older file lacks at the end of its lines, all or none of them.
 
     Raises:
         DataError: as `read_rows`.
@@ -133,11 +148,12 @@ def read_table(path: Path, columns: tuple[str, ...], part: bool = False) -> list
         raise DataError(f"{path} cannot be read ({problem}); copy it again, or generate the data set anew") from problem
     if not lines and part:
         return []
-    if not lines or tuple(lines[0]) != columns:
+    widths = len(columns), len(columns) - len(later)  # an older file that was gone on with has lines of both
+    if not lines or tuple(lines[0]) not in [columns[:width] for width in widths]:
         raise DataError(f"{path} has other columns than {','.join(columns)}; generate the data set with this version")
-    if wrong := [number for number, line in enumerate(lines, 1) if line and len(line) != len(columns)]:
+    if wrong := [number for number, line in enumerate(lines, 1) if line and len(line) not in widths]:
         raise DataError(f"{path}:{wrong[0]} is damaged; take the line out and run the generation again")
-    return [(number, line) for number, line in enumerate(lines[1:], 2) if line]
+    return [(n, line + [*later][: len(columns) - len(line)]) for n, line in enumerate(lines[1:], 2) if line]
 
 
 def _whole(file: io.FileIO) -> int:

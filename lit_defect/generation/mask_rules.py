@@ -59,6 +59,9 @@ class MaskRules:
         return None
 
 
+ANY = MaskRules(0.0, 1.0, 1.0)  # of types without real masks: neither empty nor full, and on the object
+
+
 def fix_to(mask: Bools, foreground: Bools) -> Bools:
     """What of a mask lies on the object."""
     return mask & foreground

@@ -20,7 +20,7 @@ from lit_defect.generation.files import Bools, read_mask
 from lit_defect.generation.mask_rules import MaskRules, fix_to
 from lit_defect.generation.mask_shapes import fit_mask, vary
 from lit_defect.generation.options import KEY
-from lit_defect.generation.store import find_trained_on
+from lit_defect.generation.store import find_trained_on, place
 
 Pair = tuple[str, str]  # category, defect type
 RealMasks = Mapping[Pair, Sequence[tuple[str, Bools]]]  # name and mask (H, W) of the real defects; sizes may differ
@@ -84,6 +84,10 @@ class MaskSource(ABC):
     @abstractmethod
     def candidate(self, pair: Pair, rng: np.random.Generator, foreground: Bools) -> tuple[Bools, str]:
         """A mask (H, W) of the object's size that may break rules, and what it was made of."""
+
+    def draw_for(self, name: str, pair: Pair, rng: np.random.Generator, foreground: Bools) -> Drawn:
+        """As `PlacedMasks` has it: a mask of the type does for any picture."""
+        return self.draw(pair, rng, foreground)
 
     def draw(self, pair: Pair, rng: np.random.Generator, foreground: Bools) -> Drawn:
         """A mask (H, W) for a picture whose object is `foreground` (H, W).
@@ -161,11 +165,12 @@ class MaskFolder(MaskSource):
     def __init__(self, folder: Path, rules: Mapping[Pair, MaskRules]) -> None:
         super().__init__(rules)
         self.learnt_from = find_trained_on(folder)
-        self._files = {pair: sorted(Path(folder, *pair).glob("*.png")) for pair in rules}
+        homes = {pair: Path(folder, place(*pair)) for pair in rules}
+        self._files = {pair: sorted(home.glob("*.png")) for pair, home in homes.items()}
         for pair, files in self._files.items():
             if not files:
                 raise DataError(
-                    f"{Path(folder, *pair)} has no masks (*.png); generate masks of {'/'.join(pair)} first, or take "
+                    f"{homes[pair]} has no masks (*.png); generate masks of {'/'.join(pair)} first, or take "
                     "augmented real masks"
                 )
 

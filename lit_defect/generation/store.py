@@ -4,7 +4,8 @@
     ROOT/trained_on.csv          name,group of every picture that the generator, or a base of one's own, has learnt from
     ROOT/manifest.csv            a line per picture asked for, accepted or not; the columns are those of `manifest.Row`
     ROOT/<category>/test/<type>/00000.png
-    ROOT/<category>/ground_truth/<type>/00000_mask.png     accepted ones only; 0 and 255
+    ROOT/<category>/ground_truth/<type>/00000_mask.png     accepted ones only; 0 and 255; none of a normal picture, and
+                                 none where the label is not known by the pixel
     ROOT/rejected/<category>/<type>/00000_<candidate>.png  where they are kept
 
 Several processes write at once and any of them may be killed. Each appends to a part of its own,
@@ -148,7 +149,7 @@ class GeneratedStore(Store):
         Args:
             made: what is known of it.
             picture: (H, W, 3) uint8, if it was accepted.
-            mask: (H, W) bool, if it was accepted.
+            mask: (H, W) bool, where the defect of an accepted picture is; None where nobody knows, or of a normal one.
             rejected: candidates to keep for a look at them, by number.
 
         Returns:
@@ -156,19 +157,20 @@ class GeneratedStore(Store):
 
         Raises:
             UserError: the disk is full or cannot be written, or a name of a category or type is no folder's name.
-            ValueError: accepted without picture or mask, not accepted with them, or of different sizes.
+            ValueError: accepted without picture, not accepted with it, a mask alone, or of different sizes.
         """
-        if made["accepted"] != (picture is not None) or made["accepted"] != (mask is not None):
-            raise ValueError("an accepted picture comes with its mask, one that is not with neither")
+        if made["accepted"] != (picture is not None) or (mask is not None and picture is None):
+            raise ValueError("an accepted picture comes with its pixels, one that is not with neither them nor a mask")
         stem, pair = f"{made['number']:05d}", (made["category"], made["defect_type"])
         row = cast(Row, {**made, "image": "", "mask": ""})
         with self._writing():
-            if picture is not None and mask is not None:
-                if picture.shape != (*mask.shape, 3):
-                    raise ValueError(f"a picture of {picture.shape} does not fit a mask of {mask.shape}")
+            if picture is not None:
                 row["image"] = place(*pair, "test") + f"/{stem}.png"
-                row["mask"] = place(*pair, "ground_truth") + f"/{stem}_mask.png"
-                write_whole(self.root / row["mask"], png(mask))
+                if mask is not None:
+                    if picture.shape != (*mask.shape, 3):
+                        raise ValueError(f"a picture of {picture.shape} does not fit a mask of {mask.shape}")
+                    row["mask"] = place(*pair, "ground_truth") + f"/{stem}_mask.png"
+                    write_whole(self.root / row["mask"], png(mask))
                 write_whole(self.root / row["image"], png(picture))
             for number, pixels in (rejected or {}).items():
                 write_whole(self.root / REJECTED / place(*pair) / f"{stem}_{number}.png", png(pixels))
@@ -233,7 +235,7 @@ def read_manifest(root: Path) -> list[Row]:
     rows = read_rows(root / MANIFEST)
     home = root.resolve()
     for row in rows:
-        for name in (row["image"], row["mask"]) if row["accepted"] else ():
+        for name in (row["image"], *([row["mask"]] if row["mask"] else [])) if row["accepted"] else ():
             path = (home / name).resolve()
             if not path.is_relative_to(home) or path == home:
                 raise DataError(f"{root / MANIFEST}: number {row['number']} names {name!r}, which is not in {root}")
@@ -298,13 +300,16 @@ def _format(kind: str) -> str:
 def place(category: str, kind: str, *between: str) -> str:
     """Folder of the pictures of a pair below the root: category, `between`, defect type.
 
+    A slash in a type, as in "defective 1/3", becomes an underscore.
+
     Raises:
         UserError: the names are no folders' names.
     """
-    for name in (category, kind):
-        if name in (".", "..") or set(name) & set("/\\\0") or (name == kind and not name):
-            raise UserError(f"the category {category!r} with the defect type {kind!r} gives no folder; rename it")
-    return str(PurePosixPath(category, *between, kind))
+    words = kind.split("/")
+    no_words = {"", ".", ".."} & set(words) or category in (".", "..")
+    if no_words or "/" in category or set(category + kind) & set("\\\0"):
+        raise UserError(f"the category {category!r} with the defect type {kind!r} gives no folder; rename it")
+    return str(PurePosixPath(category, *between, "_".join(words)))
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -27,6 +27,8 @@ from lit_defect.generation.judgement import (
     contrast_gain,
     covered,
     likeness,
+    outside,
+    seam,
     stands_out,
     weakened,
 )
@@ -59,6 +61,7 @@ class Candidate(NamedTuple):
     picture: Any
     label: Any
     measures: Measures
+    most_outside: float  # grey levels, before the paste-back
 
 
 class Original(NamedTuple):
@@ -253,7 +256,7 @@ class DefectGeneration:
         verdict = self.judges[job.pair].judge([candidate.measures for candidate in candidates])
         told = verdict.chosen if verdict.chosen is not None else _best_of(candidates)
         shown = candidates[told]
-        made = self._line(job, drawn, shown, verdict)
+        made = self._line(job, drawn, original.picture, shown, verdict)
         taken = verdict.chosen is not None
         kept = {}
         if self.options.keep_rejected:
@@ -273,18 +276,18 @@ class DefectGeneration:
             result = place.blended(enlarged, gain)
         label = repair_label(native, result, asked, self.options.least_change) if self.options.repair else asked
         result = np.where(label[..., None], result, native)  # what changed too little to be marked, has not
-        inside, outside = change(original.before, picture, original.mask)
+        inside, beside = change(original.before, picture, original.mask)
         measures = Measures(
             change_inside=inside,
-            change_outside=outside,
+            change_outside=beside,
             covered=covered(asked, label),
             contrast=abs(stands_out(result, label)),
             likeness=likeness(descriptor, self.real[job.pair]),
             mask_fault=self.rules[job.pair].fault(no_larger(label), no_larger(original.area)),
         )
-        return Candidate(result, label, measures)
+        return Candidate(result, label, measures, outside(255 * original.before, 255 * picture, original.mask).most)
 
-    def _line(self, job: Job, drawn: Drawn, shown: Candidate, verdict: Verdict) -> Any:
+    def _line(self, job: Job, drawn: Drawn, normal: Any, shown: Candidate, verdict: Verdict) -> Any:
         sample_of = self.task.data.samples[self.sources][job.source]
         measures = shown.measures
         rejected = Counter(verdict.rejected) + Counter({f"mask drawn again: {k}": n for k, n in drawn.rejected.items()})
@@ -314,6 +317,11 @@ class DefectGeneration:
             "area": float(shown.label.mean()),
             "accepted": verdict.chosen is not None,
             "reason": verdict.reason,
+            "mode": "",
+            "most_outside": round(shown.most_outside, 3),
+            "share_changed": outside(normal, shown.picture).share,
+            "seam": round(seam(shown.picture, shown.label, normal), 3),
+            "retried": 0,
         }
 
     # --- the real defects ---
