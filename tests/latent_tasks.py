@@ -50,7 +50,7 @@ def write(path: Path, model: str, root: Path, *, trainer: Any = None, data: Any 
 def few_samples(patch: pytest.MonkeyPatch) -> None:
     """A LatentDiffusion draws 2 pictures in 4 steps at the end."""
     patch.setattr("lit_defect.tasks.latent_diffusion._SHOWN", 2)
-    patch.setattr("lit_defect.tasks.latent_diffusion._STEPS", 4)
+    patch.setattr("lit_defect.tasks.prompt_samples._STEPS", 4)
 
 
 def make_runs(folder: Path) -> Runs:

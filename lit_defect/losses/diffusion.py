@@ -49,7 +49,8 @@ def masked_mse(
 
     Args:
         output, target: (B, C, h, w).
-        mask: (B, 1, h, w) in {0, 1}, or None.
+        mask: (B, 1, h, w) in {0, 1}, or None. Normalised, any weights of the places w >= 0 do as well:
+            sum(w e^2) / (C sum w).
         normalised: whether each picture is divided by its own mask's area.
         weights: (B,) factor of each picture, such as `min_snr_weights`.
 

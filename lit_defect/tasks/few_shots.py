@@ -1,8 +1,8 @@
-"""The few defective pictures that an inversion learns from, encoded once in every view."""
+"""The few pictures that something is learnt from on a frozen base, encoded once in every view."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,11 @@ from lit_defect.tasks.views import unit_range, view
 
 
 class FewShots(NamedTuple):
-    """The defective pictures of a split.
+    """Some pictures of a split.
 
     Attributes:
         moments: (n, V, 2 C, h, w) float32 on the CPU, mean and log variance of the latents in each view.
-        masks: (n, V, 1, H, W) uint8.
+        masks: (n, V, 1, H, W) uint8; zeros where they were not asked for.
         pairs: (n,) int64, row of each picture's (category, defect type).
         row_of: index of a sample in its split -> row.
     """
@@ -37,9 +37,8 @@ class FewShots(NamedTuple):
         return rows, torch.randint(self.moments.shape[1], (count,))
 
 
-@torch.no_grad()
 def encode_shots(task: Any, split: str, views: int) -> FewShots:
-    """All views of a split's defects; masks are made smaller without losing what is smaller than a pixel.
+    """All views of a split's defects.
 
     Args:
         task: an `Inversion` on its device, which says what is shown of a picture and its mask.
@@ -47,20 +46,52 @@ def encode_shots(task: Any, split: str, views: int) -> FewShots:
         views: as many as `tasks.views` lists for the augmentation.
     """
     data, tokens, known = task.data, task.learnt["tokens"], set(task.pairs)
-    chosen = [i for i, s in enumerate(data.samples[split]) if is_shot(data, s) and (s.category, s.defect_type) in known]
-    moments, masks, pairs = [], [], []
+    chosen = {
+        i: tokens.row_of(s.category, s.defect_type)
+        for i, s in enumerate(data.samples[split])
+        if is_shot(data, s) and (s.category, s.defect_type) in known
+    }
+
+    def moments(pictures: Tensor, masks: Tensor) -> Tensor:
+        found: Tensor = task.network.moments(2 * task.shown(pictures, masks) - 1)
+        return found
+
+    return encode_views(data, split, chosen, views, moments, task.device)
+
+
+@torch.no_grad()
+def encode_views(
+    data: Any,
+    split: str,
+    chosen: Mapping[int, int],
+    views: int,
+    moments: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+    masked: bool = True,
+) -> FewShots:
+    """All views of some pictures; masks are made smaller without losing what is smaller than a pixel.
+
+    Args:
+        data: the data module.
+        split: of it.
+        chosen: index of each picture in the split -> row of its pair.
+        views: as many as `tasks.views` lists for the augmentation.
+        moments: pictures (V, 3, H, W) and masks (V, 1, H, W) in [0, 1] -> (V, 2 C, h, w).
+        device: that `moments` works on.
+        masked: whether the masks of defects are read; those of normal pictures are zeros, and all others without it.
+    """
+    encoded, masks = [], []
     loader = data.loader(split)
     for i in chosen:
-        sample = data.samples[split][i]
-        images = unit_range(loader.batch([i])["image"].to(task.device))
-        mask = mask_of(data, split, i, images.shape[-2:])[None, None].to(task.device)
-        seen = [(view(images, v), view(mask, v)) for v in range(views)]
-        given = torch.cat([2 * task.shown(picture, marked) - 1 for picture, marked in seen])
-        moments.append(task.network.moments(given).float().cpu())
-        masks.append(torch.cat([marked for _, marked in seen]).byte().cpu())
-        pairs.append(tokens.row_of(sample.category, sample.defect_type))
+        images = unit_range(loader.batch([i])["image"].to(device))
+        mask = torch.zeros_like(images[:, :1])
+        if masked and data.samples[split][i].label != data.normal_class:
+            mask = mask_of(data, split, i, images.shape[-2:])[None, None].to(device)
+        marked = torch.cat([view(mask, v) for v in range(views)])
+        encoded.append(moments(torch.cat([view(images, v) for v in range(views)]), marked).float().cpu())
+        masks.append(marked.byte().cpu())
     row_of = {index: row for row, index in enumerate(chosen)}
-    return FewShots(torch.stack(moments), torch.stack(masks), torch.tensor(pairs), row_of)
+    return FewShots(torch.stack(encoded), torch.stack(masks), torch.tensor(list(chosen.values())), row_of)
 
 
 def is_shot(data: Any, sample: Any) -> bool:

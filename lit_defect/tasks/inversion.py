@@ -19,12 +19,20 @@ from lit_defect.diffusion.attention import CrossAttention
 from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.diffusion.prompts import encode_prompt, encode_prompts, text_states
 from lit_defect.errors import UserError
-from lit_defect.losses.diffusion import min_snr_weights, offset_noise
 from lit_defect.nets.fitting import fingerprint
 from lit_defect.nets.inserted_tokens import AnomalyTokens, SpatialEncoder
 from lit_defect.tasks.base import Batch, DefectTask
 from lit_defect.tasks.few_shots import FewShots, encode_shots, is_shot
-from lit_defect.tasks.learnt_files import EXPORT, check_options, is_learnt, start_from, write_learnt
+from lit_defect.tasks.latent_steps import noised
+from lit_defect.tasks.learnt_files import (
+    EXPORT,
+    check_origin,
+    is_learnt,
+    keep_learnt,
+    put_back,
+    start_from,
+    write_learnt,
+)
 from lit_defect.tasks.pixels import Listed
 from lit_defect.tasks.views import VIEWS
 
@@ -223,13 +231,7 @@ class Inversion(DefectTask):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was learnt, with what options, and the hash of the base."""
-        checkpoint["learnt_with"] = self.learnt_with()
-        checkpoint["base"] = {"source": self.base_source, "fingerprint": self.network.fingerprint}
-        checkpoint["task"] = type(self).__name__
-        checkpoint["learnt_from"] = sorted(list(picture) for picture in self.learnt_from)
-        state = checkpoint["state_dict"]
-        for key in [key for key in state if not is_learnt(key)]:
-            del state[key]
+        keep_learnt(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the base back in, if it is the same.
@@ -237,34 +239,13 @@ class Inversion(DefectTask):
         Raises:
             UserError: learnt on another base, for other pairs, or with other options.
         """
-        name = type(self).__name__
-        known, kind = checkpoint.get("base"), checkpoint.get("task", name)
-        if known is None or kind != name:
-            raise UserError(f"the checkpoint is of {'another task' if known is None else kind}, not of this {name}")
-        if known.get("fingerprint") != self.network.fingerprint:
-            raise UserError(
-                f"model.init_args.base: {self.base_source} ({self.network.fingerprint[:12]}) is not the base that this "
-                f"checkpoint was learnt on, {known.get('source')} ({str(known.get('fingerprint'))[:12]}); vectors mean "
-                "nothing to another base"
-            )
-        check_options(self, checkpoint.get("learnt_with", {}), "the checkpoint")
+        check_origin(self, checkpoint)
         pairs: list[Any] = [tuple(pair) for pair in checkpoint.get("hyper_parameters", {}).get("pairs", ())]
         if self._trainer is not None and self._trainer.state.fn == "fit":
             self._check_pairs(pairs, self.pairs or [])
         if self.pairs != pairs or "tokens" not in self.learnt:
             self._make_tokens(pairs)
-        self.learnt_from |= {(picture, group) for picture, group in checkpoint.get("learnt_from", ())}
-        own, learnt = self.state_dict(), checkpoint["state_dict"]
-        misfit = sorted(
-            {key for key, value in own.items() if is_learnt(key) and learnt.get(key, own[key][:0]).shape != value.shape}
-            | (learnt.keys() - own.keys())
-        )
-        if misfit:
-            raise UserError(
-                f"the checkpoint does not fit this {name}: {misfit[0]} is missing, left over or of "
-                "another shape; take the model's options from the config.yaml of its run"
-            )
-        learnt.update({key: value for key, value in own.items() if not is_learnt(key)})
+        put_back(self, checkpoint)
 
     def tokens_hash(self) -> str:
         """SHA-256 of what was learnt."""
@@ -327,18 +308,10 @@ class Inversion(DefectTask):
 
     def _loss(self, shots: FewShots, rows: Tensor, views: Tensor) -> Tensor:
         base, device = self.network, self.device
-        moments, masks = shots.moments[rows, views].to(device), shots.masks[rows, views].to(device).float()
-        pairs = shots.pairs[rows].to(device)
-        mean = moments[:, : base.channels]
-        latents = base.latents(moments, torch.randn_like(mean))
-        t = torch.randint(base.process.train_steps, (len(latents),), device=device)
-        noise = offset_noise(torch.randn_like(latents), self.offset)
-        state = base.process.add_noise(latents, noise, t)
-        output = base.unet(state, t, self.states(pairs, masks, torch.randn)).sample.float()
-        weights = None
-        if self.min_snr_gamma is not None:
-            weights = min_snr_weights(base.process.alpha_bar.to(device)[t], self.min_snr_gamma, base.prediction)
-        return self.loss(output, base.process.target(state, latents, t, base.prediction), masks, weights)
+        masks = shots.masks[rows, views].to(device).float()
+        asked = noised(base, shots.moments[rows, views].to(device), self.offset, self.min_snr_gamma)
+        states = self.states(shots.pairs[rows].to(device), masks, torch.randn)
+        return self.loss(base.unet(asked.state, asked.t, states).sample.float(), asked.target, masks, asked.weights)
 
     def states(self, pairs: Tensor, masks: Tensor, draw: Any = None) -> Tensor:
         """Text states (B, L, D) of pairs (B,) with the defects at masks (B, 1, H, W).

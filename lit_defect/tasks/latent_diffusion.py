@@ -20,10 +20,8 @@ from lit_defect.anomalies import PseudoAnomaly
 from lit_defect.diffusion.base_model import save_pipeline
 from lit_defect.diffusion.captions import longest_caption, make_tokenizer, vocabulary
 from lit_defect.diffusion.labels import generators
-from lit_defect.diffusion.latent_sampling import guided, sample
 from lit_defect.diffusion.process import ForwardProcess
 from lit_defect.diffusion.prompts import LONGEST, encode_prompt, text_states
-from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
 from lit_defect.generation.store import write_trained_on
 from lit_defect.losses.diffusion import masked_mse, min_snr_weights, offset_noise
@@ -34,11 +32,12 @@ from lit_defect.tasks.image_autoencoder import check_normal, open_autoencoder
 from lit_defect.tasks.latent_bank import LatentBank, fill_bank
 from lit_defect.tasks.picture_sheets import picture_sheet
 from lit_defect.tasks.pixels import Listed
+from lit_defect.tasks.prompt_samples import sample_prompts
 from lit_defect.tasks.variations import Variations, spoken
 from lit_defect.tasks.views import unit_range
 
 FOLDER = "pipeline"
-_GUIDANCE, _STEPS, _SHOWN = 3.0, 25, 12  # of the samples drawn at the end; fewer steps if 25 do not divide T
+_SHOWN = 12  # samples drawn at the end
 
 
 class LatentDiffusion(DefectTask):
@@ -322,16 +321,8 @@ class LatentDiffusion(DefectTask):
         networks: Any = self.ema.module
         ids = torch.stack([encode_prompt(self.tokenizer, prompt, 0).ids for prompt in (*prompts, "")]).to(self.device)
         states = text_states(networks["text"], ids, None, ())
-        told, untold = states[:-1], states[-1:].expand(_SHOWN, -1, -1)
-        steps = max(n for n in range(1, _STEPS + 1) if self.process.train_steps % n == 0)
-        latents = sample(
-            guided(networks["unet"], told, untold, _GUIDANCE),
-            Sampler("ddim", self.process, steps=steps, strength=1.0),
-            self.prediction,
-            (bank.moments.shape[2] // 2, *bank.moments.shape[3:]),
-            generators(0, range(_SHOWN)),
-            states,
-        )
+        shape = (bank.moments.shape[2] // 2, *bank.moments.shape[3:])
+        latents = sample_prompts(networks["unet"], states[:-1], states[-1:], self.process, self.prediction, shape)
         self.vae.enable_slicing()  # one at a time: of large pictures, twelve at once are more than a training step
         pictures = (self.vae.decode(latents / self.scale + self.shift).sample.float() + 1) / 2
         self.vae.disable_slicing()

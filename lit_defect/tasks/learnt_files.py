@@ -1,4 +1,7 @@
-"""What an inversion has learnt as a file of its own: safetensors, with the base's hash and the pairs in its header."""
+"""What is learnt on a frozen base, without the base: in checkpoints, and as a file of an inversion's own.
+
+Both name the base by its hash. The file is a safetensors with the pairs in its header.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,61 @@ def is_learnt(key: str) -> bool:
     return key.startswith("learnt.") or ".lora_" in key
 
 
+def keep_learnt(task: Any, checkpoint: dict[str, Any]) -> None:
+    """Leave in a checkpoint only what was learnt, with what options and on what base.
+
+    Args:
+        task: has `base_source`, the base as `network`, the options as `learnt_with()`, and `learnt_from`.
+        checkpoint: that Lightning is about to write.
+    """
+    checkpoint["learnt_with"] = task.learnt_with()
+    checkpoint["base"] = {"source": task.base_source, "fingerprint": task.network.fingerprint}
+    checkpoint["task"] = type(task).__name__
+    checkpoint["learnt_from"] = sorted(list(picture) for picture in task.learnt_from)
+    state = checkpoint["state_dict"]
+    for key in [key for key in state if not is_learnt(key)]:
+        del state[key]
+
+
+def check_origin(task: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Whether a checkpoint is of such a task, on its base, with its options.
+
+    Raises:
+        UserError: it is not.
+    """
+    name = type(task).__name__
+    known, kind = checkpoint.get("base"), checkpoint.get("task", name)
+    if known is None or kind != name:
+        raise UserError(f"the checkpoint is of {'another task' if known is None else kind}, not of this {name}")
+    if known.get("fingerprint") != task.network.fingerprint:
+        raise UserError(
+            f"model.init_args.base: {task.base_source} ({task.network.fingerprint[:12]}) is not the base that this "
+            f"checkpoint was learnt on, {known.get('source')} ({str(known.get('fingerprint'))[:12]}); what was learnt "
+            "means nothing to another base"
+        )
+    check_options(task, checkpoint.get("learnt_with", {}), "the checkpoint")
+
+
+def put_back(task: Any, checkpoint: dict[str, Any]) -> None:
+    """Complete a checkpoint by the task's own base, and take over what it has learnt from.
+
+    Raises:
+        UserError: what was learnt has other shapes.
+    """
+    task.learnt_from |= {(picture, group) for picture, group in checkpoint.get("learnt_from", ())}
+    own, learnt = task.state_dict(), checkpoint["state_dict"]
+    misfit = sorted(
+        {key for key, value in own.items() if is_learnt(key) and learnt.get(key, own[key][:0]).shape != value.shape}
+        | (learnt.keys() - own.keys())
+    )
+    if misfit:
+        raise UserError(
+            f"the checkpoint does not fit this {type(task).__name__}: {misfit[0]} is missing, left over or of "
+            "another shape; take the model's options from the config.yaml of its run"
+        )
+    learnt.update({key: value for key, value in own.items() if not is_learnt(key)})
+
+
 def write_learnt(task: Any, path: Path) -> None:
     """Write everything that an `Inversion` has learnt."""
     from safetensors.torch import save_file
@@ -43,12 +101,12 @@ def check_options(task: Any, learnt_with: Mapping[str, Any], source: str) -> Non
     """Whether what was learnt is to be used as it was learnt; prompts may be tried out, with a warning.
 
     Args:
-        task: an `Inversion`.
+        task: an `Inversion` or a `StableDiffusionLoRA`.
         learnt_with: its `learnt_with` when it learnt; what is not told is not checked.
         source: what the messages call the file.
 
     Raises:
-        UserError: another number of vectors, or another rank of LoRA.
+        UserError: another number of vectors, another rank of LoRA and the like.
     """
     for option, now in task.learnt_with().items():
         if (then := learnt_with.get(option, now)) == now:
