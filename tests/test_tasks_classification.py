@@ -14,12 +14,15 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from PIL import Image
 
+from lit_defect.anomalies import LocalPseudoAnomaly
 from lit_defect.data import CustomCrops, MVTecAD
 from lit_defect.data.splits import write_split
 from lit_defect.errors import UserError
 from lit_defect.metrics.classification import defect_score, threshold_for_recall
 from lit_defect.nets.backbones import Backbone
 from lit_defect.tasks import DefectClassifier
+from lit_defect.tasks.pseudo import share_of
+from tests.anomalies import Stripes
 from tests.fakes import make_crops_folder, make_mvtec
 
 BODY = "backbone.model."
@@ -425,3 +428,109 @@ def test_a_compiled_network_gives_the_same_probabilities(root, weights):
         fit(model, data, epochs=1).test(model, datamodule=data, verbose=False)
         results.append(model._evaluation.probabilities)
     np.testing.assert_allclose(results[0], results[1], atol=1e-3)
+
+
+# --- pseudo-anomalies ---
+
+
+def on_anomalies(**settings: Any) -> DefectClassifier:
+    return make_model(**{"transfer": "all", "anomaly": Stripes(), "anomaly_share": 0.25, **settings})
+
+
+def test_a_share_of_a_batch_becomes_defective_and_real_defects_stay(root):
+    model = on_anomalies()
+    fit(model, make_data(root), epochs=1)
+    logged: dict[str, float] = {}
+    model.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
+    images = torch.full((400, 3, 16, 16), 128, dtype=torch.uint8)
+    images[300:] = 255  # too bright: no stripes are accepted
+    labels = torch.zeros(400, dtype=torch.int64)
+    labels[:100] = 1
+    batch = {"image": images, "label": labels, "index": torch.arange(400)}
+    before = images.clone(), labels.clone()
+    torch.manual_seed(0)
+    seen = model._with_pseudo_anomalies(batch, model.anomaly)
+    torch.testing.assert_close((images, labels), before, rtol=0, atol=0)  # a batch stays as it is
+    plain = images / 255
+    for part in (slice(0, 100), slice(300, 400)):  # defective, and rejected
+        assert torch.equal(seen["image"][part], plain[part])
+        assert torch.equal(seen["label"][part], labels[part])
+    changed = seen["label"][100:300] == 1
+    assert torch.equal(changed, (seen["image"][100:300] != plain[100:300]).flatten(1).any(1))
+    assert set(seen["image"][100:300][changed][:, 0, 0, 0].tolist()) == {0.0, 1.0}, "both kinds are drawn"
+    assert logged["train/pseudo_anomalies"] == int(changed.sum()) / 400
+    assert logged["train/rejected"] == pytest.approx(1 - int(changed.sum()) / 100)  # a quarter of 400 were drawn
+    torch.manual_seed(1)
+    again = model._with_pseudo_anomalies(batch, model.anomaly)
+    assert not torch.equal(again["label"], seen["label"]), "drawn anew"
+
+
+@pytest.mark.parametrize(("good", "share", "expected"), [(40, 0.25, 10), (6, 0.25, 3), (0, 0.25, 0), (40, 0.26, 10.4)])
+def test_the_share_is_met_on_average_and_leaves_half_of_the_good_ones(good, share, expected):
+    labels = torch.tensor([0] * good + [1] * (40 - good))
+    torch.manual_seed(0)
+    rows = [share_of({"label": labels}, 0, share) for _ in range(500)]
+    assert np.mean([len(part) for part in rows]) == pytest.approx(expected, abs=0.1)
+    assert all(len(set(part.tolist())) == len(part) and (labels[part] == 0).all() for part in rows)
+
+
+def test_a_class_that_pseudo_anomalies_alone_fill_can_be_learnt(root):
+    """Good pictures alone train; real defects are found."""
+    model, data = on_anomalies(anomaly=LocalPseudoAnomaly(), monitor=None), make_data(root, setting="one_class")
+    trainer = fit(model, data, epochs=25)
+    assert float(trainer.callback_metrics["train/pseudo_anomalies"]) > 0
+    trainer.test(model, datamodule=data, verbose=False)
+    assert model._result["auroc"]["value"] > 0.8
+
+
+def test_losses_for_unequal_classes_count_the_pseudo_anomalies(root):
+    model = on_anomalies(loss="logit_adjusted")
+    assert model.class_names is None
+    fit(model, data := make_data(root), epochs=1)
+    counts = data.counts()["train"]
+    changed = -(-sum(counts.values()) // 4)
+    met = torch.tensor([counts["good"] - changed, counts["defective"] + changed])
+    torch.testing.assert_close(model.loss.shift.flatten(), (met / met.sum()).log(), check_dtype=False)
+
+
+def test_a_resumed_training_meets_the_same_pseudo_anomalies(root, tmp_path):
+    def make() -> DefectClassifier:
+        return on_anomalies(anomaly=LocalPseudoAnomaly(), augment="strong", schedule="constant")
+
+    whole, half, rest = make(), make(), make()
+    fit(whole, make_data(root), epochs=3)
+    fit(half, make_data(root), epochs=2).save_checkpoint(tmp_path / "last.ckpt")
+    torch.rand(5)  # another state of the generator than a fresh process has
+    make_trainer(3).fit(rest, datamodule=make_data(root), ckpt_path=tmp_path / "last.ckpt")
+    torch.testing.assert_close(states(rest), states(whole), rtol=0, atol=0)
+
+
+def test_the_run_shows_its_pseudo_anomalies(root, tmp_path):
+    model = on_anomalies(anomaly=LocalPseudoAnomaly())
+    fit(model, make_data(root), epochs=1)
+    model.write_preview(tmp_path)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "pseudo_anomalies.png", "discarded_by_area.png",
+    }  # fmt: skip
+    assert "LocalPseudoAnomaly" in model.title
+
+
+def test_pseudo_anomalies_where_they_cannot_be_are_refused(root, tmp_path):
+    with pytest.raises(UserError, match=r"model.init_args.anomaly .*cache_features.*transfer"):
+        make_model(anomaly=Stripes())
+    with pytest.raises(UserError, match=r"model.init_args.anomaly_share = 1"):
+        on_anomalies(anomaly_share=1.0)
+    three = make_crops_folder(tmp_path / "crops", classes={"bent": 8, "good": 8, "torn": 8})
+    with pytest.raises(UserError, match=r"model.init_args.anomaly .*good, bent, torn"):
+        fit(on_anomalies(), CustomCrops(str(three), batch_size=8, leakage="off"))
+    with pytest.raises(UserError, match="discards every pseudo-anomaly"):
+        fit(on_anomalies(anomaly=LocalPseudoAnomaly(ssim_threshold=1e-6)), make_data(root))
+
+
+def test_the_defective_class_may_come_first(tmp_path):
+    root = make_crops_folder(tmp_path / "crops", classes={"broken": 20, "good": 10})
+    model = on_anomalies(loss="weighted", normal_class=1)
+    fit(model, CustomCrops(str(root), batch_size=8, leakage="off"), epochs=1)
+    model.log = lambda *_, **__: None  # type: ignore[method-assign]
+    batch = {"image": torch.full((8, 3, 16, 16), 0.5), "label": torch.ones(8, dtype=torch.int64)}
+    assert (model._with_pseudo_anomalies(batch, model.anomaly)["label"] == 0).sum() == 2

@@ -7,6 +7,7 @@ on validation data, intervals for every figure, and pictures of the worst mistak
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from lit_defect.anomalies import PseudoAnomaly
 from lit_defect.errors import UserError
 from lit_defect.losses.imbalance import make_loss
 from lit_defect.metrics.classification import defect_score, threshold_for_recall
@@ -27,6 +29,7 @@ from lit_defect.nets.gradcam import grad_cam
 from lit_defect.tasks.base import Batch, DefectTask
 from lit_defect.tasks.evaluation import Evaluation, can_be_watched, to_log
 from lit_defect.tasks.frozen import cached_features
+from lit_defect.tasks.pseudo import Preview, share_of, with_anomalies
 from lit_defect.tasks.views import VIEWS, Augment, random_views, resize, unit_range, view
 
 Pixels = npt.NDArray[np.uint8]
@@ -43,10 +46,13 @@ class DefectClassifier(DefectTask):
         image_size: side or (height, width) that pictures are resized to on the device; null takes them as
             the data module gives them.
         augment: views that training draws from: `none`, `flip` (left-right), `flips` (both ways),
-            `dihedral` (and quarter turns), `strong` (and small affine and light changes).
+            `dihedral` (and quarter turns), `strong` (and small affine and light changes): classical augmentation.
         average_views: predict by the mean probability over the listed views instead of the plain picture.
         cache_features: with `transfer: head`, compute the features once per picture and view and keep
             them in the data module's cache folder, for all epochs, seeds and trials.
+        anomaly: makes pseudo-anomalies of normal training pictures, anew in each step, which then count as
+            defective; null makes none. Needs two classes, and features that are not cached.
+        anomaly_share: share of the pictures of each batch that they are; at most every other normal one changes.
         loss: `plain`, `weighted`, `focal` or `logit_adjusted` (see `losses/imbalance.py`).
         label_smoothing: share of the label that is spread over all classes.
         layer_decay: factor of the learning rate from each layer to the one before it.
@@ -71,6 +77,8 @@ class DefectClassifier(DefectTask):
         augment: Augment = "none",
         average_views: bool = False,
         cache_features: bool = True,
+        anomaly: PseudoAnomaly | None = None,
+        anomaly_share: float = 0.25,
         loss: Literal["plain", "weighted", "focal", "logit_adjusted"] = "plain",
         label_smoothing: float = 0.0,
         layer_decay: float = 1.0,
@@ -84,14 +92,21 @@ class DefectClassifier(DefectTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(monitor=monitor, **kwargs)
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(ignore=["anomaly"], logger=False)
         if not 0 < required_recall <= 1:
             raise UserError(f"model.init_args.required_recall = {required_recall}: expected a share, 0 < r <= 1")
+        if not 0 < anomaly_share < 1:
+            raise UserError(f"model.init_args.anomaly_share = {anomaly_share}: expected a share, 0 < s < 1")
         self.cached = cache_features and transfer == "head"
         if self.cached and augment == "strong":
             raise UserError(
                 "model.init_args.augment = strong draws a new picture each time, so features cannot be "
                 "cached: set cache_features to false, or augment to dihedral"
+            )
+        if self.cached and anomaly is not None:
+            raise UserError(
+                "model.init_args.anomaly makes new pictures in each step, so features cannot be cached: set "
+                "cache_features to false, or transfer to last_block or all"
             )
         self.backbone_name = backbone
         self.weights = weights
@@ -99,6 +114,8 @@ class DefectClassifier(DefectTask):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.augment: Augment = augment
         self.average_views = average_views
+        self.anomaly = anomaly
+        self.anomaly_share = anomaly_share
         self.loss_name = loss
         self.label_smoothing = label_smoothing
         self.layer_decay = layer_decay
@@ -112,6 +129,7 @@ class DefectClassifier(DefectTask):
         self.backbone: Backbone | None = None
         self._features: dict[str, Tensor] = {}
         self._fingerprint: str | None = None
+        self._preview: Preview | None = None
         self._result: dict[str, Any] = {}
         self._evaluation: Evaluation
         self._started = 0.0
@@ -122,7 +140,8 @@ class DefectClassifier(DefectTask):
     def title(self) -> str:
         """What the start-up screen calls it."""
         source = self.weights or "random"
-        return f"DefectClassifier on {self.backbone_name} ({source} weights), trains {self.transfer}"
+        made = f", {type(self.anomaly).__name__}" if self.anomaly else ""
+        return f"DefectClassifier on {self.backbone_name} ({source} weights), trains {self.transfer}{made}"
 
     def setup(self, stage: str) -> None:
         """Take the classes from the data module, or check that they are the checkpoint's.
@@ -149,7 +168,9 @@ class DefectClassifier(DefectTask):
             raise UserError("there is no validation split: set data.val_fraction, or use `test`")
 
     def _check_training(self, counts: dict[str, int]) -> None:
-        """The loss for classes of these sizes; two of them at least."""
+        """The loss for classes of these sizes, pseudo-anomalies among them; two of them at least."""
+        if self.anomaly is not None:
+            counts = self._with_anomalies(counts)
         present = [name for name, count in counts.items() if count]
         if len(present) < 2:
             raise UserError(
@@ -158,6 +179,22 @@ class DefectClassifier(DefectTask):
             )
         sizes = [1 if self.loss_name == "plain" else count for count in counts.values()]
         self.loss = make_loss(self.loss_name, sizes, label_smoothing=self.label_smoothing)
+
+    def _with_anomalies(self, counts: dict[str, int]) -> dict[str, int]:
+        """Sizes of the classes as a training on pseudo-anomalies meets them."""
+        if self.normal_class is None or len(counts) != 2:
+            raise UserError(
+                "model.init_args.anomaly makes defective pictures of good ones, but the classes are "
+                f"{', '.join(counts)}: leave it out, or take data with a good and one defective class"
+            )
+        names = list(counts)
+        normal, defective = names[self.normal_class], names[1 - self.normal_class]
+        if not counts[normal]:
+            raise UserError(
+                "model.init_args.anomaly makes defects of good pictures, and no good one trains: leave it out"
+            )
+        changed = min(math.ceil(self.anomaly_share * sum(counts.values())), counts[normal] // 2)
+        return {**counts, normal: counts[normal] - changed, defective: counts[defective] + changed}
 
     def _check_monitor(self, labels: np.ndarray) -> None:
         """Refuse to watch a figure that validation cannot give, before the first epoch and not after it."""
@@ -273,7 +310,9 @@ class DefectClassifier(DefectTask):
     # --- cached features ---
 
     def on_fit_start(self) -> None:
-        """Compute or read the features of a frozen network, before the first epoch."""
+        """Compute or read the features of a frozen network, look at pseudo-anomalies, before the first epoch."""
+        if self.anomaly is not None:
+            self._preview = Preview(self.anomaly, self.data, lambda images: unit_range(images.to(self.device)))
         self._cache_features("train", VIEWS[self.augment])
         if self.trainer.limit_val_batches:
             self._cache_features("val", VIEWS[self.augment] if self.average_views else 1)
@@ -312,8 +351,14 @@ class DefectClassifier(DefectTask):
 
     # --- training and evaluation ---
 
+    def write_preview(self, folder: Path) -> None:
+        """The first pseudo-anomalies and what the gate discards, before the training; rank 0 only."""
+        if self._preview is not None:
+            self._preview.write(folder)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch, each picture in a random view."""
+        """Loss of a batch, some of whose normal pictures may be made defective, each picture in a random view."""
+        batch = batch if self.anomaly is None else self._with_pseudo_anomalies(batch, self.anomaly)
         size = len(batch["label"])
         numbers = torch.randint(VIEWS[self.augment], (size,), device=self.device)
         if "train" in self._features:
@@ -327,6 +372,19 @@ class DefectClassifier(DefectTask):
         loss = self.loss(logits, batch["label"])
         self.log("train/loss", loss, batch_size=size, prog_bar=True)
         return loss
+
+    def _with_pseudo_anomalies(self, batch: Batch, maker: PseudoAnomaly) -> Batch:
+        """The batch with a share of its normal pictures made defective; one whose anomaly is rejected stays good."""
+        assert self.normal_class is not None  # `setup` has looked
+        rows = share_of(batch, self.normal_class, self.anomaly_share)
+        changed = rows
+        if len(rows):
+            images, changed, _ = with_anomalies(unit_range(batch["image"]), rows, maker)
+            self.log("train/rejected", 1 - len(changed) / len(rows), batch_size=len(rows))
+            labels = batch["label"].index_fill(0, changed, 1 - self.normal_class)
+            batch = {**batch, "image": images, "label": labels}
+        self.log("train/pseudo_anomalies", len(changed) / len(batch["label"]), batch_size=len(batch["label"]))
+        return batch
 
     def _random_pixels(self, batch: Batch, numbers: Tensor) -> Tensor:
         images = resize(unit_range(batch["image"]), self.image_size)

@@ -22,24 +22,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from lit_defect.anomalies import PseudoAnomalies, PseudoAnomaly
+from lit_defect.anomalies import PseudoAnomaly
 from lit_defect.errors import UserError
 from lit_defect.losses.segmentation import make_mask_loss
 from lit_defect.metrics.anomaly import threshold_for_overkill
 from lit_defect.metrics.localization import BinnedPixelMetrics, PixelMetrics
 from lit_defect.nets.segmenters import SegmentationNet, make_segmenter
 from lit_defect.tasks.anomaly_pixels import METRICS
-from lit_defect.tasks.anomaly_report import first_look, write_preview
 from lit_defect.tasks.anomaly_scoring import ScoringTask
 from lit_defect.tasks.base import Batch
 from lit_defect.tasks.pixels import Listed, augmented, targets
+from lit_defect.tasks.pseudo import Preview, with_anomalies
 from lit_defect.tasks.views import random_light
 
 HELD_OUT = "synthetic_val"  # the split of generated pictures that a data module keeps from training
 _WINDOW = 21 / 256  # of the image score, as a share of the picture's longer side
 _MEASURE = "pixel_average_precision"
 _MONITORED = {"auto": f"synthetic/{_MEASURE}", "synthetic": f"synthetic/{_MEASURE}", "val": f"val/{_MEASURE}"}
-_PROBED = 64  # pictures whose pseudo-anomalies are looked at before the training
 
 
 class AnomalyLocalizer(ScoringTask):
@@ -118,7 +117,7 @@ class AnomalyLocalizer(ScoringTask):
         self.loss = make_mask_loss("focal")
         self.network: SegmentationNet | None = None
         self._watched: PixelMetrics | BinnedPixelMetrics | None = None  # of the validation pictures, while training
-        self._probe: tuple[list[int], PseudoAnomalies] | None = None
+        self._preview: Preview | None = None
 
     # --- construction ---
 
@@ -229,21 +228,13 @@ class AnomalyLocalizer(ScoringTask):
 
     def on_fit_start(self) -> None:
         """Look at the first pseudo-anomalies before anything is trained on them."""
-        if self.anomaly is None:
-            return
-        samples, normal = self.data.samples["train"], self.data.normal_class
-        good = [position for position, sample in enumerate(samples) if sample.label == normal]
-        positions = good[:: max(1, len(good) // _PROBED)][:_PROBED]
-        made = first_look(self.anomaly, self.pixels(self.data.loader("train").batch(positions)["image"]))
-        self._probe = (positions, made)
+        if self.anomaly is not None:
+            self._preview = Preview(self.anomaly, self.data, self.pixels)
 
     def write_preview(self, folder: Path) -> None:
         """The first pseudo-anomalies and what the gate discards, before the training; rank 0 only."""
-        if self._probe is not None and self.anomaly is not None:
-            positions, made = self._probe
-            sources = self.pixels(self.data.loader("train").batch(positions)["image"])
-            names = [self.data.samples["train"][position].name for position in positions]
-            write_preview(folder, sources, names, made, self.anomaly)
+        if self._preview is not None:
+            self._preview.write(folder)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, some of whose normal pictures are changed, each in a random view and window."""
@@ -260,12 +251,9 @@ class AnomalyLocalizer(ScoringTask):
         rows = ((labels == self.data.normal_class) & drawn).nonzero()[:, 0]  # (n,)
         if self.anomaly is None or not len(rows):
             return images, masks
-        made = self.anomaly.one_of_each(images[rows])
-        accepted = made.accepted
-        self.log("train/rejected", 1 - accepted.float().mean(), batch_size=len(rows))
-        marked = made.masks[accepted, 0].to(masks.dtype)
-        rows = rows[accepted]
-        return images.index_copy(0, rows, made.images[accepted]), masks.index_copy(0, rows, marked)
+        images, changed, marked = with_anomalies(images, rows, self.anomaly)
+        self.log("train/rejected", 1 - len(changed) / len(rows), batch_size=len(rows))
+        return images, masks.index_copy(0, changed, marked.to(masks.dtype))
 
     # --- selection ---
 

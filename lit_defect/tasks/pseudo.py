@@ -1,0 +1,73 @@
+"""Pseudo-anomalies for tasks that learn from labels: normal training pictures become defective ones, anew each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_defect.anomalies import PseudoAnomaly
+from lit_defect.tasks.base import Batch
+
+_PROBED = 64  # pictures whose pseudo-anomalies are looked at before the training
+
+
+class Preview:
+    """Some pseudo-anomalies, looked at before anything is trained on them.
+
+    Args:
+        maker: makes them.
+        data: the data module, whose normal training pictures are taken.
+        pixels: pictures (B, 3, H, W) of a batch -> float in [0, 1], on the device.
+
+    Raises:
+        UserError: none of them changes, or the gate rejects everything.
+    """
+
+    def __init__(self, maker: PseudoAnomaly, data: Any, pixels: Callable[[Tensor], Tensor]) -> None:
+        from lit_defect.tasks.anomaly_report import first_look  # it draws: not needed without pseudo-anomalies
+
+        samples = data.samples["train"]
+        good = [position for position, sample in enumerate(samples) if sample.label == data.normal_class]
+        self._positions = good[:: max(1, len(good) // _PROBED)][:_PROBED]
+        self._maker, self._data, self._pixels = maker, data, pixels
+        self._made = first_look(maker, self._sources())
+
+    def write(self, folder: Path) -> None:
+        """`figures/pseudo_anomalies.png` in the run folder, and what the gate discards."""
+        from lit_defect.tasks.anomaly_report import write_preview
+
+        names = [self._data.samples["train"][position].name for position in self._positions]
+        write_preview(folder, self._sources(), names, self._made, self._maker)
+
+    def _sources(self) -> Tensor:
+        return self._pixels(self._data.loader("train").batch(self._positions)["image"])
+
+
+def share_of(batch: Batch, normal: int, share: float) -> Tensor:
+    """Rows (n,) of the normal pictures of a batch of B that are to change: B x `share`, and at most every other one.
+
+    Drawn from torch's global generator on the CPU; so is whether a part of a picture counts as one.
+    """
+    good = (batch["label"] == normal).nonzero()[:, 0].cpu()
+    count = min(int(share * len(batch["label"]) + float(torch.rand(()))), len(good) // 2)
+    return good[torch.randperm(len(good))[:count]].to(batch["label"].device)
+
+
+def with_anomalies(images: Tensor, rows: Tensor, maker: PseudoAnomaly) -> tuple[Tensor, Tensor, Tensor]:
+    """Change some pictures; one whose pseudo-anomaly is rejected stays as it is.
+
+    Args:
+        images: (B, 3, H, W) float32 in [0, 1]; stays as it is.
+        rows: (n,) which are to change, at least one.
+        maker: makes the pseudo-anomalies, from torch's global generator.
+
+    Returns:
+        The pictures (B, 3, H, W), the rows (m,) of those that have changed, their masks (m, H, W) bool.
+    """
+    made = maker.one_of_each(images[rows])
+    rows = rows[made.accepted]
+    return images.index_copy(0, rows, made.images[made.accepted]), rows, made.masks[made.accepted, 0]
