@@ -153,7 +153,9 @@ class Edit:
                 raise UserError(f"{KEY}.{key} = {number}: expected at least 1")
         strengths = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
         if not all(0 < strength <= 1 for strength in strengths):
-            raise UserError(f"{KEY}.strength = {self.strength}: expected more than 0 (which changes nothing), at most 1")
+            raise UserError(
+                f"{KEY}.strength = {self.strength}: expected more than 0 (which changes nothing), at most 1"
+            )
         for key in ("style_fidelity", "least_covered"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected a number from 0 to 1")
