@@ -31,14 +31,14 @@ KEY = "model.init_args.base"
 INDEX = "model_index.json"
 _PARTS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text_encoder": ("text_encoder", "bert")}
 _FOLDERS = (*itertools.chain(*_PARTS.values()), "tokenizer", "scheduler")
-_DESCRIPTIONS = ("*.json", "*.txt", "*.model")
-_HALF, _RAW = "*.fp16*", "*.non_ema*"
+DESCRIPTIONS = ("*.json", "*.txt", "*.model")
+HALF, _RAW = "*.fp16*", "*.non_ema*"
 # What a repository's weights may be called, and what of that is left out; the first that it has for all networks.
-_WEIGHTS = (
-    ("*.safetensors", (_HALF, _RAW)),
-    ("*.bin", (_HALF, _RAW)),
-    (f"{_HALF}.safetensors", (_RAW,)),
-    (f"{_HALF}.bin", (_RAW,)),
+WEIGHTS = (
+    ("*.safetensors", (HALF, _RAW)),
+    ("*.bin", (HALF, _RAW)),
+    (f"{HALF}.safetensors", (_RAW,)),
+    (f"{HALF}.bin", (_RAW,)),
 )
 
 
@@ -100,7 +100,7 @@ class LatentBase(nn.Module):
         Raises:
             UserError: nothing there, a hub out of reach, a pipeline of another kind, or one that is damaged.
         """
-        folder = _folder(source)
+        folder = local_folder(source) or _from_hub(source)
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             parts = {name: _load(folder, index, name) for name in _PARTS}
@@ -111,7 +111,7 @@ class LatentBase(nn.Module):
             raise
         except Exception as error:  # a damaged folder fails in as many ways as there are files
             raise UserError(
-                f"{KEY}: the pipeline in {folder} cannot be opened ({_reason(error)}); copy or train it again"
+                f"{KEY}: the pipeline in {folder} cannot be opened ({reason(error)}); copy or train it again"
             ) from error
         base = cls(**parts, tokenizer=tokenizer, scheduler=scheduler, source=source)
         base.trained_on = trained_on
@@ -187,8 +187,12 @@ def save_pipeline(
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def _folder(source: str) -> Path:
-    """The local folder of a pipeline."""
+def local_folder(source: str) -> Path | None:
+    """The folder of a pipeline on this machine, or None for the name of a repository of the hub.
+
+    Raises:
+        UserError: it is neither.
+    """
     path = Path(source).expanduser()
     for folder in (path, path / "pipeline"):
         if (folder / INDEX).is_file():
@@ -198,7 +202,7 @@ def _folder(source: str) -> Path:
             f"{KEY}: {source} is no folder of a diffusers pipeline (it has no {INDEX}), no run of a LatentDiffusion "
             "that has ended, and no hub name like owner/name"
         )
-    return _from_hub(source)
+    return None
 
 
 def _from_hub(source: str) -> Path:
@@ -217,18 +221,18 @@ def _from_hub(source: str) -> Path:
         if constants.HF_HUB_OFFLINE:
             raise OSError("it is not in the cache, and HF_HUB_OFFLINE is set")
         knock_at_hub()
-        for weights, ignored in _WEIGHTS:
-            wanted = [f"{part}/{kind}" for part in _FOLDERS for kind in (*_DESCRIPTIONS, weights)]
+        for weights, ignored in WEIGHTS:
+            wanted = [f"{part}/{kind}" for part in _FOLDERS for kind in (*DESCRIPTIONS, weights)]
             options: Any = {"allow_patterns": [INDEX, TRAINED_ON, *wanted], "ignore_patterns": list(ignored)}
             folder = Path(snapshot_download(source, **options))
-            if _is_whole(folder, halves=_HALF not in ignored):
+            if _is_whole(folder, halves=HALF not in ignored):
                 break
         return folder
     except Exception as error:  # the client's errors have changed their base class between versions
         if cached and _is_whole(cached, halves=True):
             return cached
         raise UserError(
-            f"{KEY}: could not fetch {source} from the hub ({_reason(error)}). Copy the pipeline's folder here and "
+            f"{KEY}: could not fetch {source} from the hub ({reason(error)}). Copy the pipeline's folder here and "
             "name it, or train a base on your own pictures: experiments/anomaly_diffusion/base_*.yaml"
         ) from error
 
@@ -240,21 +244,21 @@ def _is_whole(folder: Path, halves: bool = False) -> bool:
         folder: of the pipeline.
         halves: whether weights in float16 will do.
     """
-    variants = (None, "fp16") if halves else (None,)
-    weights = {part for part in itertools.chain(*_PARTS.values()) if _variants(folder / part).intersection(variants)}
+    allowed = (None, "fp16") if halves else (None,)
+    weights = {part for part in itertools.chain(*_PARTS.values()) if variants(folder / part).intersection(allowed)}
     others = all((folder / part).is_dir() for part in ("tokenizer", "scheduler"))
     return others and all(weights.intersection(names) for names in _PARTS.values())
 
 
-def _variants(folder: Path) -> set[str | None]:
+def variants(folder: Path) -> set[str | None]:
     """Which weights are in a network's folder: None for those in full precision, "fp16"."""
     names = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") and not fnmatch(p.name, _RAW)]
-    return {"fp16" if fnmatch(name, _HALF) else None for name in names}
+    return {"fp16" if fnmatch(name, HALF) else None for name in names}
 
 
 def variant(folder: Path) -> str | None:
     """What diffusers and transformers call the weights to load of a network's folder: "fp16" if it has no others."""
-    return "fp16" if _variants(folder) == {"fp16"} else None
+    return "fp16" if variants(folder) == {"fp16"} else None
 
 
 def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
@@ -304,7 +308,8 @@ def _entry(folder: Path, index: dict[str, Any], names: Sequence[str]) -> tuple[s
     raise UserError(f"{KEY}: the pipeline in {folder} has no {names[0]}: {', '.join(sorted(index))}")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of what an error of another library says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -1,0 +1,286 @@
+"""Pictures through a pipeline: one call of diffusers for those that go together, the same whatever goes with them.
+
+    result = run(opened, [Request(picture, mask, "a photo of a nut with a hole", words=(seed, number, 0))], edit)
+    result.pictures     # (B, 3, h, w) float32 in [0, 1]
+
+What is ours around the call:
+
+    masked content      `fill` in the pixels; `latent_noise` and `latent_nothing` in the latents that the call starts from
+    the mask            in whole places of the latents, so that a small one does not fall between them
+    the surroundings    of modes without a mask of their own: after each step, places outside the mask take the source
+                        with the noise of the next step, as diffusers' inpainting does with a network that sees no mask
+    half precision      pictures that come out with NaN, or black, are made again in float32, and counted
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from lit_defect.editing.content import fill, latent_cells, started
+from lit_defect.editing.options import KEY, NETWORK_KEY, Edit
+from lit_defect.editing.pipelines import Opened
+from lit_defect.editing.reference import ReferenceOnly
+from lit_defect.editing.samplers import make_scheduler, told_strength
+from lit_defect.errors import UserError
+
+_MAIN, _CONTENT, _SURROUNDINGS, _REFERENCE = range(4)  # what a request draws noise for
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture to be edited.
+
+    Attributes:
+        picture: (3, h, w) float in [0, 1], whose sides are multiples of `Opened.multiple`.
+        mask: (1, h, w) float in [0, 1], 1 where it is to be edited; None for all of it.
+        prompt: what is to be seen.
+        negative_prompt: what guidance leads away from.
+        strength: of denoising, in (0, 1].
+        words: numbers that its noise is drawn from: the same ones, the same picture.
+        reference: (3, h', w') float in [0, 1], for `reference_only` and `ip_adapter`.
+    """
+
+    picture: Tensor
+    mask: Tensor | None = None
+    prompt: str = ""
+    negative_prompt: str = ""
+    strength: float = 1.0
+    words: tuple[int, ...] = (0,)
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out.
+
+    Attributes:
+        pictures: (B, 3, h, w) float32 in [0, 1], on the CPU, in the order of the requests.
+        retried: how many of them were made again in float32.
+    """
+
+    pictures: Tensor
+    retried: int
+
+
+def run(opened: Opened, requests: Sequence[Request], edit: Edit) -> Result:
+    """Edit pictures of one size; those of the same strength, with a mask or without, in one call of the pipeline.
+
+    Raises:
+        UserError: the pipeline cannot do what the options or a request say, or gives NaN in float32 too.
+        ValueError: pictures of several sizes, or of one that does not go through the network.
+    """
+    _check(opened, requests, edit)
+    groups: dict[tuple[float, bool], list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault((request.strength, request.mask is not None), []).append(number)
+    pictures = torch.empty(len(requests), *requests[0].picture.shape)
+    retried = 0
+    for numbers in groups.values():
+        pictures[numbers] = _call(opened, [requests[n] for n in numbers], edit)
+        spoilt = [n for n in numbers if _is_spoilt(pictures[n], requests[n].picture)]
+        if spoilt and opened.dtype != torch.float32:
+            with opened.in_float32():
+                pictures[spoilt] = _call(opened, [requests[n] for n in spoilt], edit)
+            retried += len(spoilt)
+        if not pictures[numbers].isfinite().all():
+            raise UserError(
+                f"{opened.source} gives NaN for {requests[numbers[0]].prompt!r} in float32, too: its weights, a LoRA or "
+                f"an embedding are damaged, or {NETWORK_KEY}.lora_scale or {KEY}.guidance is far too high"
+            )
+    return Result(pictures, retried)
+
+
+def _check(opened: Opened, requests: Sequence[Request], edit: Edit) -> None:
+    """Raises what `run` says."""
+    shape = requests[0].picture.shape
+    if any(r.picture.shape != shape or (r.mask is not None and r.mask.shape != (1, *shape[1:])) for r in requests):
+        raise ValueError("pictures and masks of one call must be of one size")
+    if shape[1] % opened.multiple or shape[2] % opened.multiple:
+        raise ValueError(f"pictures of {tuple(shape)}: the sides must be multiples of {opened.multiple}")
+    masked = any(r.mask is not None for r in requests)
+    if opened.mode == "inpaint" and any(r.mask is None for r in requests):
+        raise UserError(f"{KEY}.masks = none, but the mode inpaint needs masks; img2img edits all of a picture")
+    if masked and opened.mode != "inpaint" and not (opened.has_unet and opened.channels == 4):
+        raise UserError(f"{KEY}.masks: with this model take the mode inpaint; {opened.mode} edits all of the picture")
+    if masked and edit.content in ("latent_noise", "latent_nothing") and not _starts_from_latents(opened):
+        raise UserError(
+            f"{KEY}.content = {edit.content} needs a U-Net of 4 channels that starts from the picture; for this model "
+            "take original or fill"
+        )
+    if opened.mode in ("reference_only", "ip_adapter") and any(r.reference is None for r in requests):
+        raise UserError(f"{KEY}.references: the mode {opened.mode} needs a reference for each picture")
+
+
+def _starts_from_latents(opened: Opened) -> bool:
+    """Whether a masked call is given latents, not pixels."""
+    return opened.has_unet and not opened.takes_mask and opened.mode not in ("instruct_pix2pix", "variation")
+
+
+def _is_spoilt(picture: Tensor, source: Tensor) -> bool:
+    """Whether half precision may have overflowed: (3, h, w) with NaN, or black though the source is not."""
+    return not bool(picture.isfinite().all()) or bool((picture <= 0).all() and (source > 0).any())
+
+
+def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
+    """One call of the pipeline, (B, 3, h, w) float32 on the CPU; requests of one size and strength, all masked or none."""
+    pipe, mode = opened.pipe, opened.mode
+    pipe.scheduler = make_scheduler(edit.sampler, opened.schedule)
+    if hasattr(pipe.scheduler, "noise_sampler_seed"):  # DPM++ SDE takes no generators
+        pipe.scheduler.noise_sampler_seed = [_generator(r, _MAIN).initial_seed() for r in requests]
+    height, width = requests[0].picture.shape[1:]
+    arguments: dict[str, Any] = {
+        "prompt": [r.prompt for r in requests],
+        "negative_prompt": [r.negative_prompt for r in requests],
+        "num_inference_steps": edit.steps,
+        "guidance_scale": edit.guidance,
+        "image_guidance_scale": edit.image_guidance,
+        "noise_level": edit.noise_level,
+        "generator": [_generator(r, _MAIN) for r in requests],
+        "height": height,
+        "width": width,
+        "output_type": "pt",
+    }
+    if mode not in ("instruct_pix2pix", "variation"):
+        arguments["strength"] = told_strength(
+            edit.steps, requests[0].strength, edit.steps_convention, rounds_up=not opened.has_unet
+        )
+    pictures = torch.stack([_prefilled(r, edit) for r in requests])  # (B, 3, h, w)
+    arguments["image"] = [_to_pil(r.picture) for r in requests] if mode == "variation" else pictures
+    with ExitStack() as stack:
+        if requests[0].mask is not None:
+            arguments |= _masked(opened, requests, pictures, edit)
+        if mode == "ip_adapter":
+            arguments["ip_adapter_image_embeds"] = [_embeddings(opened, requests, edit)]
+        if mode == "reference_only":
+            stack.enter_context(_reading(opened, requests, edit))
+        known = inspect.signature(type(pipe).__call__).parameters
+        made = pipe(**{key: value for key, value in arguments.items() if key in known}).images
+    return made.float().cpu()
+
+
+def _masked(opened: Opened, requests: Sequence[Request], pictures: Tensor, edit: Edit) -> dict[str, Any]:
+    """What a call with masks is given; holds the surroundings where the pipeline does not."""
+    mask = torch.stack([r.mask for r in requests if r.mask is not None])  # (B, 1, h, w)
+    size = (mask.shape[2] // opened.factor, mask.shape[3] // opened.factor)
+    cells = latent_cells(mask, size)  # (B, 1, h', w') of 0 and 1
+    given: dict[str, Any] = {}
+    if opened.mode == "inpaint":
+        given["mask_image"] = cells.repeat_interleave(opened.factor, 2).repeat_interleave(opened.factor, 3)
+    if not opened.has_unet or opened.takes_mask:
+        return given
+    latents = opened.encode(pictures)  # (B, 4, h', w')
+    cells = cells.to(latents)
+    if _starts_from_latents(opened):
+        noise = _noise(latents, [_generator(r, _CONTENT) for r in requests])
+        given["image"] = started(latents, cells, edit.content, noise)
+    if opened.mode == "inpaint":
+        given["masked_image_latents"] = given["image"]  # of no effect; spares it an encoding
+        return given
+    # The noise that the pipeline starts from, where that is the first thing it draws.
+    stream = _SURROUNDINGS if opened.mode == "variation" else _MAIN
+    noise = _noise(latents, [_generator(r, stream) for r in requests])
+    _hold(opened.pipe, given.get("image", latents), cells, noise)
+    return given
+
+
+def _hold(pipe: Any, source: Tensor, cells: Tensor, noise: Tensor) -> None:
+    """After each step of the pipeline's scheduler, places outside the mask are the source with that step's noise.
+
+    Args:
+        pipe: with a scheduler of its own for this call.
+        source: latents (B, C, h', w').
+        cells: (B, 1, h', w'), 1 inside the mask.
+        noise: (B, C, h', w') standard normal, one for all steps.
+    """
+    scheduler = pipe.scheduler
+    step = scheduler.step
+    left: list[Tensor] = []
+
+    @functools.wraps(step)  # pipelines look at its parameters
+    def held(output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        if not left:
+            begin = len(scheduler.timesteps) - getattr(pipe, "_num_timesteps", len(scheduler.timesteps))
+            left.extend(scheduler.timesteps[begin:].flip(0))
+        made = step(output, timestep, *args, **kwargs)
+        left.pop()
+        proper = scheduler.add_noise(source, noise, left[-1][None]) if left else source
+        latents = (1 - cells) * proper + cells * made[0]
+        if isinstance(made, tuple):
+            return (latents, *made[1:])
+        made.prev_sample = latents
+        return made
+
+    scheduler.step = held
+
+
+def _prefilled(request: Request, edit: Edit) -> Tensor:
+    """The picture (3, h, w), the inside of its mask filled from around it if so asked."""
+    if request.mask is None or edit.content == "original":
+        return request.picture
+    inside = request.mask >= 0.5
+    filled = fill(_to_bytes(request.picture), inside[0].cpu().numpy())
+    pixels = torch.from_numpy(filled).permute(2, 0, 1).to(request.picture) / 255
+    return torch.where(inside, pixels, request.picture)
+
+
+def _to_bytes(picture: Tensor) -> Any:
+    """(3, h, w) in [0, 1] -> (h, w, 3) uint8."""
+    return (picture * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def _to_pil(picture: Tensor) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(_to_bytes(picture)))
+
+
+def _embeddings(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
+    """(B or 2B, 1, ...) of the references, behind those without a condition where there is guidance."""
+    pipe = opened.pipe
+    each = [
+        pipe.prepare_ip_adapter_image_embeds(
+            [_to_pil(r.reference)], None, pipe._execution_device, 1, _is_guided(opened, edit)
+        )[0]
+        for r in requests
+        if r.reference is not None
+    ]
+    return torch.cat([torch.cat(part) for part in zip(*(one.chunk(2) for one in each), strict=True)])
+
+
+def _is_guided(opened: Opened, edit: Edit) -> bool:
+    """Whether the network is asked without a condition, too."""
+    return edit.guidance > 1 and opened.network.config.time_cond_proj_dim is None
+
+
+def _reading(opened: Opened, requests: Sequence[Request], edit: Edit) -> Any:
+    """The U-Net looks at the references while this is open."""
+    control = ReferenceOnly(
+        opened.pipe.unet,
+        attention=edit.reference_attention,
+        adain=edit.reference_adain,
+        fidelity=edit.style_fidelity,
+    )
+    references = torch.cat([opened.encode(r.reference[None]) for r in requests if r.reference is not None])
+    return control.reading(references, opened.pipe.scheduler, [_generator(r, _REFERENCE) for r in requests])
+
+
+def _generator(request: Request, use: int) -> Generator:
+    """On the CPU, so that the noise is the same on any device; another one for each use."""
+    state = np.random.SeedSequence([*request.words, use]).generate_state(1, np.uint64)[0]
+    return Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def _noise(like: Tensor, generators: list[Generator]) -> Tensor:
+    """Drawn as diffusers does, so that equal generators give equal noise."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    noise: Tensor = randn_tensor(like.shape, generator=generators, device=like.device, dtype=like.dtype)
+    return noise
