@@ -20,9 +20,7 @@ QUICK = {"sampler": "DDIM", "steps": 4, "strength": 0.5, "guidance": 2.0, "least
 
 def editor(base: Path, mode: str = "inpaint", network: dict[str, Any] | None = None, **edit: Any) -> Any:
     masks = {"masks": "augmented"} if mode == "inpaint" else {}
-    return StableDiffusionEditor(
-        str(base), mode, Edit(**{**QUICK, **masks, **edit}), Network(**(network or {}))
-    )  # type: ignore[arg-type]
+    return StableDiffusionEditor(str(base), mode, Edit(**{**QUICK, **masks, **edit}), Network(**(network or {})))  # type: ignore[arg-type]
 
 
 def edited(task: Any, data: Any, root: Path, seed: int = 0, **trainer: Any) -> list[dict[str, str]]:

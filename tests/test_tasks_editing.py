@@ -116,7 +116,9 @@ def test_own_masks_are_where_variants_change(given, tmp_path):
 def test_changes_are_added_to_the_photograph_s_own_grain(given, tmp_path):
     made = {
         paste: edited(
-            editor(given.base, "img2img", result="crack", strength=0.01, paste=paste, count=1, steps_convention="webui"),
+            editor(
+                given.base, "img2img", result="crack", strength=0.01, paste=paste, count=1, steps_convention="webui"
+            ),
             parts(given.root),
             tmp_path / paste,
         )[0]

@@ -7,6 +7,7 @@
     ROOT/<category>/ground_truth/<type>/00000_mask.png     accepted ones only; 0 and 255; none of a normal picture, and
                                  none where the label is not known by the pixel
     ROOT/rejected/<category>/<type>/00000_<candidate>.png  where they are kept
+    ROOT/photographs/00000.png   what edited crops were cut from, with these in it, where asked for
 
 Several processes write at once and any of them may be killed. Each appends to a part of its own,
 `ROOT/.parts/manifest.<rank>.csv`, and a picture gets its line when it and its mask are whole on disk. So what has a
@@ -31,7 +32,8 @@ from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture, png, write_whole
 from lit_defect.generation.manifest import COLUMNS, Made, Row, append, cells, read_rows, read_table, table
 
-ABOUT, MANIFEST, TRAINED_ON, PARTS, REJECTED = "about.json", "manifest.csv", "trained_on.csv", ".parts", "rejected"
+ABOUT, MANIFEST, TRAINED_ON, PARTS = "about.json", "manifest.csv", "trained_on.csv", ".parts"
+REJECTED, PHOTOGRAPHS = "rejected", "photographs"
 KIND = "generated data set"
 VERSION = 1
 
@@ -143,6 +145,7 @@ class GeneratedStore(Store):
         picture: Picture | None = None,
         mask: Bools | None = None,
         rejected: Mapping[int, Picture] | None = None,
+        photograph: Picture | None = None,
     ) -> Row:
         """Write a picture, its mask and then its line.
 
@@ -151,6 +154,7 @@ class GeneratedStore(Store):
             picture: (H, W, 3) uint8, if it was accepted.
             mask: (H, W) bool, where the defect of an accepted picture is; None where nobody knows, or of a normal one.
             rejected: candidates to keep for a look at them, by number.
+            photograph: what the picture is a crop of, with the crop in it.
 
         Returns:
             The line.
@@ -172,6 +176,8 @@ class GeneratedStore(Store):
                     row["mask"] = place(*pair, "ground_truth") + f"/{stem}_mask.png"
                     write_whole(self.root / row["mask"], png(mask))
                 write_whole(self.root / row["image"], png(picture))
+            if photograph is not None:
+                write_whole(self.root / PHOTOGRAPHS / f"{stem}.png", png(photograph))
             for number, pixels in (rejected or {}).items():
                 write_whole(self.root / REJECTED / place(*pair) / f"{stem}_{number}.png", png(pixels))
             append(self._part, row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from lit_defect.editing.prompts import Prompts
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture, read_picture
 from lit_defect.generation.foreground import Foreground
-from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, rules_of
-from lit_defect.generation.placed_masks import Boxes, DrawnMasks, RandomMasks
+from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskSource, rules_of
+from lit_defect.generation.placed_masks import OwnMasks, PlacedMasks, RandomMasks, read_placed
 from lit_defect.tasks.editing_plan import EditJob
 from lit_defect.tasks.views import resize, unit_range
 
@@ -79,26 +79,21 @@ class EditInputs:
         sample = self.data.samples[self.sources][job.source]
         picture, values = self.data.original(self.sources, job.source)
         own = None if values is None else np.asarray(values > 0)
-        mask, drawn = self._mask(job, sample, picture, own)
+        mask, drawn = self._mask(job, sample, picture)
         frame = self.frame(picture, mask if drawn else None)
         caption = self.captioner.caption([picture])[0] if self.captioner else ""
         prompt = self.prompts.of(*job.pair, np.random.default_rng([*job.seed, _PROMPT]), caption)
         pixels = torch.from_numpy(frame.cut(picture)).permute(2, 0, 1)
         return Ready(job, picture, own, mask, drawn, frame, pixels, prompt, self._reference(job, frame))
 
-    def _mask(self, job: EditJob, sample: Any, picture: Picture, own: Bools | None) -> tuple[Bools, Drawn | None]:
+    def _mask(self, job: EditJob, sample: Any, picture: Picture) -> tuple[Bools, Drawn | None]:
         """Where a picture is edited, all of it where there is no mask."""
-        if self.edit.masks == NO_MASK:
+        if self.masks is None:
             return np.ones(picture.shape[:2], dtype=np.bool_), None
-        if self.edit.masks == "own":
-            if own is None or not own.any():
-                raise UserError(
-                    f"{KEY}.masks = own, but {sample.name} has no mask: name types of defects by {KEY}.sources, or "
-                    "take other masks"
-                )
-            return own, Drawn(own, "own", Counter())
         rng = np.random.default_rng([*job.seed, _MASK])
-        drawn = self.masks.draw_for(sample.name, job.pair, rng, self.foreground.of(sample.name, picture))
+        placed = isinstance(self.masks, MaskSource | RandomMasks)  # the others lie where somebody put them
+        area = self.foreground.of(sample.name, picture) if placed else np.ones(picture.shape[:2], dtype=np.bool_)
+        drawn = self.masks.draw_for(sample.name, job.pair, rng, area)
         return drawn.mask, drawn
 
     def frame(self, picture: Picture, mask: Bools | None) -> Frame:
@@ -127,36 +122,34 @@ class EditInputs:
             raise UserError(f"{KEY}.prompt has a {{caption}}: name a model that makes one by {KEY}.captioner")
         return self.prompts.needs_caption
 
-    def _mask_source(self, pairs: set[tuple[str, str]]) -> Any:
-        """What draws masks; None where there are none, or they are the pictures' own."""
+    def _mask_source(self, pairs: set[tuple[str, str]]) -> PlacedMasks | None:
+        """What draws masks; None where there are none."""
         named = self.edit.masks
-        if named in (NO_MASK, "own"):
-            if named == "own" and not self.data.with_masks:
-                raise UserError(f"{KEY}.masks = own: the data set is used without masks; set data.init_args.with_masks")
+        if named == NO_MASK:
             return None
+        if named == "own":
+            if not self.data.with_masks:
+                raise UserError(f"{KEY}.masks = own: this data set is used without masks (data.init_args.with_masks)")
+            places = {sample.name: i for i, sample in enumerate(self.data.samples[self.sources])}
+            return OwnMasks(lambda name: self._own_mask(self.sources, places[name]))
         if named == "random":
             return RandomMasks(self.edit.mask_area)
         if named == "augmented":
-            return self._augmented(pairs)
+            masks = {pair: self._real_masks(pair) for pair in pairs}
+            return AugmentedMasks(masks, rules_of(masks))
         path = Path(named).expanduser()
-        if path.is_file():
-            return Boxes(path)
-        if not path.is_dir():
+        if not path.exists():
             raise UserError(
                 f"{KEY}.masks = {named}: expected none, own, random, augmented, a folder or a list of boxes"
             )
-        return DrawnMasks(path, self.edit.mask_threshold)
+        real = {pair: found for pair in pairs if len(found := self._real_masks(pair)) > 1}
+        names = {sample.name for sample in self.data.samples[self.sources]}
+        return read_placed(path, names, pairs, rules_of(real), self.edit.mask_threshold)
 
-    def _augmented(self, pairs: set[tuple[str, str]]) -> AugmentedMasks:
-        masks = {
-            pair: [
-                (sample.name, marked)
-                for position, sample in self.defects(pair)
-                if (marked := self._own_mask("train", position)) is not None and marked.any()
-            ]
-            for pair in pairs
-        }
-        return AugmentedMasks(masks, rules_of(masks))
+    def _real_masks(self, pair: tuple[str, str]) -> list[tuple[str, Bools]]:
+        """Of the real training defects of a category and type; none where the data set is used without masks."""
+        found = [(sample.name, self._own_mask("train", position)) for position, sample in self.defects(pair)]
+        return [(name, mask) for name, mask in found if mask is not None and mask.any()]
 
     def defects(self, pair: tuple[str, str]) -> list[tuple[int, Any]]:
         """Positions and samples of the real training pictures of a category and type."""
@@ -197,7 +190,7 @@ class EditInputs:
         named = {self.edit.references} if self.references and "" not in self.references else set()
         looks = {(s.name, s.group) for s in self.data.samples["train"] if s.defect_type in named}
         looks |= {(sample.name, sample.group) for pair in pairs for _, sample in self.defects(pair)}
-        return looks | set(getattr(self.masks, "learnt_from", ()))
+        return looks | (self.masks.learnt_from if self.masks else set())
 
     def listed(self) -> str:
         """What is edited: the numbers of a set that is gone on with must mean the same pictures."""

@@ -16,7 +16,7 @@ from lit_defect.editing.pipelines import open_pipeline
 from lit_defect.editing.running import Request, run
 from lit_defect.errors import UserError
 from lit_defect.generation.files import Bools, Picture
-from lit_defect.generation.judgement import EditMeasures, EditRule, change, covered, likeness, outside, seam
+from lit_defect.generation.judgement import EditRule, Measures, Outside, change, covered, likeness, outside, seam
 from lit_defect.generation.pasting import Place, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.tasks.descriptors import descriptor
@@ -27,11 +27,19 @@ _SAMPLE = 2  # its random stream; those of masks, prompts and references have ot
 
 
 class Candidate(NamedTuple):
-    """One attempt: the picture (H, W, 3) uint8, its label (H, W) if it is known, and what was measured."""
+    """One attempt.
+
+    Attributes:
+        picture: (H, W, 3) uint8, pasted back.
+        label: (H, W), where the defect is, if that is known.
+        measures: that the rule looks at.
+        spilt: what the network had changed outside the mask.
+    """
 
     picture: Picture
     label: Bools | None
-    measures: EditMeasures
+    measures: Measures
+    spilt: Outside
 
 
 class EditMaking:
@@ -56,14 +64,17 @@ class EditMaking:
         self.inputs = EditInputs(task, sources, pairs, self.opened.multiple)
         self.real = {pair: self._descriptors(pair) for pair in pairs if pair not in self.normal}
         self.rule = EditRule(
-            self.edit.least_change, self.edit.most_change, self.edit.least_covered, self.edit.most_seam
+            self.edit.least_change,
+            self.edit.least_covered,
+            most_change=self.edit.most_change,
+            most_seam=self.edit.most_seam,
         )
         about = About(
             generator=f"StableDiffusionEditor {task.mode}",
             base={"source": task.base_source, "fingerprint": self.opened.fingerprint},
             tokens="",
             options={"mode": task.mode, **self.edit.resolved(), "lora_scale": task.network.lora_scale,
-                     "dtype": self.opened.dtype, "pictures": self.inputs.listed()},
+                     "dtype": str(self.opened.dtype).removeprefix("torch."), "pictures": self.inputs.listed()},
             seed=task.seed,
         )  # fmt: skip
         self.store = GeneratedStore(task.root, about, self.opened.trained_on | self.inputs.looks(self.real), rank)
@@ -80,7 +91,7 @@ class EditMaking:
     @torch.no_grad()
     def _descriptors(self, pair: tuple[str, str]) -> Any:
         """(n, 2 C) of the real training defects of a pair; None for fewer than two that have masks."""
-        if not self.data.with_masks or not self.opened.encodes:
+        if not self.data.with_masks:
             return None
         found = []
         for position, _ in self.inputs.defects(pair):
@@ -122,7 +133,7 @@ class EditMaking:
                 else None,
                 prompt=one.prompt,
                 negative_prompt=edit.negative_prompt,
-                seed=(*one.job.seed, _SAMPLE, number),
+                words=(*one.job.seed, _SAMPLE, number),
                 strength=strength,
                 reference=one.reference,
             )
@@ -175,22 +186,20 @@ class EditMaking:
         label = self._label(one, result)
         if label is not None and self._repairs(one) and edit.paste != "none":
             result = np.where(label[..., None], result, native)  # what changed too little to be marked, has not
-        mean, most, _ = outside(native, raw, one.mask)
+        spilt = outside(native, raw, one.mask)
         inside, _ = change(native / 255.0, result / 255.0, one.mask)
         real = self.real.get(one.job.pair)
         alike = 0.0
         if real is not None and label is not None and label.any() and not label.all():
             alike = likeness(self._described(generated.cpu(), one.frame.cut_mask(label))[0], real)
-        measures = EditMeasures(
+        measures = Measures(
             change_inside=inside,
-            change_outside=mean,
-            most_outside=most,
-            share_changed=float((result != native).any(axis=2).mean()),
+            change_outside=spilt.mean,
             covered=covered(one.mask, label) if label is not None and self._repairs(one) else 1.0,
             seam=seam(result, one.mask, native),
             likeness=alike,
         )
-        return Candidate(result, label, measures)
+        return Candidate(result, label, measures, spilt)
 
     def _repairs(self, one: Ready) -> bool:
         """Whether the label of a new defect is looked for in what has changed."""
@@ -247,8 +256,8 @@ class EditMaking:
             "accepted": not reason,
             "reason": reason,
             "mode": self.task.mode,
-            "most_outside": round(measures.most_outside, 3),
-            "share_changed": measures.share_changed,
+            "most_outside": round(shown.spilt.most, 3),
+            "share_changed": outside(one.picture, shown.picture).share,
             "seam": round(measures.seam, 3),
             "retried": retried,
         }
