@@ -4,8 +4,9 @@
         [--backbone NAME --weights WEIGHTS] [--perceptual NAME --perceptual-weights WEIGHTS]
 
 GENERATED is what `predict` wrote, ROOT the data set in MVTec AD's layout that it was made from. All pictures are
-brought to 256 x 256, as in the published protocol. Compared are the accepted pictures of a type with the real ones of
-that type that the generator has not seen: those whose name and part are not in `trained_on.csv`.
+brought to 256 x 256, as in the published protocol. Compared are the accepted pictures of a type of defect, which need
+masks, with the real ones of that type that the generator has not seen: those whose name and part are not in
+`trained_on.csv`.
 
 | figure | |
 |---|---|
@@ -142,7 +143,7 @@ def evaluate(generated: Path, real: Path, judges: Judges, category: str | None =
     about = read_about(generated)
     rows: defaultdict[Pair, list[Row]] = defaultdict(list)
     for row in read_manifest(generated):
-        if category is None or row["category"] == category:
+        if row["defect_type"] != GOOD and category in (None, row["category"]):
             rows[row["category"], row["defect_type"]].append(row)
     if category is not None and not rows:
         raise DataError(f"--category {category}: {generated} has no picture of it; see its manifest.csv")
@@ -273,6 +274,11 @@ def _beside_sources(
 
 def _triple(generated: Path, real: Path, row: Row) -> tuple[metrics.Pixels, metrics.Pixels, metrics.Bools]:
     """Picture, source and mask, all of one size."""
+    if not row["mask"]:
+        raise DataError(
+            f"{generated / row['image']} has no mask, and these figures compare the inside of masks with the outside; "
+            "generate the set with masks"
+        )
     path = (real / row["source"]).resolve()
     if not path.is_relative_to(real.resolve()) or not path.is_file():
         raise DataError(

@@ -12,12 +12,15 @@ from skimage.measure import label
 from lit_defect.errors import UserError
 from lit_defect.generation.judgement import (
     Contrasts,
+    EditRule,
     Measures,
     Rule,
     change,
     contrast_gain,
     covered,
     likeness,
+    outside,
+    seam,
     stands_out,
     weakened,
 )
@@ -375,6 +378,95 @@ def test_when_all_are_rejected_the_most_frequent_reason_is_told():
 def test_a_rule_out_of_range_names_its_key(name, value):
     with pytest.raises(UserError, match=rf"generation\.{name} = "):
         Rule(**{"least_change": 5, "least_covered": 0.5, name: value})
+    with pytest.raises(UserError, match=rf"model\.init_args\.edit\.{name} = "):
+        EditRule(**{"least_change": 5, "least_covered": 0.5, name: value})
+
+
+# --- edits ---
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reason"),
+    [
+        (Measures(40, 1, 0.5, seam=6.0), None),
+        (Measures(5, 1, 0.5, seam=-30.0), None),
+        (Measures(4.9, 1, 0.5), "nothing changed"),
+        (Measures(9, 1, 0.49), "label mostly lost"),
+        (Measures(9, 1, 0.5, mask_fault="too small"), "mask: too small"),
+        (Measures(40.1, 1, 0.5), "another picture"),
+        (Measures(40, 1, 0.5, seam=6.1), "its border shows"),
+        (Measures(41, 1, 0.1, seam=9.0), "label mostly lost"),
+        (Measures(9, 1, 0.5, seam=math.nan), "not a number"),
+        (Measures(math.inf, 1, 0.5), "not a number"),
+    ],
+)
+def test_why_an_edit_is_rejected(candidate, reason):
+    rule = EditRule(least_change=5, least_covered=0.5, most_change=40, most_seam=6)
+    assert rule.judge([candidate]).reasons == (reason,)
+
+
+def test_an_edit_may_change_all_of_it_where_no_limit_is_set():
+    verdict = EditRule(least_change=5, least_covered=0.5).judge([Measures(254, 200, 1, seam=200.0)])
+    assert (verdict.chosen, verdict.rejected) == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("candidates", "chosen"),
+    [
+        ([(-2.0, 0.0), (-1.0, 9.0), (-1.5, 0.0)], 1),  # likeness and seam
+        ([(-2.0, 5.0), (-2.0, 3.0), (-2.0, 3.0)], 1),
+        ([(0.0, 4.0), (0.0, 2.0), (0.0, 3.0)], 1),  # nothing to compare with
+        ([(0.0, 4.0), (0.0, -1.0), (0.0, -9.0)], 1),  # smoother than the source is no better than the source
+    ],
+)
+def test_of_the_edits_left_likeness_decides_and_then_the_border(candidates, chosen):
+    measures = [Measures(9, 0, 1, likeness, seam=border) for likeness, border in candidates]
+    assert EditRule(least_change=5, least_covered=0.5).judge(measures).chosen == chosen
+
+
+@pytest.mark.parametrize(("name", "value"), [("most_change", 5), ("most_change", math.nan), ("most_seam", -1)])
+def test_limits_of_edits_out_of_range_name_their_key(name, value):
+    with pytest.raises(UserError, match=rf"model\.init_args\.edit\.{name} = "):
+        EditRule(**{"least_change": 5, "least_covered": 0.5, name: value})
+
+
+def test_what_an_edit_did_outside_is_told_of_the_pixels_there():
+    source = np.full((4, 5, 3), 100, np.uint8)
+    mask = box((4, 5), 0, 0, 2, 5)  # half of the pixels
+    edited = source.copy()
+    edited[:2] = 0
+    edited[3, 0] = (90, 100, 103)
+    found = outside(source, edited, mask)
+    assert found == pytest.approx((13 / 30, 10, 1 / 10))
+    assert outside(source, source, mask) == (0, 0, 0)
+    assert outside(source, edited, np.ones((4, 5), bool)) == (0, 0, 0)
+    assert outside(source, edited) == pytest.approx(((10 * 300 + 13) / 60, 100, 11 / 20))
+    faint = source + np.where(np.arange(5)[:, None] < 2, 0.4, 0.6)  # of floats, what rounds to another grey level
+    assert outside(source, faint, mask).share == pytest.approx(3 / 5)
+
+
+def test_a_seam_is_the_step_across_the_border_beyond_the_sources_own():
+    source = np.full((6, 8, 3), 100, np.uint8)
+    source[:, 4:] = 110  # an edge of the source along the mask's right side
+    mask = box((6, 8), 0, 1, 6, 4)
+    edited = source.astype(float)
+    edited[mask] += 20
+    # 6 pairs on the left with a step of 20, 6 on the right with one of 10, where the source has 10
+    assert seam(edited, mask, source) == pytest.approx((6 * 20 + 6 * 10) / 12 - 10 / 2)
+    assert seam(source, mask, source) == 0
+    assert seam(np.full_like(source, 100), mask, source) == pytest.approx(-5)
+    for nothing in (np.zeros((6, 8), bool), np.ones((6, 8), bool)):
+        assert seam(edited, nothing, source) == 0
+
+
+def test_a_seam_counts_rows_as_columns_and_averages_channels():
+    source = np.zeros((7, 9, 3), np.uint8)
+    mask = box((7, 9), 2, 3, 5, 8)
+    edited = source.copy()
+    edited[mask] = (30, 0, 0)
+    edited[0] = 255  # not at the border
+    assert seam(edited, mask, source) == pytest.approx(10)
+    assert seam(edited.transpose(1, 0, 2), mask.T, source.transpose(1, 0, 2)) == pytest.approx(10)
 
 
 def test_a_change_keeps_the_grain_of_the_normal_picture():

@@ -97,7 +97,8 @@ def made(number: int, kind: str, accepted: bool, category: str = "tile") -> Made
         "sampler": "ddim", "steps": 5, "strength": 0.9, "guidance": 1.0, "reweight": "off", "mask_source": "real",
         "candidates": 1, "rejected": {} if accepted else {"nothing changed": 1}, "change_inside": 9.0,
         "change_outside": 0.0, "covered": 1.0, "contrast": 9.0, "likeness": 0.0, "area": 0.1, "accepted": accepted,
-        "reason": "" if accepted else "nothing changed",
+        "reason": "" if accepted else "nothing changed", "mode": "", "most_outside": 0.0, "share_changed": 0.1,
+        "seam": 0.0, "retried": 0,
     }  # fmt: skip
 
 
@@ -332,6 +333,19 @@ def test_categories_apart(generated: Path, real_root: Path, tmp_path: Path) -> N
     assert only == quality.evaluate(generated, real_root, JUDGES)
     with pytest.raises(DataError, match="--category wood"):
         quality.evaluate(generated, real_root, JUDGES, category="wood")
+
+
+def test_normal_pictures_are_no_type_and_defects_need_masks(tmp_path: Path, real_root: Path) -> None:
+    about = About("StableDiffusionEdit", {"source": "base", "fingerprint": "b"}, "t", {}, 0)
+    store = GeneratedStore(tmp_path, about, TRAINED)
+    store.add(made(0, "crack", True), *generated_picture(real_root, 0, False))
+    store.add(made(1, "good", True), picture(1))
+    store.merge()
+    assert list(quality.evaluate(tmp_path, real_root, JUDGES)["types"]) == ["tile/crack"]
+    store.add(made(2, "crack", True), picture(2))
+    store.merge()
+    with pytest.raises(DataError, match=r"crack/00002\.png has no mask"):
+        quality.evaluate(tmp_path, real_root, JUDGES)
 
 
 def test_nothing_accepted(tmp_path: Path, real_root: Path) -> None:

@@ -23,7 +23,7 @@ from lit_defect.data import CustomCrops
 from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation import store as stores
-from lit_defect.generation.judgement import stands_out
+from lit_defect.generation.judgement import seam, stands_out
 from lit_defect.generation.options import Generation
 from lit_defect.generation.store import GeneratedStore, read_manifest, read_trained_on
 from lit_defect.tasks import AnomalyDiffusion
@@ -120,6 +120,10 @@ def test_outside_its_mask_a_picture_is_the_normal_one(learnt, tmp_path, repair, 
         assert np.array_equal(picture[~mask], normal[~mask]), "to the last bit"
         assert (picture[mask] != normal[mask]).any(axis=-1).mean() > 0.5
         assert float(row["area"]) == pytest.approx(mask.mean())
+        assert float(row["share_changed"]) == pytest.approx((picture != normal).any(axis=-1).mean())
+        assert float(row["seam"]) == pytest.approx(seam(picture, mask, normal), abs=1e-3)
+        assert float(row["most_outside"]) >= float(row["change_outside"]) > 0, "of the autoencoder"
+        assert (row["mode"], row["retried"]) == ("", "0")
         with Image.open(root / row["mask"]) as image:
             assert set(np.unique(np.asarray(image))) == {0, 255}
 

@@ -99,8 +99,8 @@ class Rule:
 
     def objection(self, candidate: Measures) -> str | None:
         """Why a candidate is rejected; None if it may be taken."""
-        seen = candidate
-        figures = (seen.change_inside, seen.change_outside, seen.covered, seen.likeness, seen.seam)
+        changes = (candidate.change_inside, candidate.change_outside, candidate.covered)
+        figures = (*changes, candidate.likeness, candidate.seam)
         if not all(math.isfinite(figure) for figure in figures) or math.isnan(candidate.contrast):
             return "not a number"
         if candidate.change_inside < self.least_change:
@@ -117,7 +117,7 @@ class Rule:
         """Take the candidate most like the real defects among those that nothing speaks against."""
         reasons = tuple(self.objection(candidate) for candidate in candidates)
         fit = [index for index, reason in enumerate(reasons) if reason is None]
-        chosen = max(fit, key=lambda index: (candidates[index].likeness, -candidates[index].seam), default=None)
+        chosen = max(fit, key=lambda index: _merit(candidates[index]), default=None)
         return Verdict(chosen, reasons)
 
 
@@ -151,6 +151,11 @@ class EditRule(Rule):
         if self.most_seam is not None and candidate.seam > self.most_seam:
             return "its border shows"
         return None
+
+
+def _merit(candidate: Measures) -> tuple[float, float]:
+    """Likeness first, then how little of a border shows; one smoother than the source's own has no merit."""
+    return candidate.likeness, -max(0.0, candidate.seam)
 
 
 def change(normal: Floats, generated: Floats, mask: Bools) -> tuple[float, float]:
