@@ -175,7 +175,7 @@ class CLI(LightningCLI):
             raise UserError(f"{run.path} is being written by process {record.get('pid')}; wait for it or stop it")
         elif record.get("status") == "finished" and record.get("config_hash") == config_hash:
             _say(f"nothing to do: {run.path} is finished")
-            if config.test_after_fit and not (run.path / "test_metrics.json").is_file():
+            if config.test_after_fit and not (run.path / f"{runs.test_name(self.config_dump)}_metrics.json").is_file():
                 _say(f"  it is not tested: use the verb test with --run_id {run.run_id} --ckpt_path best")
             raise SystemExit(0)
         elif (wanted := config.trainer.max_epochs) is not None and 0 <= wanted < record.get("epochs", 0):

@@ -6,7 +6,8 @@
 - `metrics.csv`: what was logged, step by step;
 - `checkpoints/last.ckpt` and `checkpoints/best.ckpt`;
 - `splits.csv`, `leakage.csv`, `skipped.csv`: which sample went where, and what was found;
-- `<stage>_metrics.json`, `<stage>_predictions.csv` and `figures/` for each evaluated stage.
+- `<stage>_metrics.json`, `<stage>_predictions.csv` and `figures/` for each evaluated stage: `test`, `val`, or
+  `mirrored` where the training pictures were mirrored for the test (`data.test=mirrored_train`).
 
 No torch here, so that reports and sweeps start quickly.
 """
@@ -32,6 +33,8 @@ from typing import Any
 from lit_defect.errors import UserError
 
 RUN_ID_VARIABLE = "LIT_DEFECT_RUN_ID"
+MIRRORED_TRAIN = "mirrored_train"  # of data.test
+MIRRORED = "mirrored"  # what its results are called, which are those of no test
 # Options that say where and how a run is carried out, not what it computes.
 _NOT_THE_EXPERIMENT = (
     "config",
@@ -199,6 +202,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return flat
+
+
+def test_name(config: Mapping[str, Any]) -> str:
+    """What the results of `test` are called under a configuration: `test` or `mirrored`."""
+    data = config.get("data") or {}
+    return MIRRORED if (data.get("init_args") or {}).get("test") == MIRRORED_TRAIN else "test"
 
 
 def hash_config(config: Mapping[str, Any]) -> str:

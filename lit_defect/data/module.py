@@ -57,7 +57,7 @@ class DefectDataModule(Serving):
         group_file: CSV `path,group`; samples of one group (one physical part) stay in one split. `auto` takes the
             near-duplicates that the leak guard finds for photographs of one part.
         test: `mirrored_train` tests on the mirrored training samples, a leak by design that some papers
-            report; to compare with them only.
+            report; to compare with them only. Its results are called `mirrored_*`, not `test_*`.
         sampler: `balanced` draws all classes equally often.
         drop_last: leave out of a pass over the training samples what does not fill the last batch.
         batches_per_epoch: training steps of an epoch, of passes laid end to end, so that the epochs of a small data

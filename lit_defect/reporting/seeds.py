@@ -166,7 +166,11 @@ def find_runs(folders: Iterable[Path | str]) -> list[Path]:
     for folder in map(Path, folders):
         files = [file for pattern in ("", "*/", "*/*/") for file in folder.glob(f"{pattern}test_metrics.json")]
         if not files:
-            raise UserError(f"{folder}: no test_metrics.json here or below; evaluate the run first, by the verb `test`")
+            mirrored = any(next(folder.glob(f"{pattern}mirrored_metrics.json"), None) for pattern in ("", "*/", "*/*/"))
+            seen = "; mirrored_metrics.json is of the training pictures, and no test" if mirrored else ""
+            raise UserError(
+                f"{folder}: no test_metrics.json here or below{seen}; evaluate the run first, by the verb `test`"
+            )
         found |= dict.fromkeys(file.parent.resolve() for file in sorted(files))
     return list(found)
 

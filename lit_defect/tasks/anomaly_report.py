@@ -179,7 +179,7 @@ def write_report(
 
     Args:
         folder: the run folder.
-        stage: test, val or predict.
+        stage: test, mirrored, val or predict.
         evaluation: the scores.
         about: settings that led to them, for `<stage>_metrics.json`.
         near: names of samples with a near-duplicate in another split.

@@ -192,7 +192,7 @@ class ScoringTask(DefectTask):
     def on_test_epoch_end(self) -> None:
         """All figures of the test split."""
         self._keep_result("test")
-        self.log_dict(self._evaluation.watched("test"), sync_dist=True)
+        self.log_dict(self._evaluation.watched(self.results_name("test")), sync_dist=True)
 
     # --- new pictures ---
 
@@ -281,7 +281,7 @@ class ScoringTask(DefectTask):
             if about:
                 first = range(min(_TIMED, len(self._evaluation.samples)))
                 about["latency_ms"] = latency(self._map_of, (loader.batch([place])["image"] for place in first))
-            write_report(folder, stage, self._evaluation, about, near, look)
+            write_report(folder, self.results_name(stage), self._evaluation, about, near, look)
 
     @torch.no_grad()
     def _map_of(self, image: Tensor) -> Map:

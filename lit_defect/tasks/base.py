@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_defect.errors import UserError
-from lit_defect.runs import keep_previous
+from lit_defect.runs import MIRRORED, MIRRORED_TRAIN, keep_previous
 
 Batch = dict[str, Any]
 _LESS_IS_BETTER = ("loss", "error", "ece", "nll", "brier", "escape", "overkill")
@@ -98,6 +98,10 @@ class DefectTask(LightningModule):
         """The trainer's data module."""
         trainer: Any = self.trainer
         return trainer.datamodule
+
+    def results_name(self, stage: str) -> str:
+        """What the results of an evaluation are called: `mirrored` instead of `test` on mirrored training pictures."""
+        return MIRRORED if stage == "test" and getattr(self.data, "test", None) == MIRRORED_TRAIN else stage
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed augmentation and dropout by (seed, epoch, batch, rank): a resumed run draws the same."""

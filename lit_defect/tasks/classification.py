@@ -411,7 +411,7 @@ class DefectClassifier(DefectTask):
     def on_test_epoch_end(self) -> None:
         """All figures with their intervals, at the threshold that validation chose."""
         self._keep_result("test", self._evaluation_of("test"))
-        self.log_dict(to_log("test", self._result), sync_dist=True)
+        self.log_dict(to_log(self.results_name("test"), self._result), sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities (B, C) of a batch; they are also kept for the file of predictions."""
@@ -476,7 +476,7 @@ class DefectClassifier(DefectTask):
             image = loader.batch([position])["image"].to(self.device)  # (1, 3, H, W)
             return image[0].permute(1, 2, 0).cpu().numpy(), self._activation(image, predicted)
 
-        write_report(folder, stage, self._result, self._evaluation, look)
+        write_report(folder, self.results_name(stage), self._result, self._evaluation, look)
 
     def _activation(self, image: Tensor, target: int) -> Heat | None:
         """Class-activation map (H, W) of a picture (1, 3, H, W); None where the network has no map in space."""

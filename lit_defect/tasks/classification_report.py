@@ -28,7 +28,7 @@ def write_report(folder: Path, stage: str, result: dict[str, Any], evaluation: E
 
     Args:
         folder: the run folder.
-        stage: test, val or predict.
+        stage: test, mirrored, val or predict.
         result: what `evaluate` returned, with the settings that led to it; empty for unknown labels.
         evaluation: the predictions.
         look: (position in the split, class) -> picture (H, W, 3) uint8 and the class's activation map (H, W).

@@ -154,7 +154,12 @@ class ImageAutoencoder(DefectTask):
     def _evaluate(self, batch: Batch, stage: str) -> None:
         images = unit_range(batch["image"])
         found, divergence = self.reconstruct(images, drawn=False)
-        self.log(f"{stage}/loss", self.loss(found, images, divergence), batch_size=len(images), sync_dist=True)
+        self.log(
+            f"{self.results_name(stage)}/loss",
+            self.loss(found, images, divergence),
+            batch_size=len(images),
+            sync_dist=True,
+        )
         self.collect(index=batch["index"], error=(found.clamp(0, 1) - images).square().mean((1, 2, 3)))
 
     def on_validation_epoch_end(self) -> None:
@@ -168,7 +173,7 @@ class ImageAutoencoder(DefectTask):
     def _finish(self, stage: str) -> None:
         kept = self.gathered()
         ratio = -10 * kept["error"].double().clamp(min=1e-10).log10()
-        self.log(f"{stage}/psnr", float(ratio.mean()), sync_dist=True)
+        self.log(f"{self.results_name(stage)}/psnr", float(ratio.mean()), sync_dist=True)
         samples = self.data.samples[stage]
         good = torch.tensor([samples[i].label == self.data.normal_class for i in kept["index"].tolist()])
         self._figures = {
@@ -179,16 +184,17 @@ class ImageAutoencoder(DefectTask):
 
     def write_results(self, folder: Path, stage: str) -> None:
         """The figures as JSON, and pictures beside their reconstructions; rank 0 only."""
-        path = folder / f"{stage}_metrics.json"
+        name = self.results_name(stage)
+        path = folder / f"{name}_metrics.json"
         keep_previous(path)
-        write_json(path, {"task": type(self).__name__, "stage": stage, "figures": self._figures})
+        write_json(path, {"task": type(self).__name__, "stage": name, "figures": self._figures})
         samples = self.data.samples[stage]
         positions = sorted({round(i * (len(samples) - 1) / 11) for i in range(12)})
         batch = self.data.transfer_batch_to_device(self.data.loader(stage).batch(positions), self.device, 0)
         images = unit_range(batch["image"])
         with torch.no_grad():
             found, _ = self.reconstruct(images, drawn=False)
-        path = folder / "figures" / f"{stage}_reconstructions.png"
+        path = folder / "figures" / f"{name}_reconstructions.png"
         picture_sheet(path, [images, found.clamp(0, 1)], batch["defect_type"], "Pictures and what the latents keep")
         print(f"\n{'  '.join(f'{name} {value:.1f} dB' for name, value in self._figures.items())}\nfigure  {path}\n")
 

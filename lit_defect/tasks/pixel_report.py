@@ -151,7 +151,7 @@ class Report:
 
     Attributes:
         folder: the run folder.
-        stage: test or val.
+        stage: test, mirrored or val.
         task: name of the task.
         evaluation: the counts.
         about: settings and sizes, for `<stage>_metrics.json`.

@@ -268,7 +268,7 @@ class PixelTask(DefectTask):
     def on_test_epoch_end(self) -> None:
         """All figures of the test split."""
         self._evaluation = self._gather("test")
-        self.log_dict(self._evaluation.watched("test"), sync_dist=True)
+        self.log_dict(self._evaluation.watched(self.results_name("test")), sync_dist=True)
 
     def _tally(self, batch: Batch, labels: Tensor, answer: Answer, *, distances: bool = True) -> None:
         """Keep the counts of each picture."""
@@ -326,7 +326,7 @@ class PixelTask(DefectTask):
             "ms_per_image": self._times(),
         }
         near = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
-        Report(folder, stage, type(self).__name__, self._evaluation, about, near, look).write()
+        Report(folder, self.results_name(stage), type(self).__name__, self._evaluation, about, near, look).write()
 
     def _times(self) -> dict[str, float]:
         """Milliseconds a picture, of this process's share of the evaluation."""
