@@ -89,6 +89,8 @@ class Edit:
         area: whether the `whole` picture goes through the network or `only_masked`, the box of the mask.
         padding: pixels of the working size around that box.
         size: working (height, width); null takes that of the picture (or of the box), padded to what fits.
+        stretch: whether a picture is stretched to `size`, as data modules stretch to `image_size` what a base of one's
+            own is trained on; else it keeps its aspect, and what is missing is added and cut off again.
         paste: what goes back into the picture, inside the mask only: the `picture`, or the `change` against the
             autoencoder's own reconstruction, so that the grain of the photograph stays; `none` takes it as it comes.
         feather: pixels inside the mask over which an edit fades in.
@@ -134,6 +136,7 @@ class Edit:
     area: Literal["whole", "only_masked"] = "whole"
     padding: int = 32
     size: tuple[int, int] | None = None
+    stretch: bool = False
     paste: Literal["picture", "change", "none"] = "picture"
     feather: float = 4.0
     put_back: bool = False
@@ -159,6 +162,8 @@ class Edit:
             raise UserError(
                 f"{KEY}.strength = {self.strength}: expected more than 0 (which changes nothing), at most 1"
             )
+        if self.stretch and self.size is None:
+            raise UserError(f"{KEY}.stretch = true needs a size: set {KEY}.size to that of the base's training")
         for key in ("style_fidelity", "least_covered"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected a number from 0 to 1")

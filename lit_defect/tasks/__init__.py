@@ -4,6 +4,7 @@ from lit_defect.tasks.anomaly_diffusion import AnomalyDiffusion
 from lit_defect.tasks.classification import DefectClassifier
 from lit_defect.tasks.contrastive import SimCLR
 from lit_defect.tasks.diffusion_lora import StableDiffusionLoRA
+from lit_defect.tasks.editing import StableDiffusionEditor
 from lit_defect.tasks.image_autoencoder import ImageAutoencoder
 from lit_defect.tasks.label_autoencoder import MaskAutoencoder
 from lit_defect.tasks.latent_diffusion import LatentDiffusion
@@ -23,5 +24,6 @@ __all__ = [
     "MaskDiffusion",
     "Segmenter",
     "SimCLR",
+    "StableDiffusionEditor",
     "StableDiffusionLoRA",
 ]

@@ -100,7 +100,13 @@ class EditInputs:
         """What of a picture with a mask goes through the network."""
         edit = self.edit
         return Frame.of(
-            picture.shape[:2], mask, area=edit.area, padding=edit.padding, size=edit.size, multiple=self.multiple
+            picture.shape[:2],
+            mask,
+            area=edit.area,
+            padding=edit.padding,
+            size=edit.size,
+            multiple=self.multiple,
+            stretch=edit.stretch,
         )
 
     def _reference(self, job: EditJob, frame: Frame) -> Tensor | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_defect.editing.content import blurred
 from lit_defect.editing.options import KEY, NO_MASK, Edit
 from lit_defect.editing.pipelines import open_pipeline
 from lit_defect.editing.running import Request, run
@@ -128,7 +129,7 @@ class EditMaking:
         requests = [
             Request(
                 picture=one.pixels,
-                mask=torch.from_numpy(np.asarray(one.frame.cut_mask(one.mask), dtype=np.float32))[None]
+                mask=torch.from_numpy(blurred(one.frame.cut_mask(one.mask), edit.mask_blur))[None]
                 if one.drawn
                 else None,
                 prompt=one.prompt,

@@ -87,9 +87,10 @@ class StableDiffusionEditor(SetMaker):
                 f"data.predict_split = {data.predict_split}: StableDiffusionEditor edits training pictures, as what it "
                 "makes may only train; leave it out, or name other pictures by data.predict_root"
             )
+        chosen = self._chosen()
         if data.predict_root is not None:
             data.setup("fit")  # real defects, whose looks and masks are followed
-        data.serve_places(**{SOURCES: self._chosen()})
+        data.serve_places(**{SOURCES: chosen})
         self.plan_groups()
 
     def _chosen(self) -> list[Any]:

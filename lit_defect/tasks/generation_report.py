@@ -28,21 +28,26 @@ def write_generated(
         counts: by `generation.store.count`.
         folder: the run's.
     """
-    table = Table(title="generated", title_justify="left")
+    console = Console()
+    print_counts(console, counts, "generated")
+    path = folder / "figures" / "generated.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    defect_sheet(_tiles(task, root, rows)).save(path)
+    console.print(f"\ndata set  {root}\nfigure    {path}\n", soft_wrap=True)
+
+
+def print_counts(console: Console, counts: Mapping[str, Any], title: str) -> None:
+    """Of each category and type what was asked for and accepted; and why candidates were rejected."""
+    table = Table(title=title, title_justify="left")
     for column in ("category/type", "asked", "accepted"):
         table.add_column(column, justify="left" if column == "category/type" else "right")
     for pair, numbers in counts["pairs"].items():
         table.add_row(pair, str(numbers["asked"]), str(numbers["accepted"]))
-    console = Console()
     console.print()
     console.print(table)
     if counts["rejections"]:
         told = ", ".join(f"{times} {reason}" for reason, times in counts["rejections"].items())
         console.print(f"rejected candidates and masks: {told}", soft_wrap=True)
-    path = folder / "figures" / "generated.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    defect_sheet(_tiles(task, root, rows)).save(path)
-    console.print(f"\ndata set  {root}\nfigure    {path}\n", soft_wrap=True)
 
 
 def _tiles(task: Any, root: Path, rows: Sequence[Mapping[str, Any]]) -> list[GeneratedTile]:
