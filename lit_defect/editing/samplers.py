@@ -4,7 +4,8 @@ The web interface spaces the steps of k-diffusion's samplers evenly over 0 ... T
 as Karras et al. (2022), eq. 5, do; those of DDIM are at 1, 1 + T/N, ... (`leading`). So are they here, whatever spacing
 a pipeline comes with; its betas and what its network answers (`epsilon`, `v_prediction`) are kept. What a name does
 here is what it does there, but that `DPM++ 2M` without Karras takes N steps of N + 1 evenly spaced ones; that `DPM2`
-leaves out the last noise level but one there; and that noise is drawn otherwise.
+leaves out the last noise level but one there; and that noise is drawn otherwise. `DPM++ SDE` draws it from torch's own
+stream for a whole batch, so what it makes of a picture depends on what else is made.
 
 `PLMS` and `LMS` are left out. Started in the middle, as edits are, those of diffusers go wrong: the one passes over a
 step, the other combines four slopes where it has one; both leave noise in the picture.
@@ -57,6 +58,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 _OF_NETWORK = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 _ZERO_SNR = "rescale_betas_zero_snr"
+_FROM_NOISE_ONLY = ("PNDMScheduler", "LMSDiscreteScheduler")
 _RECOVERS = 0.75  # strength from which on unit noise, or nothing, becomes a picture
 
 
@@ -141,8 +143,13 @@ def start(scheduler: Any, told: float, steps: int) -> Start:
         steps: of the whole process.
 
     Raises:
-        UserError: the sampler cannot do so many steps.
+        UserError: the sampler cannot do so many steps, or cannot start there.
     """
+    if told < 1 and type(scheduler).__name__ in _FROM_NOISE_ONLY:
+        raise UserError(
+            f"{KEY}.sampler = {DEFAULT}: the pipeline's own {type(scheduler).__name__} leaves noise in the picture if "
+            "it starts in the middle; set it to DDIM or DPM++ 2M Karras"
+        )
     try:
         scheduler.set_timesteps(steps)
     except ValueError as problem:

@@ -47,7 +47,7 @@ class Place:
 
     def enlarged(self, generated: Floats) -> Floats:
         """What `blended` takes of a picture (h, w, 3) in [0, 1]: the mask's box at the normal one's size."""
-        return 255 * _resized(generated, self._size, self._box)
+        return 255 * resized(generated, self._size, self._box)
 
     def blended(self, enlarged: Floats, gain: float = 1.0) -> Picture:
         """The inside of the mask in the normal picture: (H, W, 3) uint8, equal to `normal` outside the mask.
@@ -126,7 +126,7 @@ def repair_label(normal: Picture, result: Picture, mask: Bools, least: float) ->
     return label
 
 
-def _resized(picture: Floats, size: tuple[int, int], box: tuple[slice, slice]) -> NDArray[np.float64]:
+def resized(picture: Floats, size: tuple[int, int], box: tuple[slice, slice]) -> NDArray[np.float64]:
     """The box of (h, w, 3) at `size`: bicubic when enlarged, antialiased when reduced; values stay between 0 and 1."""
     if picture.shape[:2] == size:
         return picture[box].astype(np.float64)
