@@ -93,7 +93,7 @@ def _from_hub(source: str) -> Path:
 
 
 def _is_whole(folder: Path, halves: bool = False) -> bool:
-    """Whether a cached pipeline has a folder of every part, and weights in full precision (or half ones) of networks."""
+    """Whether a cached pipeline has a folder of every part, and weights of networks: full ones, or `halves`."""
     index = read_index(folder)
     allowed = (None, "fp16") if halves else (None,)
     there = all((folder / name).is_dir() for name in parts(index))

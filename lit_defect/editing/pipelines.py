@@ -1,6 +1,6 @@
 """A pipeline of diffusers, opened for one mode of editing, with what is put on top of it: LoRA, tokens, IP-Adapter.
 
-    opened = open_pipeline("stable-diffusion-v1-5/stable-diffusion-inpainting", "inpaint", Network(), device, "16-mixed")
+    opened = open_pipeline("stable-diffusion-v1-5/stable-diffusion-inpainting", "inpaint", Network(), device)
     latents = opened.encode(pictures)     # (B, 3, h, w) in [0, 1] -> (B, C, h / 8, w / 8), scaled
     result = running.run(opened, requests, edit)
 
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from lit_defect.diffusion.base_model import KEY as BASE_KEY
 from lit_defect.diffusion.base_model import reason
-from lit_defect.editing.folders import networks, pipeline_folder, read_index, variant
+from lit_defect.editing.additions import add_embeddings, add_ip_adapter, add_loras
+from lit_defect.editing.folders import pipeline_folder, read_index, variant
 from lit_defect.editing.options import NETWORK_KEY, Mode, Network
 from lit_defect.errors import UserError
 from lit_defect.generation.store import find_trained_on
@@ -193,25 +194,33 @@ def open_pipeline(
         precision: the trainer's, for `dtype: auto`.
 
     Raises:
-        UserError: nothing there, a hub out of reach, a damaged pipeline, one of another kind than the mode needs, a LoRA,
-            embedding or IP-Adapter that does not fit, or options that exclude each other.
+        UserError: nothing there, a hub out of reach, a damaged pipeline, one of another kind than the mode needs, a
+            LoRA, embedding or IP-Adapter that does not fit, or options that exclude each other.
     """
     device = torch.device(device)
     _check_options(network, mode, device)
     folder = pipeline_folder(source)
     dtype = _dtype(network, device, precision)
     pipe = _load(folder, mode, dtype)
-    trained_on = find_trained_on(folder)
+    trained_on = find_trained_on(folder) | add_loras(pipe, network.lora, network.lora_scale)
+    tokens, learnt_from = add_embeddings(pipe, network.embeddings)
+    if tokens:
+        log.info("%s: the prompt may use %s", ", ".join(network.embeddings), ", ".join(tokens))
+    if mode == "ip_adapter":
+        add_ip_adapter(pipe, network.ip_adapter, network.ip_adapter_scale)
+    for part in _modules(pipe).values():
+        part.requires_grad_(False).eval()
     if network.attention_slicing:
         pipe.enable_attention_slicing()
     if network.vae_slicing:
         pipe.vae.enable_slicing()
     if network.vae_tiling:
         pipe.vae.enable_tiling()
-    opened = Opened(pipe, mode, source, device, dtype, "", trained_on, [], pipe.scheduler.config)
-    opened.fingerprint = _hash(pipe)
+    hashed = _hash(pipe)  # before parts of it may rest elsewhere
     _place(pipe, network, device)
-    return opened
+    return Opened(
+        pipe, mode, source, device, dtype, hashed, trained_on | learnt_from, tokens, schedule=pipe.scheduler.config
+    )
 
 
 def _check_options(network: Network, mode: Mode, device: torch.device) -> None:
@@ -254,12 +263,10 @@ def _load(folder: Path, mode: Mode, dtype: torch.dtype) -> Any:
             pipe = factory.from_pretrained(folder, **options)
     except Exception as error:  # a damaged folder fails in as many ways as there are files
         raise UserError(
-            f"{BASE_KEY}: the pipeline in {folder} cannot be opened for the mode {mode} ({reason(error)}); copy or train "
-            "it again"
+            f"{BASE_KEY}: the pipeline in {folder} cannot be opened for the mode {mode} ({reason(error)}); copy or "
+            "train it again"
         ) from error
     pipe.set_progress_bar_config(disable=True)
-    for part in _modules(pipe).values():
-        part.requires_grad_(False).eval()
     return pipe
 
 
@@ -281,7 +288,8 @@ def _factory(folder: Path, index: dict[str, Any], mode: Mode) -> str:
         return name if name == "FluxFillPipeline" else "AutoPipelineForInpainting"
     if mode in ("reference_only", "ip_adapter") and "unet" not in index:
         raise UserError(
-            f"{BASE_KEY}: {folder} is a {name}; the mode {mode} needs a model with a U-Net: Stable Diffusion 1.x, 2.x, XL"
+            f"{BASE_KEY}: {folder} is a {name}; the mode {mode} needs a model with a U-Net: Stable Diffusion 1.x, 2.x "
+            "or XL"
         )
     return "AutoPipelineForImage2Image"
 
@@ -301,8 +309,8 @@ def _check_channels(folder: Path, index: dict[str, Any], mode: Mode) -> None:
     if kind not in allowed:
         wanted = " or ".join(str(count) for count, name in sorted(kinds.items()) if name in allowed)
         raise UserError(
-            f"{BASE_KEY}: the U-Net of {folder} takes {taken} channels: it is {_KINDS.get(kind or '', 'of another kind')}. "
-            f"The mode {mode} needs {_needed(mode)} ({wanted} channels)"
+            f"{BASE_KEY}: the U-Net of {folder} takes {taken} channels: it is "
+            f"{_KINDS.get(kind or '', 'of another kind')}. The mode {mode} needs {_needed(mode)} ({wanted} channels)"
         )
     if mode == "inpaint" and known != 4:
         raise UserError(

@@ -5,7 +5,7 @@
 
 What is ours around the call:
 
-    masked content      `fill` in the pixels; `latent_noise` and `latent_nothing` in the latents that the call starts from
+    masked content      `fill` in the pixels; `latent_noise` and `latent_nothing` in the latents that it starts from
     the mask            in whole places of the latents, so that a small one does not fall between them
     the surroundings    of modes without a mask of their own: after each step, places outside the mask take the source
                         with the noise of the next step, as diffusers' inpainting does with a network that sees no mask
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,8 @@ def run(opened: Opened, requests: Sequence[Request], edit: Edit) -> Result:
             retried += len(spoilt)
         if not pictures[numbers].isfinite().all():
             raise UserError(
-                f"{opened.source} gives NaN for {requests[numbers[0]].prompt!r} in float32, too: its weights, a LoRA or "
-                f"an embedding are damaged, or {NETWORK_KEY}.lora_scale or {KEY}.guidance is far too high"
+                f"{opened.source} gives NaN for {requests[numbers[0]].prompt!r} in float32, too: its weights, a LoRA "
+                f"or an embedding are damaged, or {NETWORK_KEY}.lora_scale or {KEY}.guidance is far too high"
             )
     return Result(pictures, retried)
 
@@ -132,7 +132,7 @@ def _is_spoilt(picture: Tensor, source: Tensor) -> bool:
 
 
 def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
-    """One call of the pipeline, (B, 3, h, w) float32 on the CPU; requests of one size and strength, all masked or none."""
+    """One call of the pipeline, (B, 3, h, w) float32 on the CPU; of one size and strength, all masked or none."""
     pipe, mode = opened.pipe, opened.mode
     pipe.scheduler = make_scheduler(edit.sampler, opened.schedule)
     if hasattr(pipe.scheduler, "noise_sampler_seed"):  # DPM++ SDE takes no generators
@@ -160,7 +160,7 @@ def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
         if requests[0].mask is not None:
             arguments |= _masked(opened, requests, pictures, edit)
         if mode == "ip_adapter":
-            arguments["ip_adapter_image_embeds"] = [_embeddings(opened, requests, edit)]
+            arguments["ip_adapter_image_embeds"] = [stack.enter_context(_shown(opened, requests, edit))]
         if mode == "reference_only":
             stack.enter_context(_reading(opened, requests, edit))
         known = inspect.signature(type(pipe).__call__).parameters
@@ -170,7 +170,7 @@ def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
 
 def _masked(opened: Opened, requests: Sequence[Request], pictures: Tensor, edit: Edit) -> dict[str, Any]:
     """What a call with masks is given; holds the surroundings where the pipeline does not."""
-    mask = torch.stack([r.mask for r in requests if r.mask is not None])  # (B, 1, h, w)
+    mask = torch.stack([r.mask.float().cpu() for r in requests if r.mask is not None])  # (B, 1, h, w)
     size = (mask.shape[2] // opened.factor, mask.shape[3] // opened.factor)
     cells = latent_cells(mask, size)  # (B, 1, h', w') of 0 and 1
     given: dict[str, Any] = {}
@@ -242,22 +242,26 @@ def _to_pil(picture: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(_to_bytes(picture)))
 
 
-def _embeddings(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
-    """(B or 2B, 1, ...) of the references, behind those without a condition where there is guidance."""
+@contextmanager
+def _shown(opened: Opened, requests: Sequence[Request], edit: Edit) -> Iterator[Tensor]:
+    """The references' embeddings (B or 2B, 1, ...), those without condition first; the pipeline takes them as they are.
+
+    Left to itself it repeats them B times, and each picture would see all references.
+    """
     pipe = opened.pipe
+    is_guided = edit.guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
     each = [
-        pipe.prepare_ip_adapter_image_embeds(
-            [_to_pil(r.reference)], None, pipe._execution_device, 1, _is_guided(opened, edit)
-        )[0]
+        pipe.prepare_ip_adapter_image_embeds([_to_pil(r.reference)], None, pipe._execution_device, 1, is_guided)[0]
         for r in requests
         if r.reference is not None
     ]
-    return torch.cat([torch.cat(part) for part in zip(*(one.chunk(2) for one in each), strict=True)])
-
-
-def _is_guided(opened: Opened, edit: Edit) -> bool:
-    """Whether the network is asked without a condition, too."""
-    return edit.guidance > 1 and opened.network.config.time_cond_proj_dim is None
+    halves = zip(*(one.chunk(2) if is_guided else (one,) for one in each), strict=True)
+    embeddings = torch.cat([torch.cat(half) for half in halves])
+    pipe.prepare_ip_adapter_image_embeds = lambda *_, **__: [embeddings]
+    try:
+        yield embeddings
+    finally:
+        del pipe.prepare_ip_adapter_image_embeds
 
 
 def _reading(opened: Opened, requests: Sequence[Request], edit: Edit) -> Any:
