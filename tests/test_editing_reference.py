@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,9 +153,8 @@ def test_a_layer_takes_mean_and_deviation_of_the_reference(unet: Any, place: str
 def test_a_layer_without_variance_stays_finite(unet: Any) -> None:
     unet.up_blocks[0].upsamplers[0].conv.weight.zero_()
     reference, x, states = guided(1)
-    with ReferenceOnly(unet, attention=False, adain=True, fidelity=0, weight=ALL).reading(
-        reference, scheduler(), seeded(1)
-    ):
+    control = ReferenceOnly(unet, attention=False, adain=True, fidelity=0, weight=ALL)
+    with control.reading(reference, scheduler(), seeded(1)):
         assert call(unet, x, states).isfinite().all()
 
 
@@ -216,6 +216,17 @@ def test_each_call_draws_new_noise_and_both_halves_have_the_same(unet: Any) -> N
     np.testing.assert_allclose(second[:2], product**0.5 * reference + (1 - product) ** 0.5 * again, atol=1e-5)
 
 
+def test_the_reference_is_seen_with_the_prompts_of_the_pictures(unet: Any) -> None:
+    reference, x, states = guided(2)
+    with (
+        watched(unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k) as seen,
+        ReferenceOnly(unet, attention=True, adain=True, fidelity=0.5).reading(reference, scheduler(), seeded(1, 2)),
+    ):
+        call(unet, x, states)
+    assert len(seen) == 2
+    np.testing.assert_array_equal(seen[0].given, states.numpy())
+
+
 def test_a_picture_is_the_same_alone_and_among_others(unet: Any) -> None:
     reference, x, states = guided(3)
     control = ReferenceOnly(unet, attention=True, adain=True, fidelity=0.5)
@@ -266,13 +277,13 @@ def test_the_unet_is_as_it_was_after_an_error(unet: Any, place: str) -> None:
         if not calls:
             raise FloatingPointError(place)
 
-    with (
-        unet.conv_out.register_forward_pre_hook(fail),
-        pytest.raises(FloatingPointError),
-        control.reading(reference, scheduler(), seeded(1, 2)),
-    ):
-        call(unet, x, states)
-        raise FloatingPointError("around")
+    def run() -> None:
+        with control.reading(reference, scheduler(), seeded(1, 2)):
+            call(unet, x, states)
+            raise FloatingPointError("around")
+
+    with unet.conv_out.register_forward_pre_hook(fail), pytest.raises(FloatingPointError, match=place):
+        run()
     assert state_of(unet) == before
     with control.reading(reference, scheduler(), seeded(1, 2)):  # once more
         found = call(unet, x, states)
@@ -337,12 +348,12 @@ def test_only_cross_attention_is_left_alone() -> None:
     with pytest.raises(UserError, match="no self-attention"):
         ReferenceOnly(unet, attention=True, adain=True, fidelity=0.5)
     reference, x, states = guided(1)
-    with ReferenceOnly(unet, attention=False, adain=True, fidelity=0.5, weight=ALL).reading(
-        reference, scheduler(), seeded(1)
-    ):
+    control = ReferenceOnly(unet, attention=False, adain=True, fidelity=0.5, weight=ALL)
+    with control.reading(reference, scheduler(), seeded(1)):
         call(unet, x, states)
 
 
+@functools.cache
 def stable_diffusion(kind: str) -> Any:
     """Without weights."""
     from diffusers import UNet2DConditionModel

@@ -62,6 +62,7 @@ class ReferenceOnly:
     def __init__(self, unet: Any, *, attention: bool, adain: bool, fidelity: float, weight: float = 1.0) -> None:
         from diffusers import UNet2DConditionModel
 
+        self._unet = unet
         if not attention and not adain:
             raise UserError(
                 f"{KEY}.reference_attention and {KEY}.reference_adain are both off: nothing of the reference would be "
@@ -72,7 +73,6 @@ class ReferenceOnly:
                 "reference_only needs a model with a U-Net, such as Stable Diffusion 1.x, 2.x or XL; this one has a "
                 f"{type(unet).__name__}"
             )
-        self._unet: Any = unet
         is_xl = self._unet.config.addition_embed_type == "text_time"
         self._fidelity = fidelity**3 if is_xl else fidelity
         self._attentions = self_attentions(unet, weight) if attention else []
@@ -147,10 +147,8 @@ class _Call:
         self.free = len(self.latents) if halves == 2 else 0
         noisy = self._noised(timestep).to(sample).repeat(halves, 1, 1, 1)
         self.writing = True
-        try:
-            unet.forward(noisy, *args[1:], **others)
-        finally:
-            self.writing = False
+        unet.forward(noisy, *args[1:], **others)
+        self.writing = False
 
     def _noised(self, timestep: Any) -> Tensor:
         """(B, C, h', w') float32."""
