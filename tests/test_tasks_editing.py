@@ -18,7 +18,7 @@ from lit_defect.errors import DataError, UserError
 from lit_defect.generation.store import read_manifest
 from lit_defect.tasks import edit_making
 from lit_defect.tasks.editing_plan import plan_edits
-from tests.anomaly_diffusion import NATIVE, PAIRS, contents, make_base, make_parts, marked, parts, pixels
+from tests.anomaly_diffusion import NATIVE, contents, make_base, make_parts, marked, parts, pixels
 from tests.editing import edited, editor, write_config
 from tests.fakes import make_crops_csv, make_elpv
 

@@ -49,6 +49,7 @@ class Frame:
         padding: int,
         size: Size | None,
         multiple: int,
+        stretch: bool = False,
     ) -> Frame:
         """The frame of a picture.
 
@@ -60,6 +61,7 @@ class Frame:
             padding: pixels of the picture.
             size: (h, w) that the network gets; None for the part's own, padded to the next multiple.
             multiple: of pixels that the network takes along each side.
+            stretch: whether the part fills `size` whatever its aspect.
 
         Raises:
             UserError: the size does not fit, or there is no mask to take the box of.
@@ -74,7 +76,7 @@ class Frame:
         sides = (box[0].stop - box[0].start, box[1].stop - box[1].start)
         if size is None:
             return cls(box, sides, (_next(sides[0], multiple), _next(sides[1], multiple)))
-        return cls(box, _fitted(sides, size), size)
+        return cls(box, size if stretch else _fitted(sides, size), size)
 
     def cut(self, picture: Picture) -> Floats:
         """(h, w, 3) of 0 to 1 at the padded size."""

@@ -65,11 +65,11 @@ class Result:
 
     Attributes:
         pictures: (B, 3, h, w) float32 in [0, 1], on the CPU, in the order of the requests.
-        retried: how many of them were made again in float32.
+        retried: which of them were made again in float32.
     """
 
     pictures: Tensor
-    retried: int
+    retried: list[bool]
 
 
 def run(opened: Opened, requests: Sequence[Request], edit: Edit) -> Result:
@@ -84,14 +84,15 @@ def run(opened: Opened, requests: Sequence[Request], edit: Edit) -> Result:
     for number, request in enumerate(requests):
         groups.setdefault((request.strength, request.mask is not None), []).append(number)
     pictures = torch.empty(len(requests), *requests[0].picture.shape)
-    retried = 0
+    retried = [False] * len(requests)
     for numbers in groups.values():
         pictures[numbers] = _call(opened, [requests[n] for n in numbers], edit)
         spoilt = [n for n in numbers if _is_spoilt(pictures[n], requests[n].picture)]
         if spoilt and opened.dtype != torch.float32:
             with opened.in_float32():
                 pictures[spoilt] = _call(opened, [requests[n] for n in spoilt], edit)
-            retried += len(spoilt)
+            for number in spoilt:
+                retried[number] = True
         if not pictures[numbers].isfinite().all():
             raise UserError(
                 f"{opened.source} gives NaN for {requests[numbers[0]].prompt!r} in float32, too: its weights, a LoRA "

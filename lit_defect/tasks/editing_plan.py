@@ -33,7 +33,7 @@ class EditJob(NamedTuple):
 def plan_edits(
     sources: Sequence[tuple[str, str]], results: Sequence[str] | None, count_of: Callable[[str], int | None], seed: int
 ) -> list[EditJob]:
-    """So many edits for each category, type of source and of result; the sources are taken in a random order, equally
+    """So many edits for each category, type of source and of result; sources are taken in a random order, equally
     often.
 
     Args:
