@@ -217,18 +217,19 @@ def test_cells_without_masks_are_edited_and_train(tmp_path, given, monkeypatch):
 # --- through the command line ---
 
 
-def test_command_line_edits_without_a_checkpoint(given, tmp_path, lit_defect):
+def test_command_line_edits_without_a_checkpoint(given, tmp_path, lit_defect, capsys):
     data = {"class_path": "MVTecAD", "init_args": {"root": str(given.root), "setting": "few_shot", "with_masks": True,
                                                    "val_fraction": 0.0, "leakage": "off"}}  # fmt: skip
     config = write_config(tmp_path / "edit.yaml", given.base, data, result="crack", count=2)
-    done = lit_defect("predict", "--config", config, "--run_id", "first", "--runs_dir", tmp_path / "runs")
+    lit_defect("predict", "--config", config, "--run_id", "first", "--runs_dir", tmp_path / "runs")
     run = tmp_path / "runs" / "tiny" / "first"
     assert len(read_manifest(run / "edited")) == 2
     with Image.open(run / "figures" / "edits.png") as sheet:
         assert min(sheet.size) > 100
-    assert "tile/crack" in done.stdout
-    fails = lit_defect("fit", "--config", config, ok=False)
-    assert "has no verb fit" in fails.stderr
+    assert "tile/crack" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        lit_defect("fit", "--config", config, "--runs_dir", tmp_path / "runs")
+    assert "has no verb fit" in capsys.readouterr().err
 
 
 # --- mistakes ---

@@ -19,8 +19,8 @@ class EditJob(NamedTuple):
         source: position of the picture that is edited among the sources.
         kind: type of that picture.
         pair: category and type of what comes out.
-        seed: (generation's seed, number of category, type and result, number within these): decides all draws. Whether more
-            pictures are asked for does not change those that are.
+        seed: (generation's seed, number of category, type and result, number within these): decides all draws. Whether
+            more pictures are asked for does not change those that are.
     """
 
     number: int
