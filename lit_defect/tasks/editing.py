@@ -93,6 +93,10 @@ class StableDiffusionEditor(SetMaker):
         data.serve_places(**{SOURCES: chosen})
         self.plan_groups()
 
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """It has none: Lightning, which comes before `setup`, would refuse in words of its own."""
+        raise NotImplementedError
+
     def _chosen(self) -> list[Any]:
         """The pictures to edit, of training or of `predict_root`."""
         data, wanted = self.data, self.edit.sources
