@@ -391,3 +391,8 @@ def test_figures_leave_the_callers_style_alone() -> None:
     ):
         assert isinstance(figure, Figure)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_white_of_a_pseudo_anomaly_stays_white() -> None:
+    white = np.full((20, 20, 3), 255, np.uint8)
+    assert (anomalies._tint(white, np.zeros((20, 20))) == 255).all()

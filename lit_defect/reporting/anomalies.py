@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
+from lit_defect.reporting.differences import difference, gain_of
 from lit_defect.reporting.maps import CONTOUR, Scale, colour_scale, outline, overlay
 from lit_defect.reporting.sheets import LINE, Cell, Picture, Words, fit, font, sheet
 from lit_defect.reporting.style import DEFECTIVE, GOOD, INK, MUTED
 
 MARKED = "#00E58F"  # the line around a marked defect
 _THICK = 2  # pixels of a line in a gallery, whatever the picture's own size
-_NO_CHANGE = 128  # grey of the enlarged difference where nothing changed
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def pseudo_anomaly_sheet(tiles: Sequence[PseudoTile], *, title: str, columns: in
         columns: samples in a row, at most.
         size: side in pixels of the square into which each picture is fitted.
     """
-    gain = _gain(tiles)
+    gain = gain_of((tile.source, tile.changed) for tile in tiles)
     cells = [_pseudo_cell(tile, gain) for tile in tiles]
     text = f"source, pseudo-anomaly, changed pixels, difference \N{MULTIPLICATION SIGN} {gain:g} (grey: unchanged)"
     return sheet(cells, title=title, columns=columns, size=size, key=_text_key(text) if tiles else None)
@@ -182,31 +182,23 @@ def _pseudo_cell(tile: PseudoTile, gain: float) -> Cell:
     if tile.source.shape != tile.changed.shape or np.shape(tile.mask) != tile.source.shape[:2]:
         shapes = tile.source.shape, tile.changed.shape, np.shape(tile.mask)
         raise ValueError(f"source, pseudo-anomaly and mask differ in size: {shapes}")
-    difference = tile.changed.astype(np.float32) - tile.source
-    enlarged = np.clip(np.rint(_NO_CHANGE + gain * difference), 0, 255).astype(np.uint8)
     measured = math.isfinite(tile.ssim)
     refused = Words("rejected: too alike" if measured else "rejected: nothing changed", DEFECTIVE)
     similarity = f"SSIM {tile.ssim:.3f}   " if measured else ""
     verdict = Words("accepted", GOOD) if tile.accepted else refused
     caption = [Words(f"{similarity}area {100 * tile.area:.2g} %   "), verdict]
     lines = ([Words(tile.name, MUTED, shrink=True)], caption) if tile.name else (caption,)
-    return Cell([tile.source, tile.changed, _tint(tile.changed, tile.mask), enlarged], lines)
+    return Cell(
+        [tile.source, tile.changed, _tint(tile.changed, tile.mask), difference(tile.source, tile.changed, gain)], lines
+    )
 
 
 def _tint(picture: Picture, mask: NDArray[Any]) -> Picture:
     """The picture pale and grey, the mask in colour."""
-    pale = np.repeat(128 + picture.mean(axis=2, keepdims=True) / 2, 3, axis=2)
+    pale = np.repeat(np.minimum(128 + picture.mean(axis=2, keepdims=True) / 2, 255), 3, axis=2)
     colour = np.array([int(DEFECTIVE[i : i + 2], 16) for i in (1, 3, 5)])
     inside = np.asarray(mask, dtype=bool)[..., None]
     return np.rint(np.where(inside, 0.25 * pale + 0.75 * colour, pale)).astype(np.uint8)
-
-
-def _gain(tiles: Sequence[PseudoTile]) -> float:
-    """The power of two that brings the differences of a sheet to the whole range of grey."""
-    differences = [np.abs(tile.changed.astype(np.int16) - tile.source).max(axis=2) for tile in tiles]
-    seen = np.concatenate([d[d > 0] for d in differences]) if differences else np.array([])
-    typical = float(np.quantile(seen, 0.95)) if seen.size else 127.0
-    return float(2 ** np.clip(np.floor(np.log2(127 / typical)), 0, 5))
 
 
 def _fit_mask(mask: Any, picture: Picture) -> NDArray[np.bool_]:
