@@ -24,10 +24,11 @@ FILES = sorted(set(EXPERIMENTS.rglob("*.yaml")) - set(SWEEPS))
 SIDE = 32  # pixels, instead of 224
 
 
-def elpv(folder: Path, _: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def elpv(folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     make_elpv(folder, cells=64, size=(SIDE, SIDE))
     monkeypatch.syspath_prepend(folder)
-    return []
+    lists = [key for key in ("split_file", "group_file") if key in settings]  # of the real cells
+    return [word for key in lists for word in (f"--data.{key}", "null")]
 
 
 def mvtec(folder: Path, settings: dict[str, Any], _: pytest.MonkeyPatch) -> list[str]:
@@ -80,7 +81,7 @@ def first_stage(folder: Path, pictures: Path, data: dict[str, Any]) -> list[str]
 
 def small(folder: Path, kind: str) -> list[str]:
     """What stands in place of a pretrained base, and sizes that need no GPU."""
-    if kind in ("AnomalyDiffusion", "MaskDiffusion"):
+    if kind in ("AnomalyDiffusion", "MaskDiffusion", "StableDiffusionLoRA"):
         return ["--model.base", str(tiny_pipeline(folder / "base"))]
     if kind == "LatentDiffusion":
         tiny_vae().save_pretrained(folder / "autoencoder")

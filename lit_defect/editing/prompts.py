@@ -39,8 +39,8 @@ class Prompts:
         self, spelling: Spelling, key: str = f"{KEY}.prompt", known: Sequence[str] = (CATEGORY, TYPE, CAPTION)
     ) -> None:
         self.key = key
-        self._by_type = {None: spelling} if not isinstance(spelling, Mapping) else dict(spelling)
-        self._sentences = {kind: [s] if isinstance(s, str) else list(s) for kind, s in self._by_type.items()}
+        by_type = spelling if isinstance(spelling, Mapping) else {None: spelling}
+        self._sentences = {kind: [s] if isinstance(s, str) else list(s) for kind, s in by_type.items()}
         asked: set[str] = set()
         for sentences in self._sentences.values() or [[]]:
             if not sentences:
