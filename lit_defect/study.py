@@ -3,7 +3,7 @@
     python -m lit_defect.study FILE.yaml [--dry_run] [--only ARM ...] [--seeds 0 1] [--options "--trainer.devices 2"]
 
 What is finished is skipped and what was interrupted goes on, so the same command resumes the study. What the file says
-is told in `study_plan.py`; the runs are those of `python -m lit_defect`, one after the other, each in its own folder
+is told in `study_file.py`; the runs are those of `python -m lit_defect`, one after the other, each in its own folder
 `<runs_dir>/<study>_<arm>/s<seed>`; their output goes to `<runs_dir>/<study>/logs/`. The other
 runs go on where one fails that they do not need. The report (`lit_defect.reporting.study`) is written at the end.
 
@@ -34,7 +34,8 @@ from typing import Any, NoReturn
 from lit_defect import runs
 from lit_defect.errors import UserError
 from lit_defect.study_check import parsed
-from lit_defect.study_plan import Job, Study, plan, read_study
+from lit_defect.study_file import Study, read_study
+from lit_defect.study_plan import Job, plan
 
 
 class Runner:
@@ -174,7 +175,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
+    if options.job is None and options.stage is None:
+        _report(runner.study)
     return 1 if unfinished else 0
+
+
+def _report(study: Study) -> None:
+    """Written from what there is."""
+    from lit_defect.reporting.study import write_report
+
+    try:
+        _say(f"report  {write_report(study)}")
+    except UserError as error:
+        _say(f"no report: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:

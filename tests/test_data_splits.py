@@ -225,7 +225,7 @@ def test_a_written_split_is_read_back(tmp_path: Path) -> None:
     write_split(tmp_path / "deep" / "splits.csv", done)
     assert read_split(tmp_path / "deep" / "splits.csv", samples) == done
     with (tmp_path / "deep" / "splits.csv").open(encoding="utf-8", newline="") as file:
-        assert next(csv.reader(file)) == ["name", "split", "label", "group"]
+        assert next(csv.reader(file)) == ["name", "split", "label", "group", "source"]
 
 
 @pytest.mark.parametrize("split", ["", "train"])

@@ -128,13 +128,13 @@ def without_defects(samples: Sequence[Sample], normal_class: int | None) -> list
 
 
 def write_split(path: Path, samples: Sequence[Sample]) -> None:
-    """Writes `name,split,label,group`, one sample a row, so that `read_split` can repeat the split."""
-    rows = [(s.name, s.split or "unused", s.label, s.group) for s in sorted(samples, key=lambda s: s.name)]
-    _write(path, ("name", "split", "label", "group"), rows)
+    """Writes `name,split,label,group,source`, one sample a row, so that `read_split` can repeat the split."""
+    rows = [(s.name, s.split or "unused", s.label, s.group, s.source) for s in sorted(samples, key=lambda s: s.name)]
+    _write(path, ("name", "split", "label", "group", "source"), rows)
 
 
 def read_split(path: Path, samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with the splits of a file by `write_split`; its labels and groups are for the reader only.
+    """The samples with the splits of a file by `write_split`; its other columns are for the reader only.
 
     Raises:
         DataError: the file is no such file, lacks a sample or names one that is not there, or puts one group

@@ -1,0 +1,345 @@
+"""The report of a study: arms side by side, what the differences allow to say, and what the test set is worth.
+
+    python -m lit_defect.reporting.study FILE.yaml [--runs_dir DIR] [--output FOLDER]
+
+Writes `report.md`, `figures.csv` (means and differences), `runs.csv` (every run) and `arms.png` into
+`<runs_dir>/<study>/`. It may be made while runs are missing: it says which. `python -m lit_defect.study` writes it at
+the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lit_defect.errors import UserError
+from lit_defect.metrics.intervals import Interval
+from lit_defect.reporting import seeds
+from lit_defect.reporting.files import whole_file
+from lit_defect.reporting.seeds import Line, Spread, difference
+from lit_defect.reporting.study_runs import (
+    FIGURES,
+    HOLD_OUT,
+    Compared,
+    Results,
+    StudyRun,
+    compare,
+    read_results,
+    spread,
+)
+from lit_defect.reporting.tables import markdown_table
+from lit_defect.runs import MIRRORED
+from lit_defect.study_file import Study, read_study
+
+_NAMES = {HOLD_OUT: "hold-out", MIRRORED: "mirrored training pictures"}
+
+
+def write_report(study: Study, folder: Path | None = None) -> Path:
+    """Write the report with its tables and picture; returns the Markdown file.
+
+    Args:
+        study: what was studied.
+        folder: where it goes; None takes the study's own.
+
+    Raises:
+        UserError: there is no tested run yet.
+    """
+    from lit_defect.reporting.study_figure import arms_figure
+    from lit_defect.reporting.style import save_figure
+
+    results, folder = read_results(study), folder or study.folder
+    stage = HOLD_OUT if _has(results, HOLD_OUT) else MIRRORED
+    titles = {arm: study.arms[arm].title for arm in results}
+    title = study.name if stage == HOLD_OUT else f"{study.name}, {_NAMES[stage]}"
+    save_figure(arms_figure(results, titles, study.baseline, title, stage), folder / "arms.png")
+    seeds.write_lines(_lines(study, results), folder / "figures.csv")
+    for name, text in (("runs.csv", _runs_csv(results)), ("report.md", markdown(study, results))):
+        with whole_file(folder / name) as file:
+            file.write(text.encode())
+    return folder / "report.md"
+
+
+def markdown(study: Study, results: Results) -> str:
+    """The whole report."""
+    stages = [stage for stage in _NAMES if _has(results, stage)]
+    main = stages[0]
+    compared = _compared(study, results, main)
+    text = f"# Study {study.name}\n\n"
+    text += f"{study.question}\n\n" if study.question else ""
+    if missing := [f"{a}/s{s}" for a in study.arms for s in study.seeds if s not in results.get(a, {})]:
+        text += f"**Unfinished: no results yet of {', '.join(missing)}.**\n\n"
+    text += "".join(f"{sentence}\n\n" for sentence in conclusions(study, results, compared))
+    text += "![arms](arms.png)\n\n## Arms\n\n" + arms_table(study, results) + "\n"
+    for stage in stages:
+        text += f"## On the {_NAMES[stage]}\n\n" + figures_table(results, stage) + "\n"
+        if stage == MIRRORED:
+            text += f"{_MIRRORED_NOTE}\n\n"
+        if found := _compared(study, results, stage):
+            text += difference_table(found, study.baseline) + "\n" + pictures_table(found, study.baseline) + "\n"
+            text += discordant_table(found, study.baseline) + "\n"
+    text += "".join(f"- {note}\n" for note in _NOTES)
+    text += "\n## What the test set is worth\n\n" + leakage_table(results) + "\n"
+    if len(stages) > 1:
+        text += both_table(results) + "\n"
+    if study.paper == "zheng_nagata":
+        from lit_defect.reporting.zheng_nagata import paper_tables
+
+        titles = {arm: study.arms[arm].title for arm in results}
+        text += "## Beside Zheng & Nagata\n\n" + paper_tables(results, titles)
+    return text
+
+
+_MIRRORED_NOTE = (
+    "These pictures were trained on, and mirrored for the test: a leak by design. The figures say how well a network "
+    "remembers, not how well it judges new parts, and no conclusion rests on them."
+)
+_NOTES = (
+    "Means over seeds ± standard deviation; intervals are 95 %. Over seeds (Student's t) an interval tells how a mean "
+    "would move with other seeds on these test pictures; over pictures (bootstrap, whole parts where they are known) "
+    "how it would move with other test pictures and these networks.",
+    "The class with the highest probability is taken; defects found and false alarms count at that.",
+    "McNemar's exact test compares two networks on the same pictures, which it takes for independent. The sums over "
+    "the seeds hold each picture once for each seed: their p-value is too small and only describes.",
+)
+
+
+def arms_table(study: Study, results: Results) -> str:
+    """What each arm is: its options, its seeds, and how many real and generated pictures it trained on."""
+    told = {
+        name: {
+            f"--{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in arm.options.items()
+        }
+        for name, arm in study.arms.items()
+    }
+    shared = set.intersection(*told.values())
+    body = []
+    for name, arm in study.arms.items():
+        runs = results.get(name, {}).values()
+        made = sorted({run.generator for run in runs if run.generator})
+        generated = _counts([run.generated for run in runs]) + (f" by {', '.join(made)}" if made else "")
+        own = " ".join(sorted(told[name] - shared))
+        body.append(
+            [name, arm.title, arm.config, f"`{own}`" if own else "-", _counts([run.real for run in runs]), generated]
+        )
+    head = ("arm", "title", "configuration", "options of its own", "real training pictures", "generated")
+    text = f"Options of all arms: `{' '.join(sorted(shared))}`\n\n" if shared else ""
+    return text + markdown_table(head, body)
+
+
+def figures_table(results: Results, stage: str) -> str:
+    """Mean, standard deviation and interval of every figure by arm."""
+    body = []
+    for arm, runs in results.items():
+        found = [spread(runs, stage, key) for key in FIGURES]
+        body.append([arm, *map(_with_limits, found), str(found[0].seeds)])
+    return markdown_table(("%", *FIGURES.values(), "seeds"), body)
+
+
+def difference_table(found: Mapping[str, Compared], baseline: str) -> str:
+    """Differences seed by seed, in points."""
+    body = [
+        [arm, *(difference(pair.by_seed[key]) for key in FIGURES), str(len(pair.discordant))]
+        for arm, pair in found.items()
+    ]
+    return markdown_table((f"less {baseline}, points, over seeds", *FIGURES.values(), "pairs"), body)
+
+
+def pictures_table(found: Mapping[str, Compared], baseline: str) -> str:
+    """The same differences with their intervals over test pictures."""
+    body = []
+    for arm, pair in found.items():
+        cells = [_interval(pair.over_pictures.get(key)) for key in ("accuracy", "balanced_accuracy", "auroc")]
+        body.append([arm, *cells, str(pair.pictures)])
+    head = (f"less {baseline}, points, over pictures", "accuracy", "balanced accuracy", "AUROC", "pictures")
+    return markdown_table(head, body)
+
+
+def discordant_table(found: Mapping[str, Compared], baseline: str) -> str:
+    """McNemar's test by seed, and of the sums."""
+    body = []
+    for arm, pair in found.items():
+        for seed, test in [*pair.discordant.items(), ("all together", pair.summed)]:
+            body.append(
+                [f"{arm}, seed {seed}".replace("seed all", "all"), str(test.only_b), str(test.only_a), _p(test.p_value)]
+            )
+    return markdown_table(("McNemar", "only the arm right", f"only {baseline} right", "p"), body)
+
+
+def leakage_table(results: Results) -> str:
+    """Test pictures with a near-duplicate in an earlier split, and the accuracy with and without them."""
+    body, unchecked = [], False
+    for arm, runs in results.items():
+        tested = [run.tested[HOLD_OUT] for run in runs.values() if HOLD_OUT in run.tested]
+        if not tested:
+            continue
+        unchecked |= any(_unchecked(run) for run in runs.values())
+        fresh = [one.result.get("without_near_duplicates") or one.result for one in tested]
+        near = sorted({one.result["n"] - kept["n"] for one, kept in zip(tested, fresh, strict=True)})
+        without = Spread.of(kept["accuracy"]["value"] for kept in fresh)
+        total = sorted({one.result["n"] for one in tested})
+        of_all = Spread.of(one.figures["accuracy"] for one in tested)
+        body.append([arm, _range(total), _range(near), of_all.text(100, 1), without.text(100, 1)])
+    if not body:
+        return "There is no hold-out: every test picture is a training picture, mirrored.\n"
+    head = ("hold-out", "test pictures", "near-duplicates in training", "accuracy, %", "without them")
+    note = (
+        "\n- Near-duplicates were not looked for in all runs (data.leakage off): 0 may mean unknown.\n"
+        if unchecked
+        else ""
+    )
+    return markdown_table(head, body) + note
+
+
+def both_table(results: Results) -> str:
+    """Accuracy on the hold-out beside that on the mirrored training pictures."""
+    body = []
+    for arm, runs in results.items():
+        both = [run.tested for run in runs.values() if {HOLD_OUT, MIRRORED} <= set(run.tested)]
+        ours = [Spread.of(tested[stage].figures["accuracy"] for tested in both) for stage in (HOLD_OUT, MIRRORED)]
+        more = Spread.of(t[MIRRORED].figures["accuracy"] - t[HOLD_OUT].figures["accuracy"] for t in both)
+        body.append([arm, *(found.text(100, 1) for found in ours), more.text(100, 1, sign=True)])
+    head = ("accuracy, %", "hold-out", "mirrored training pictures (leak by design)", "mirrored less hold-out, points")
+    return markdown_table(head, body)
+
+
+def conclusions(study: Study, results: Results, found: Mapping[str, Compared]) -> Iterator[str]:
+    """A sentence for each arm, by rule, from the figure that the study named beforehand.
+
+    An arm is better or worse where both intervals of its difference leave out 0, over the seeds and over the test
+    pictures; else nothing is shown, and the wider range says what is still possible.
+    """
+    figure = FIGURES[study.judged_by]
+    if not _has(results, HOLD_OUT):
+        yield "**No conclusion: there is no hold-out, only mirrored training pictures.**"
+        return
+    if not found:
+        yield f"**No conclusion: no arm has runs of the same seeds as {study.baseline}.**"
+        return
+    for arm, pair in found.items():
+        yield f"**{arm} ({study.arms[arm].title}) against {study.baseline}: {verdict(pair, study.judged_by, figure)}**"
+    if len(found) > 1:
+        yield (
+            f"With {len(found)} arms held against one, each at 95 %, one difference in twenty leaves out 0 by chance "
+            "where nothing differs."
+        )
+
+
+def verdict(pair: Compared, key: str, figure: str) -> str:
+    """What the difference of a figure allows to say."""
+    seeds_of, pictures = pair.by_seed[key], pair.over_pictures.get(key)
+    if seeds_of.seeds < 2 or pictures is None or not math.isfinite(pictures.low):
+        why = f" ({pictures.reason})" if pictures is not None and pictures.reason else ""
+        return f"no conclusion on {figure} from {seeds_of.seeds} seed(s) and {pair.pictures} shared test pictures{why}."
+    text = (
+        f"{figure} {100 * seeds_of.mean:+.1f} points ({100 * seeds_of.low:+.1f} to {100 * seeds_of.high:+.1f} over "
+        f"{seeds_of.seeds} seeds, {100 * pictures.low:+.1f} to {100 * pictures.high:+.1f} over {pair.pictures} "
+        "pictures): "
+    )
+    signs = [_sign(seeds_of.low, seeds_of.high), _sign(pictures.low, pictures.high)]
+    if 0 not in signs and signs[0] == signs[1]:
+        return text + f"{'better' if signs[0] > 0 else 'worse'} on these data, by both intervals."
+    if signs == [0, 0]:
+        return text + "no difference is shown; none is excluded within these limits either."
+    over = "seeds" if signs[0] == 0 else "test pictures"
+    return text + f"no difference is shown, since the interval over {over} holds 0."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report and say where; returns the exit status, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m lit_defect.reporting.study", description="The report of a study.")
+    parser.add_argument("file", type=Path, help="the study's file")
+    parser.add_argument("--runs_dir", type=Path, help="folder of all experiments [that of the file, or runs]")
+    parser.add_argument("--output", type=Path, help="folder of the report [RUNS_DIR/STUDY]")
+    options = parser.parse_args(arguments)
+    try:
+        study = read_study(options.file, options.runs_dir)
+        print(f"report  {write_report(study, options.output)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _compared(study: Study, results: Results, stage: str) -> dict[str, Compared]:
+    """The other arms against the baseline, as far as there are pairs."""
+    first = results.get(study.baseline, {})
+    found = {arm: compare(first, runs, stage) for arm, runs in results.items() if arm != study.baseline}
+    return {arm: pair for arm, pair in found.items() if pair is not None}
+
+
+def _lines(study: Study, results: Results) -> Iterator[Line]:
+    for stage, name in _NAMES.items():
+        for arm, runs in results.items():
+            for key in FIGURES:
+                yield Line(name, arm, key, spread(runs, stage, key))
+        for arm, pair in _compared(study, results, stage).items():
+            for key in FIGURES:
+                yield Line(name, f"{arm} less {study.baseline}, over seeds", key, pair.by_seed[key])
+            for key, found in pair.over_pictures.items():
+                limits = Spread(found.value, math.nan, found.low, found.high, len(pair.discordant))
+                yield Line(name, f"{arm} less {study.baseline}, over pictures", key, limits)
+
+
+def _runs_csv(results: Results) -> str:
+    """A line for each run and test set."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("arm", "seed", "tested_on", "pictures", *FIGURES, "folder"))
+    for arm, runs in results.items():
+        for seed, run in runs.items():
+            for stage, tested in run.tested.items():
+                numbers = ["" if math.isnan(x) else f"{x:.6g}" for x in tested.figures.values()]
+                writer.writerow((arm, seed, _NAMES[stage], len(tested.names), *numbers, run.folder.path))
+    return text.getvalue()
+
+
+def _has(results: Results, stage: str) -> bool:
+    return any(stage in run.tested for runs in results.values() for run in runs.values())
+
+
+def _unchecked(run: StudyRun) -> bool:
+    data = run.folder.config().get("data") or {}
+    return str((data.get("init_args") or {}).get("leakage")) in ("off", "False")
+
+
+def _counts(found: Sequence[Mapping[str, int]]) -> str:
+    """`good 1184, defective 30`, or the range where seeds differ."""
+    names = dict.fromkeys(name for counts in found for name in counts)
+    parts = [f"{name or '-'} {_range(sorted({counts.get(name, 0) for counts in found}))}" for name in names]
+    return ", ".join(parts) or "-"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return "-" if not numbers else str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _with_limits(found: Spread) -> str:
+    limits = found.limits(100, 1)
+    return found.text(100, 1) + (f" ({limits})" if limits else "")
+
+
+def _interval(found: Interval | None) -> str:
+    if found is None or math.isnan(found.value):
+        return "-"
+    if math.isnan(found.low):
+        return f"{100 * found.value:+.1f}" + (f" ({found.reason})" if found.reason else "")
+    return f"{100 * found.value:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _sign(low: float, high: float) -> int:
+    """Of an interval: 0 where it holds 0."""
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
