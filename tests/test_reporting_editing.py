@@ -120,7 +120,7 @@ def test_rows_are_sorted_by_function_and_type_and_lines_may_know_little(monkeypa
     assert [words(cell)[0] for cell in cells] == [
         "inpaint   crack   a hole", "inpaint   hole   a hole", "reference_only   hole   a hole", "x   hole   ",
     ]  # fmt: skip
-    assert cells[-1].panels[1:] == ["no mask", "none accepted", "", "", ""]
+    assert cells[-1].panels[1:] == ["mask not kept", "none accepted", "", "", ""]
     assert words(cells[-1])[1:] == [
         "a.png   ",
         "change inside -, outside - (at most -) before the paste, at most - in the result;   seam -   "
@@ -131,6 +131,8 @@ def test_rows_are_sorted_by_function_and_type_and_lines_may_know_little(monkeypa
 def test_functions_stand_side_by_side_on_one_source(monkeypatch):
     whole = EditTile(tile().source, tile().result, None, LINE | {"mode": "img2img"})
     cells = written(lambda: joined_sheet([[whole, tile(), None], [None] * 3], title="All", size=64), monkeypatch)
+    assert words(cells[1])[-1] == "accepted"
+    assert edit_sheets._masked(whole, 64) == "no mask"
     assert [words(cell)[0] for cell in cells] == ["source", "img2img   hole", "inpaint   hole", ""]
     assert words(cells[2])[1:] == ["inside 12.3; outside 14 \N{RIGHTWARDS ARROW} 3; seam 1.2", "accepted"]
     near = [cell.panels[where] for cell, where in zip(cells[:3], (2, 1, 1), strict=True)]
@@ -250,6 +252,14 @@ def test_sources_of_most_sets_come_first_and_accepted_pictures_stand_for_them(tm
     assert rejected.made["accepted"] is False
     assert rejected.result is not None, "the candidate that was kept"
     assert (rejected.result[4:12, 6:14] == 200).all()
+
+
+def test_each_type_has_its_rows(tmp_path, real):
+    (part,) = editing.read_sets([str(make_set(tmp_path / "set", names(real), real, 20))], real)
+    both = editing.EditedSet("a", part.root, real, [*part.rows, *(row | {"defect_type": "crack"} for row in part.rows)])
+    found = [row[0].made["defect_type"] for row in editing.joined([both], 2) if row[0] is not None]
+    assert found == ["hole", "hole", "crack", "crack"]
+    assert [(row["defect_type"], row["number"]) for row in both.first(1)] == [("hole", 0), ("crack", 0)]
 
 
 def test_crops_and_mirrored_pictures_are_cut_as_their_names_say(real):

@@ -143,7 +143,9 @@ def _made(tile: EditTile, gain: float, size: int) -> tuple[Picture | str, Pictur
 
 
 def _masked(tile: EditTile, size: int) -> Picture | str:
-    return "no mask" if tile.mask is None else outlined(tile.source, tile.mask, size)
+    if tile.mask is not None:
+        return outlined(tile.source, tile.mask, size)
+    return "no mask" if tile.made.get("accepted", True) else "mask not kept"
 
 
 def _part(picture: Picture | None, box: Box | None, size: int) -> Picture | str:

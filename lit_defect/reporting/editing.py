@@ -117,9 +117,10 @@ def read_sets(words: Sequence[str], real: Path) -> list[EditedSet]:
 
 
 def joined(sets: Sequence[EditedSet], count: int) -> list[list[EditTile | None]]:
-    """Tiles of the same source and type side by side, at most `count` rows; those that most sets were asked for first.
+    """Tiles of the same source and type side by side, at most `count` rows of each type.
 
-    Where a set has several pictures of a source and a type, the first accepted one stands for them.
+    Sources that most sets were asked for come first. Where a set has several pictures of a source and a type, the first
+    accepted one stands for them.
     """
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for part in sets:
@@ -127,7 +128,10 @@ def joined(sets: Sequence[EditedSet], count: int) -> list[list[EditTile | None]]
             asked = found.setdefault((row["source"], row["defect_type"]), {})
             if part.name not in asked or (row["accepted"] and not asked[part.name]["accepted"]):
                 asked[part.name] = row
-    rows = sorted(found.values(), key=lambda asked: -len(asked))[:count]
+    rows = []
+    for kind in dict.fromkeys(kind for _, kind in found):
+        same = [asked for (_, other), asked in found.items() if other == kind]
+        rows += sorted(same, key=lambda asked: -len(asked))[:count]
     return [[part.tile(asked[part.name]) if part.name in asked else None for part in sets] for asked in rows]
 
 
