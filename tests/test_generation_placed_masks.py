@@ -11,9 +11,10 @@ from PIL import Image
 from scipy import ndimage
 
 from lit_defect.errors import DataError
+from lit_defect.generation import placed_masks
 from lit_defect.generation.files import mask_file, png, write_whole
 from lit_defect.generation.mask_rules import MaskRules
-from lit_defect.generation.mask_sources import LARGEST, AugmentedMasks, MaskFolder, rules_of
+from lit_defect.generation.mask_sources import AugmentedMasks, MaskFolder, rules_of
 from lit_defect.generation.placed_masks import Boxes, DrawnMasks, OwnMasks, PlacedMasks, RandomMasks, read_placed
 
 NAME, PAIR, SIZE = "tile/train/good/003.jpg", ("tile", "crack"), (20, 30)
@@ -242,11 +243,13 @@ def test_a_blob_has_a_pixel_at_least_and_the_object_at_most():
 
 
 def test_on_very_large_pictures_blobs_are_drawn_smaller_and_enlarged(monkeypatch):
-    monkeypatch.setattr("lit_defect.generation.mask_sources.LARGEST", 64)
-    assert LARGEST > 64
+    monkeypatch.setattr("lit_defect.generation.mask_sources.LARGEST", 60)
+    drawn, blob = [], placed_masks._blob
+    monkeypatch.setattr(placed_masks, "_blob", lambda *given: drawn.append(given[1].shape) or blob(*given))
     area = object_of((240, 300))
     found = draw(RandomMasks((0.05, 0.05)), foreground=area).mask
     assert found.shape == (240, 300)
+    assert drawn == [(48, 60)]
     assert found.sum() / area.sum() == pytest.approx(0.05, rel=0.1)
 
 
