@@ -20,7 +20,8 @@ from tests.latent import tiny_pipeline, tiny_vae
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))
-FILES = sorted(set(EXPERIMENTS.rglob("*.yaml")) - set(SWEEPS))
+STUDIES = {file for file in EXPERIMENTS.rglob("*.yaml") if "study" in yaml.safe_load(file.read_text())}
+FILES = sorted(set(EXPERIMENTS.rglob("*.yaml")) - set(SWEEPS) - STUDIES)  # studies: test_study.py
 SIDE = 32  # pixels, instead of 224
 
 

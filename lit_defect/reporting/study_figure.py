@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lit_defect.reporting.seeds import Spread
 from lit_defect.reporting.study_runs import FIGURES, HOLD_OUT, Results
-from lit_defect.reporting.style import GREY, INK, MUTED, PALETTE, set_title, short_names, styled
+from lit_defect.reporting.style import GREY, INK, MUTED, PALETTE, set_title, styled
 
 _IN_PERCENT = {key for key in FIGURES if key != "auroc"}
 
@@ -59,7 +60,7 @@ def arms_figure(
         axes.set_title(f"{FIGURES[key]}{', %' if factor > 1 else ''}", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="y", visible=False)
-    names = short_names([titles[arm] if titles[arm] == arm else f"{arm}: {titles[arm]}" for arm in arms], 34)
+    names = [textwrap.fill(arm if titles[arm] == arm else f"{arm}: {titles[arm]}", 28) for arm in arms]
     panels[0].set_yticks(range(len(arms)), names)
     panels[0].set_ylim(len(arms) - 0.45, -0.45)
     set_title(figure, f"{title}: a dot for each seed, mean and 95 % interval over seeds")

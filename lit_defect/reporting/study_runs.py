@@ -205,7 +205,7 @@ def _read_run(run: RunFolder, stages: Sequence[str]) -> StudyRun:
     group_of = {row["name"]: row.get("group") or row["name"] for row in parts}
     tested = {stage: _read_tested(run, stage, group_of) for stage in stages}
     names = next(iter(tested.values())).result["class_names"]
-    real, generated, generators = Counter[str](), Counter[str](), set()
+    real, generated, generators = Counter(dict.fromkeys(names, 0)), Counter[str](), set()
     for row in parts:
         if row["split"] == "train":
             source = row.get("source") or REAL

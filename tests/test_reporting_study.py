@@ -1,0 +1,272 @@
+"""The report of a study, against figures worked by hand and by scipy."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from lit_defect.errors import UserError
+from lit_defect.metrics.classification import evaluate
+from lit_defect.metrics.intervals import Interval, McNemar
+from lit_defect.reporting.seeds import Spread
+from lit_defect.reporting.study import main, markdown, verdict
+from lit_defect.reporting.study_runs import FIGURES, Compared, compare, read_results
+from lit_defect.reporting.zheng_nagata import ACCURACY, BEST, PICTURES, published_difference
+from lit_defect.study_file import read_study
+
+PICTURES_TESTED = 40  # the second half is defective
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a study with the arms A and B, and no runs yet."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("{}")
+    said = {"study": "toy", "question": "Does it help?", "seeds": [0, 1, 2], "config": "c.yaml", "mirrored": True}
+    arms = {"A": {"title": "originals"}, "B": {"title": "and edits", "options": {"data.synthetic.path": "x"}}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**said, "arms": arms, "paper": "zheng_nagata"}))
+    return path
+
+
+def write_run(
+    arm: str, seed: int, wrong: Sequence[int], stage: str = "test", near: Sequence[int] = (), **changes: Any
+) -> Path:
+    """A run folder as the task leaves it: these pictures are called by the other class's name."""
+    folder = Path(f"runs/toy_{arm}/s{seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = np.repeat([0, 1], PICTURES_TESTED // 2)
+    sure = 0.6 + 0.3 * np.random.default_rng([seed, ord(arm)]).random(PICTURES_TESTED)
+    right = ~np.isin(np.arange(PICTURES_TESTED), wrong)
+    defective = np.where((labels == 1) == right, sure, 1 - sure)
+    probabilities = np.stack([1 - defective, defective], axis=1)
+    names = ["good", "defective"]
+    result = evaluate(probabilities, labels, names, normal_class=0, resamples=0)
+    if near:
+        kept = ~np.isin(np.arange(PICTURES_TESTED), near)
+        fresh = evaluate(probabilities[kept], labels[kept], names, normal_class=0, resamples=0)
+        result["without_near_duplicates"] = fresh
+    (folder / f"{stage}_metrics.json").write_text(json.dumps(result))
+    with (folder / f"{stage}_predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "name", "label", "prediction", "score", "split"])
+        for k, (label, p) in enumerate(zip(labels, defective, strict=True)):
+            writer.writerow([f"/x/{k}", f"p{k:02}", names[label], names[int(p > 0.5)], p, stage])
+    group = changes.get("group", lambda k: "")
+    with (folder / "splits.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "split", "label", "group", "source"])
+        writer.writerows([f"p{k:02}", "test", labels[k], group(k), "real"] for k in range(PICTURES_TESTED))
+        writer.writerows([f"t{k}", "train", int(k < 3), "", "real"] for k in range(10))
+    if arm == "B":
+        (folder / "synthetic.json").write_text(json.dumps({"generator": "StableDiffusionEditor", "train": 2}))
+        lines = "name,split,defect_type\na,train,crack\nb,train,crack\nc,synthetic_val,crack\n"
+        (folder / "synthetic.csv").write_text(lines)
+    return folder
+
+
+WRONG = {"A": [[0, 1, 20, 21, 22], [0, 20, 21, 23], [5, 20, 21, 22]], "B": [[0, 20], [1, 20, 21], [20]]}
+
+
+def write_all(**changes: Any) -> None:
+    for arm, wrong in WRONG.items():
+        for seed, pictures in enumerate(wrong):
+            write_run(arm, seed, pictures, **changes)
+
+
+def cells(text: str, first: str, number: int = 0) -> list[str]:
+    """Cells of the line of a Markdown table that begins so; of the number-th such line."""
+    line = [line for line in text.splitlines() if line.startswith(f"| {first} |")][number]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_figures_of_a_run(study):
+    write_run("A", 0, [0, 20, 21, 22])
+    (run,) = read_results(read_study(study))["A"].values()
+    figures = run.tested["test"].figures
+    assert list(figures) == list(FIGURES)
+    assert figures["accuracy"] == pytest.approx(36 / 40)
+    assert figures["recall"] == pytest.approx(17 / 20)
+    assert figures["false_alarms"] == pytest.approx(1 / 20)
+    assert run.real == {"good": 7, "defective": 3}
+
+
+def test_means_and_differences_over_seeds_are_scipys(study):
+    write_all()
+    results = read_results(read_study(study))
+    pair = compare(results["A"], results["B"], "test")
+    a, b = (np.array([1 - len(wrong) / PICTURES_TESTED for wrong in WRONG[arm]]) for arm in "AB")
+    found = pair.by_seed["accuracy"]
+    low, high = stats.t.interval(0.95, 2, (b - a).mean(), stats.sem(b - a))
+    assert (found.mean, found.low, found.high) == pytest.approx(((b - a).mean(), low, high))
+    text = markdown(read_study(study), results)
+    low, high = stats.t.interval(0.95, 2, a.mean(), stats.sem(a))
+    assert (
+        cells(text, "A", 1)[0]
+        == f"{100 * a.mean():.1f} ± {100 * a.std(ddof=1):.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    )
+
+
+def test_mcnemar_by_seed_and_summed(study):
+    write_all()
+    results = read_results(read_study(study))
+    pair = compare(results["A"], results["B"], "test")
+    only_b = [len(set(a) - set(b)) for a, b in zip(WRONG["A"], WRONG["B"], strict=True)]
+    only_a = [len(set(b) - set(a)) for a, b in zip(WRONG["A"], WRONG["B"], strict=True)]
+    assert [test.only_b for test in pair.discordant.values()] == only_b
+    assert [test.only_a for test in pair.discordant.values()] == only_a
+    assert (pair.summed.only_b, pair.summed.only_a) == (sum(only_b), sum(only_a))
+    exact = stats.binomtest(sum(only_a), sum(only_a) + sum(only_b)).pvalue
+    assert pair.summed.p_value == pytest.approx(exact)
+
+
+def test_the_interval_over_pictures_is_that_of_the_mean_over_seeds(study):
+    write_all()
+    results = read_results(read_study(study))
+    found = compare(results["A"], results["B"], "test").over_pictures
+    wrong = {arm: np.stack([np.isin(np.arange(PICTURES_TESTED), w) for w in WRONG[arm]]).mean(0) for arm in "AB"}
+    gained = wrong["A"] - wrong["B"]  # of each picture, over the seeds
+    assert found["accuracy"].value == pytest.approx(gained.mean())
+    half = 1.96 * gained.std() / np.sqrt(PICTURES_TESTED)
+    assert found["accuracy"].low == pytest.approx(gained.mean() - half, abs=0.3 * half)
+    assert found["accuracy"].high == pytest.approx(gained.mean() + half, abs=0.3 * half)
+    assert found["balanced_accuracy"].value == pytest.approx((gained[:20].mean() + gained[20:].mean()) / 2)
+    areas = [np.mean([run.tested["test"].figures["auroc"] for run in results[arm].values()]) for arm in "AB"]
+    assert found["auroc"].value == pytest.approx(areas[1] - areas[0])
+
+
+def test_photographs_of_one_part_are_drawn_together(study):
+    write_all()
+    alone = compare(*read_results(read_study(study)).values(), "test").over_pictures["accuracy"]
+    write_all(group=lambda k: f"part{k // 4}")
+    together = compare(*read_results(read_study(study)).values(), "test").over_pictures["accuracy"]
+    assert together.value == alone.value
+    assert together.high - together.low > 1.2 * (alone.high - alone.low)
+
+
+def test_only_seeds_and_pictures_that_both_arms_have_are_compared(study):
+    write_all()
+    Path("runs/toy_B/s2/test_metrics.json").unlink()
+    results = read_results(read_study(study))
+    assert list(compare(results["A"], results["B"], "test").discordant) == [0, 1]
+    assert "**Unfinished: no results yet of B/s2.**" in markdown(read_study(study), results)
+
+
+def pair_of(seeds: tuple[float, float], pictures: tuple[float, float], count: int = 3) -> Compared:
+    spread = Spread(sum(seeds) / 2, 0.01, *seeds, count)
+    interval = Interval(sum(pictures) / 2, *pictures)
+    return Compared({"accuracy": spread}, {"accuracy": interval}, {}, McNemar(0, 0, 1.0), 40)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "pictures", "said"),
+    [
+        ((0.01, 0.03), (0.005, 0.04), "better on these data, by both intervals"),
+        ((-0.03, -0.01), (-0.04, -0.01), "worse on these data, by both intervals"),
+        ((0.01, 0.03), (-0.01, 0.05), "no difference is shown, since the interval over test pictures holds 0"),
+        ((-0.01, 0.05), (0.01, 0.03), "no difference is shown, since the interval over seeds holds 0"),
+        ((-0.02, 0.03), (-0.01, 0.02), "none is excluded within these limits either"),
+    ],
+)
+def test_the_conclusion_follows_from_the_intervals(seeds, pictures, said):
+    assert said in verdict(pair_of(seeds, pictures), "accuracy", "accuracy")
+
+
+def test_no_conclusion_from_one_seed_or_no_shared_pictures():
+    assert "no conclusion" in verdict(pair_of((0.01, 0.02), (0.01, 0.02), count=1), "accuracy", "accuracy")
+    assert "no conclusion" in verdict(pair_of((0.01, 0.02), (np.nan, np.nan)), "accuracy", "accuracy")
+
+
+def test_near_duplicates_are_counted_and_left_out(study):
+    for seed in range(3):
+        write_run("A", seed, [0, 20], near=[0, 1, 2, 3])
+    text = markdown(read_study(study), read_results(read_study(study)))
+    line = cells(text, "A", 2)  # arms, figures, leakage
+    assert line[:2] == ["40", "4"]
+    assert line[2:] == ["95.0 ± 0.0", f"{100 * 35 / 36:.1f} ± 0.0"]
+
+
+def test_mirrored_pictures_stand_beside_the_hold_out_and_conclude_nothing(study):
+    write_all(stage="mirrored")
+    results = read_results(read_study(study))
+    text = markdown(read_study(study), results)
+    assert "No conclusion: there is no hold-out" in text
+    assert "There is no hold-out" in text
+    write_all()
+    for seed in range(3):
+        write_run("A", seed, [0], stage="mirrored")
+    text = markdown(read_study(study), read_results(read_study(study)))
+    beside = text[text.index("mirrored less hold-out") :]
+    assert cells(beside, "A")[1] == "97.5 ± 0.0"
+    assert cells(beside, "A")[0] == "89.2 ± 1.4"
+
+
+def test_the_papers_figures_are_the_papers():
+    means = [np.mean(trials) for trials in ACCURACY.values()]
+    assert [round(mean, 2) for mean in means] == [96.23, 97.51]
+    assert round(means[1] - means[0], 2) == 1.28
+    first = np.array(BEST[0].counts)
+    assert round(100 * first.trace() / first.sum(), 2) == 96.81 == max(ACCURACY["CNN A, originals"])
+    second = np.array(BEST[1].counts)
+    assert second.sum() == sum(PICTURES.values()) - 2
+    assert round(100 * 340 / sum(PICTURES.values()), 2) == 98.55 == max(ACCURACY["CNN B, and generated"])
+    assert first.sum(1).tolist() == [PICTURES["good"], PICTURES["defective"]]  # NG first: swapped
+    assert published_difference().startswith("+1.28 (+0.")
+
+
+def test_the_papers_tables_have_ours_beside(study):
+    write_all()
+    write_all(stage="mirrored")
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert cells(text, "1")[:2] == ["96.52", "97.10"]
+    assert cells(text, "1")[2:] == ["87.50", "95.00", "87.50", "95.00"]
+    assert cells(text, "4")[2:] == ["-"] * 4
+    assert "| true NG (149) | 143 | 6 |" in text
+    assert "| ours, best A, seed 1, hold-out | called good (22) | called defective (18) |" in text
+    assert "| true defective (20) | 3 | 17 |" in text
+
+
+def test_arms_name_their_own_options_and_their_training_pictures(study):
+    write_all()
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert cells(text, "A") == ["originals", "c.yaml", "-", "good 7, defective 3", "-"]
+    assert cells(text, "B")[2:] == [
+        "`--data.synthetic.path x`",
+        "good 7, defective 3",
+        "crack 2 by StableDiffusionEditor",
+    ]
+
+
+def test_the_program_writes_report_tables_and_picture(study, capsys):
+    write_all()
+    assert main([str(study)]) == 0
+    folder = Path("runs/toy")
+    assert str(folder / "report.md") in capsys.readouterr().out
+    assert (folder / "arms.png").stat().st_size > 10_000
+    with (folder / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert float(rows[0]["accuracy"]) == pytest.approx(0.875)
+    with (folder / "figures.csv").open(newline="") as file:
+        lines = {(row["configuration"], row["figure"]): row for row in csv.DictReader(file)}
+    assert float(lines["B less A, over seeds", "accuracy"]["mean"]) == pytest.approx(7 / 120)
+    assert float(lines["B less A, over pictures", "accuracy"]["mean"]) == pytest.approx(7 / 120)
+
+
+def test_what_cannot_be_reported_is_said(study, capsys):
+    assert main([str(study)]) == 2
+    assert "no tested run here yet" in capsys.readouterr().err
+    folder = write_run("A", 0, [])
+    (folder / "test_metrics.json").write_text('{"methods": {}}')
+    with pytest.raises(UserError, match="does not hold the metrics of a classifier"):
+        read_results(read_study(study))

@@ -1,0 +1,395 @@
+"""Studies: what their files may say, the jobs that follow, and how they are run, resumed and spread over a cluster."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_defect import study as program
+from lit_defect import study_plan
+from lit_defect.errors import UserError
+from lit_defect.runs import RunFolder, write_json
+from lit_defect.study import main
+from lit_defect.study_check import parsed
+from lit_defect.study_file import read_study
+from lit_defect.study_plan import plan
+from tests.fakes import make_mvtec
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+STUDIES = [file for file in sorted(EXPERIMENTS.rglob("*.yaml")) if "study" in yaml.safe_load(file.read_text())]
+BASIC: dict[str, Any] = {
+    "study": "toy",
+    "seeds": [0, 1],
+    "config": "tiny.yaml",
+    "options": {"trainer.max_epochs": 2},
+    "steps": {
+        "base": {"config": "tiny.yaml"},
+        "edits": {"verb": "predict", "config": "tiny.yaml", "options": {"model.base": "{base}", "p": "a {type}"}},
+    },
+    "arms": {"A": {"title": "originals"}, "B": {"options": {"data.synthetic.path": "{edits}/edited"}}},
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes a study like `BASIC` with other entries (None removes one), in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text("experiment: tiny\n")
+
+    def file(**entries: Any) -> Path:
+        said = {key: value for key, value in (BASIC | entries).items() if value is not None}
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(said, sort_keys=False))
+        return path
+
+    return file
+
+
+def jobs(file: Path) -> dict[str, study_plan.Job]:
+    return {job.name: job for job in plan(read_study(file))}
+
+
+# --- the file and its jobs ---
+
+
+def test_jobs_come_in_the_order_in_which_they_can_run(write):
+    found = jobs(write())
+    assert list(found) == ["base", "A/s0", "A/s1", "edits", "B/s0", "B/s1"]
+    assert [job.stage for job in found.values()] == [0, 0, 0, 1, 2, 2]
+    assert found["B/s1"].needs == ("edits",)
+    assert found["edits"].needs == ("base",)
+
+
+def test_commands_name_seed_folder_and_the_steps_that_they_build_upon(write):
+    found = jobs(write())
+    assert found["B/s1"].command[1:] == shlex.split(
+        "-m lit_defect fit --config tiny.yaml --seed_everything 1 --runs_dir runs --experiment toy_B --run_id s1 "
+        "--resume --test_after_fit true --trainer.max_epochs 2 --data.synthetic.path runs/toy_edits/s0/edited"
+    )
+    edits = found["edits"].command
+    assert edits[3] == "predict"
+    assert "--resume" not in edits
+    assert edits[-4:] == ["--model.base", "runs/toy_base/s0", "--p", "a {type}"]  # not ours to fill in
+
+
+def test_values_are_written_as_the_command_line_reads_them(write):
+    arms = {
+        "A": {"options": {"a": None, "b": True, "c": [1, "x"], "d": "off", "e": "{seed}", "f": {"class_path": "X"}}}
+    }
+    words = jobs(write(arms=arms, steps=None))["A/s1"].words
+    told = words[words.index("--a") :]
+    assert told == (
+        "--a",
+        "null",
+        "--b",
+        "true",
+        "--c",
+        '[1, "x"]',
+        "--d",
+        "off",
+        "--e",
+        "1",
+        "--f",
+        '{"class_path": "X"}',
+    )
+
+
+def test_an_arm_overrules_what_is_told_to_all(write):
+    words = jobs(write(arms={"A": {"options": {"trainer.max_epochs": 9}}}, steps=None))["A/s0"].words
+    assert words.count("--trainer.max_epochs") == 1
+    assert words[-1] == "9"
+
+
+def test_steps_for_each_seed_belong_to_the_runs_of_that_seed(write):
+    steps = {
+        "base": {"config": "tiny.yaml", "each_seed": True},
+        "edits": {"verb": "predict", "of": "base", "config": "tiny.yaml", "each_seed": True},
+    }
+    found = jobs(write(steps=steps))
+    assert found["B/s1"].needs == ("edits/s1",)
+    assert found["edits/s1"].needs == ("base/s1",)
+    assert found["edits/s1"].run == found["base/s1"].run  # a predict with a run's state writes into its folder
+    assert found["edits/s1"].words[-2:] == ("--ckpt_path", "best")
+    assert "runs/toy_base/s1/edited" in found["B/s1"].words
+
+
+def test_a_shared_step_has_an_experiment_of_its_own(write):
+    steps = {"base": {"config": "tiny.yaml", "experiment": "base_tiles", "seed": 4}}
+    arms = {"A": {"options": {"x": "{base}"}}}
+    assert str(jobs(write(steps=steps, arms=arms))["base"].run.path) == "runs/base_tiles/s4"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"sedes": [1]}, "sedes is unknown; did you mean seeds"),
+        ({"seeds": [0, 0]}, "seeds is .*different whole numbers"),
+        ({"seeds": None}, "seeds is needed"),
+        ({"study": "a/b"}, "plain name"),
+        ({"baseline": "C"}, "baseline is C, which is no arm"),
+        ({"judged_by": "luck"}, "judged_by is luck"),
+        ({"paper": "other"}, "paper is other; known are zheng_nagata"),
+        ({"mirrored": "maybe"}, "expected true or false"),
+        ({"config": "gone.yaml"}, "no such file"),
+        ({"config": None}, "arms.A.config is needed"),
+        ({"arms": {"A": {"option": {}}}}, "arms.A.option is unknown; did you mean options"),
+        ({"arms": {"A": {"needs": ["edit"]}}}, "needs edit, which is no step; did you mean edits"),
+        ({"arms": {"A": {"options": {"x": "{edit}/edited"}}}}, r"names \{edit\}/.*did you mean edits"),
+        ({"arms": {"A": {"options": {"run_id": "x"}}}}, "run_id is set by the study itself"),
+        ({"arms": {"A": {"options": {"--x": 1}}}}, "without the leading dashes"),
+        ({"arms": {"edits": {}}}, "has the name of a step"),
+        ({"steps": {"a": {"config": "tiny.yaml", "verb": "test"}}}, "expected fit or predict"),
+        ({"steps": {"a": {"config": "tiny.yaml", "of": "a"}}}, "is for a predict"),
+        (
+            {
+                "steps": {
+                    "a": {"config": "tiny.yaml", "needs": ["b"]},
+                    "b": {"config": "tiny.yaml", "options": {"x": "{a}"}},
+                },
+                "arms": {"A": {}},
+            },
+            "circle: a -> b -> a",
+        ),
+        (
+            {
+                "steps": {
+                    "a": {"config": "tiny.yaml", "each_seed": True},
+                    "b": {"config": "tiny.yaml", "needs": ["a"]},
+                },
+                "arms": {"A": {}},
+            },
+            "needs a, which has a run for each seed",
+        ),
+    ],
+)
+def test_mistakes_in_the_file_are_named(write, entries, message):
+    with pytest.raises(UserError, match=message):
+        plan(read_study(write(**entries)))
+
+
+def test_a_file_that_is_none(write, tmp_path):
+    with pytest.raises(UserError, match=r"gone\.yaml.*a study's file is needed"):
+        read_study(tmp_path / "gone.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(UserError, match="is no YAML"):
+        read_study(broken)
+
+
+# --- running: commands are played by a quick program that leaves what the real one leaves ---
+
+PLAY = """
+import json, sys
+from pathlib import Path
+verb, words = sys.argv[1], sys.argv[2:]
+told = dict(zip(words, words[1:]))
+run = Path(told["--runs_dir"]) / told["--experiment"] / told["--run_id"]
+run.mkdir(parents=True, exist_ok=True)
+with open("calls.txt", "a") as file:
+    print(verb, run.parent.name, run.name, told.get("--data.test", ""), file=file)
+if told["--experiment"] in Path("failing.txt").read_text().split():
+    print("out of luck")
+    sys.exit(3)
+if verb == "fit":
+    (run / "run.json").write_text(json.dumps({"status": "finished"}))
+if verb == "test" or "--test_after_fit" in told:
+    name = "mirrored" if "--data.test" in told else "test"
+    (run / f"{name}_metrics.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def play(write, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Runs a study with arguments; gives the calls that were made. `failing.txt` names experiments that fail."""
+    Path("play.py").write_text(PLAY)
+    Path("failing.txt").write_text("")
+    monkeypatch.setattr(study_plan.Job, "line", staticmethod(lambda *words: [sys.executable, "play.py", *words]))
+    monkeypatch.setattr(program, "parsed", lambda commands: {name: {} for name in commands})
+    monkeypatch.setattr(program, "_report", lambda study: None)
+
+    def run(file: Path, *arguments: str, status: int = 0) -> list[str]:
+        Path("calls.txt").write_text("")
+        assert main([str(file), *arguments]) == status
+        return [line.strip() for line in Path("calls.txt").read_text().splitlines()]
+
+    return run
+
+
+def test_everything_runs_once_and_what_is_finished_is_skipped(write, play, capsys):
+    file = write()
+    calls = play(file)
+    assert calls == [
+        "fit toy_base s0",
+        "fit toy_A s0",
+        "fit toy_A s1",
+        "predict toy_edits s0",
+        "fit toy_B s0",
+        "fit toy_B s1",
+    ]
+    assert play(file) == []
+    assert "[6/6] B/s1: finished before" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_goes_on_and_an_untested_one_is_tested(write, play):
+    file = write()
+    play(file)
+    write_json(Path("runs/toy_A/s1/run.json"), {"status": "interrupted"})
+    Path("runs/toy_B/s0/test_metrics.json").unlink()
+    assert play(file) == ["fit toy_A s1", "test toy_B s0"]
+
+
+def test_mirrored_pictures_are_tested_beside_the_hold_out(write, play):
+    file = write(mirrored=True, steps=None, arms={"A": {}})
+    assert play(file)[:2] == ["fit toy_A s0", "test toy_A s0 mirrored_train"]
+    assert play(file) == []
+    run = RunFolder(Path("runs/toy_A/s0"))
+    (run.path / "mirrored_metrics.json").unlink()
+    (run.path / "config.yaml").write_text("data: {init_args: {leakage: error}}")
+    (command,) = jobs(file)["A/s0"].test_commands()
+    assert command[-4:] == ["--data.test", "mirrored_train", "--data.leakage", "warn"]
+    (run.path / "config.yaml").write_text("data: {init_args: {test: mirrored_train}}")  # its own protocol
+    assert len(jobs(file)["A/s0"].test_commands()) == 1
+    assert "mirrored_train" not in jobs(file)["A/s0"].test_commands()[0]
+
+
+def test_a_failure_stops_only_what_needs_it(write, play, capsys):
+    Path("failing.txt").write_text("toy_edits")
+    calls = play(write(), status=1)
+    assert calls[-1] == "predict toy_edits s0"
+    assert "fit toy_A s1" in calls
+    said = capsys.readouterr().out
+    assert "edits: FAILED, exit status 3" in said
+    assert "toy/logs/edits.log" in said
+    assert "| out of luck" in said
+    assert "B/s0: left out, since it needs edits" in said
+
+
+def test_one_job_one_stage_one_arm_one_seed(write, play, capsys):
+    file = write()
+    assert play(file, "--job", "3", status=1) == []  # its base is not there yet
+    assert play(file, "--job", "0") == ["fit toy_base s0"]
+    assert play(file, "--stage", "1") == ["predict toy_edits s0"]
+    assert play(file, "--only", "B", "--seeds", "1") == ["fit toy_B s1"]
+    assert play(file, "--job", "9", status=2) == []
+    assert play(file, "--only", "Q", status=2) == []
+    assert play(file, "--seeds", "7", status=2) == []
+    assert "the arms are A, B" in capsys.readouterr().err
+
+
+def test_the_list_tells_the_numbers_of_a_stage(write, play, capsys):
+    file = write()
+    play(file, "--job", "0")
+    capsys.readouterr()
+    assert play(file, "--list") == []
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:5] == ["0", "stage", "0", "base", "finished"]
+    assert lines[-3:] == ["stage 0: --array=0-2", "stage 1: --array=3-3", "stage 2: --array=4-5"]
+
+
+def test_a_dry_run_prints_what_is_left(write, play, capsys):
+    file = write(mirrored=True)
+    play(file, "--only", "A", "--seeds", "0")
+    capsys.readouterr()
+    assert play(file, "--dry_run", "--options", "--trainer.devices 2") == []
+    said = capsys.readouterr().out
+    assert "# A/s0: finished" in said
+    assert said.count("--trainer.devices 2") == 1 + 2 + 1 + 4  # base; A/s1 and B with the mirrored test; edits
+
+
+def test_a_finished_run_of_other_options_is_no_part_of_the_study(write, play, monkeypatch, capsys):
+    file = write(steps=None, arms={"A": {}})
+    play(file)
+    for seed in (0, 1):
+        config = {"model": {"init_args": {"lr": 0.1}}, "data": {"init_args": {"synthetic": None, "root": "here"}}}
+        Path(f"runs/toy_A/s{seed}/config.yaml").write_text(yaml.safe_dump(config))
+
+    def now(**changes: Any) -> None:
+        model, data = {"lr": 0.1, "added_since": 1} | changes, {"synthetic": changes.get("synthetic"), "root": "there"}
+        config = {"model": {"init_args": model}, "data": {"init_args": data}}
+        monkeypatch.setattr(program, "parsed", lambda commands: dict.fromkeys(commands, config))
+
+    now()
+    assert play(file) == []
+    now(lr=0.2)
+    assert play(file, status=2) == []
+    assert "model.init_args.lr: 0.1 -> 0.2" in capsys.readouterr().err
+    now(synthetic={"path": "edits"})
+    assert play(file, status=2) == []
+
+
+def test_a_finished_predict_of_other_options_is_refused(write, play):
+    play(write())
+    other = {"base": {"config": "tiny.yaml"}, "edits": {**BASIC["steps"]["edits"], "options": {"model.base": "{base}"}}}
+    assert play(write(steps=other), status=2) == []
+
+
+def test_a_stop_is_handed_on_and_the_study_goes_on_later(write, play, monkeypatch):
+    file = write(steps=None, arms={"A": {}})
+    Path("play.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open('saved.txt', 'w').close(), sys.exit(143)))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(30)\n"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        play(file)
+    assert stopped.value.code == 143
+    assert Path("saved.txt").is_file()
+    Path("play.py").write_text(PLAY)
+    assert play(file) == ["fit toy_A s0", "fit toy_A s1"]
+
+
+# --- the real command line ---
+
+
+def test_a_study_of_two_runs(tmp_path, monkeypatch, capsys):
+    """From the file to the report, by real runs; an unknown option is refused before the first of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    make_mvtec(tmp_path / "data", train_good=8, test_good=6, defects={"crack": 8}, itself=True)
+    model = {"backbone": "test_resnet", "weights": None, "transfer": "all", "image_size": 32, "lr": 0.01}
+    data = {"root": "data", "setting": "supervised", "image_size": 32, "batch_size": 8, "leakage": "off"}
+    config = {
+        "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+        "model": {"class_path": "DefectClassifier", "init_args": model},
+        "data": {"class_path": "MVTecAD", "init_args": data},
+    }
+    Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    said = {"study": "toy", "seeds": [3], "config": "tiny.yaml", "options": {"wandb": "off"}, "mirrored": True}
+    Path("study.yaml").write_text(yaml.safe_dump(said | {"arms": {"A": {"options": {"model.lrr": 1}}}}))
+    assert main(["study.yaml"]) == 2
+    assert "A/s3: unknown key --model.lrr" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    Path("study.yaml").write_text(yaml.safe_dump(said | {"arms": {"A": {}}}))
+    assert main(["study.yaml"]) == 0
+    run = Path("runs/toy_A/s3")
+    plain, mirrored = (json.loads((run / f"{name}_metrics.json").read_text()) for name in ("test", "mirrored"))
+    assert mirrored["n"] > plain["n"]
+    assert len(list(run.glob("test_metrics*"))) == 1  # what the mirrored pictures gave is not called a test
+    assert "#mirrored" not in (run / "test_predictions.csv").read_text()
+    assert (run / "mirrored_predictions.csv").read_text().count("#mirrored") == mirrored["n"]
+    assert (run / "figures" / "mirrored_confusion.png").is_file()
+    assert (Path("runs/toy") / "report.md").is_file()
+    assert main(["study.yaml"]) == 0  # also by the checks of a finished run
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_the_program_starts_without_torch():
+    code = "import sys, lit_defect.study, lit_defect.reporting.study; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS.parent).returncode == 0
+
+
+@pytest.mark.skipif(not STUDIES, reason="no study among the experiments")
+def test_every_study_among_the_experiments_has_options_that_there_are(monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    monkeypatch.setenv("PYTHONPATH", str(EXPERIMENTS.parent))
+    found = {f"{file.stem}: {job.name}": [job.verb, *job.words] for file in STUDIES for job in plan(read_study(file))}
+    assert len(parsed(found)) == len(found)
