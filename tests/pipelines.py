@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,30 @@ def tiny_scheduler() -> Any:
     return DDIMScheduler(**sd_process().settings, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
 
 
+def kept(make: Callable[..., Path]) -> Callable[..., Path]:
+    """A builder of a folder that copies what it has made before from memory."""
+    made: dict[tuple[Any, ...], dict[str, bytes]] = {}
+
+    @functools.wraps(make)
+    def build(folder: Path, **options: Any) -> Path:
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            with torch.random.fork_rng(devices=[]):
+                make(folder, **options)
+            made[key] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for name, content in made[key].items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return folder
+
+    return build
+
+
+@kept
 def tiny_xl(folder: Path, *, extra_channels: int = 0) -> Path:
-    """Stable Diffusion XL; with `extra_channels` 5 its inpainting model."""
-    from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
+    """Stable Diffusion XL; with `extra_channels` 5 its inpainting model, with 4 InstructPix2Pix."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModelWithProjection
 
     tokenizer = tiny_tokenizer(TOLD)
@@ -48,9 +71,9 @@ def tiny_xl(folder: Path, *, extra_channels: int = 0) -> Path:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=WIDTH + 5 * 8,  # of img2img with its aesthetic scores
+        projection_class_embeddings_input_dim=WIDTH + 6 * 8,
     )
-    StableDiffusionXLImg2ImgPipeline(
+    StableDiffusionXLPipeline(
         vae=tiny_vae(factor=FACTOR),
         text_encoder=tiny_text_encoder(tokenizer),
         text_encoder_2=second,
@@ -58,11 +81,11 @@ def tiny_xl(folder: Path, *, extra_channels: int = 0) -> Path:
         tokenizer_2=tokenizer,
         unet=unet,
         scheduler=tiny_scheduler(),
-        requires_aesthetics_score=True,
     ).save_pretrained(folder)
     return folder
 
 
+@kept
 def tiny_variation(folder: Path) -> Path:
     """Stable Diffusion Image Variations."""
     from diffusers import StableDiffusionImageVariationPipeline
@@ -79,6 +102,7 @@ def tiny_variation(folder: Path) -> Path:
     return folder
 
 
+@kept
 def tiny_unclip(folder: Path) -> Path:
     """Stable unCLIP."""
     from diffusers import DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
@@ -114,6 +138,7 @@ def tiny_unclip(folder: Path) -> Path:
     return folder
 
 
+@kept
 def tiny_flux(folder: Path, *, fill: bool = False) -> Path:
     """Flux, or Flux Fill; its second text encoder is a CLIP's tokenizer with T5's network."""
     import diffusers

@@ -6,7 +6,6 @@ are several: `h94/IP-Adapter:models/ip-adapter_sd15.safetensors`.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,7 +86,7 @@ def add_embeddings(pipe: Any, sources: list[str]) -> tuple[list[str], Pictures]:
             else:
                 pipe.load_textual_inversion(place.home, weight_name=place.file, **place.options)
             added = set(pipe.tokenizer.get_vocab()) - before
-            words += sorted(word for word in added if re.sub(r"_\d+$", "", word) not in added)  # a vector each
+            words += sorted(added - {f"{word}_{n}" for word in added for n in range(len(added))})  # of several vectors
             trained_on |= place.trained_on
     return words, trained_on
 

@@ -73,16 +73,17 @@ class Result:
 
 
 def run(opened: Opened, requests: Sequence[Request], edit: Edit) -> Result:
-    """Edit pictures of one size; those of the same strength, with a mask or without, in one call of the pipeline.
+    """Edit pictures of one size; those that agree in strength and in what they have go through in one call.
 
     Raises:
         UserError: the pipeline cannot do what the options or a request say, or gives NaN in float32 too.
         ValueError: pictures of several sizes, or of one that does not go through the network.
     """
     _check(opened, requests, edit)
-    groups: dict[tuple[float, bool], list[int]] = {}
+    groups: dict[tuple[float, bool, bool], list[int]] = {}
     for number, request in enumerate(requests):
-        groups.setdefault((request.strength, request.mask is not None), []).append(number)
+        key = (request.strength, request.mask is not None, bool(request.negative_prompt))
+        groups.setdefault(key, []).append(number)
     pictures = torch.empty(len(requests), *requests[0].picture.shape)
     retried = [False] * len(requests)
     for numbers in groups.values():
@@ -133,7 +134,7 @@ def _is_spoilt(picture: Tensor, source: Tensor) -> bool:
 
 
 def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
-    """One call of the pipeline, (B, 3, h, w) float32 on the CPU; of one size and strength, all masked or none."""
+    """One call of the pipeline, (B, 3, h, w) float32 on the CPU; of requests that `run` put together."""
     pipe, mode = opened.pipe, opened.mode
     pipe.scheduler = make_scheduler(edit.sampler, opened.schedule)
     if hasattr(pipe.scheduler, "noise_sampler_seed"):  # DPM++ SDE takes no generators
@@ -141,7 +142,8 @@ def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
     height, width = requests[0].picture.shape[1:]
     arguments: dict[str, Any] = {
         "prompt": [r.prompt for r in requests],
-        "negative_prompt": [r.negative_prompt for r in requests],
+        # None is not "" for all: Stable Diffusion XL takes zeros for it, as it was trained.
+        "negative_prompt": [r.negative_prompt for r in requests] if requests[0].negative_prompt else None,
         "num_inference_steps": edit.steps,
         "guidance_scale": edit.guidance,
         "image_guidance_scale": edit.image_guidance,
