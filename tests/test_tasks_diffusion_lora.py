@@ -150,7 +150,7 @@ def test_it_learns_what_it_is_shown(made, tmp_path):
     def judged() -> float:
         torch.manual_seed(5)
         with torch.no_grad():
-            return float(np.mean([float(task._loss(*task._drawn("train", 5, 2, 0))) for _ in range(8)]))
+            return float(np.mean([float(task._weighed(*task._drawn("train", 5, 2, 0))) for _ in range(8)]))
 
     seen = []
 
@@ -183,7 +183,7 @@ def test_pairs_equally_often_and_a_share_of_normal_ones(made, monkeypatch):
     task._shots["train"] = FewShots(blank, blank, torch.tensor([0] * 30 + [1] * 2), {})
     task._shots["prior"] = FewShots(blank + 1, blank, torch.zeros(32, dtype=torch.int64), {})
     drawn: list[tuple[int, int]] = []
-    monkeypatch.setattr(task, "_loss", lambda moments, masks, prompts: drawn.extend(
+    monkeypatch.setattr(task, "_weighed", lambda moments, masks, prompts: drawn.extend(
         zip(moments.flatten().int().tolist(), prompts.tolist(), strict=True)) or torch.zeros(()))  # fmt: skip
     monkeypatch.setattr(task, "log", lambda *_, **__: None)
     torch.manual_seed(0)
@@ -238,7 +238,7 @@ def test_the_loss_weighs_the_mask(made):
     task.base.unet.register_forward_hook(lambda _, args, output: answers.append((*args[:2], output.sample)))
     torch.manual_seed(4)
     with torch.no_grad():
-        found = float(task._loss(moments, masks, torch.tensor([0, 1])))
+        found = float(task._weighed(moments, masks, torch.tensor([0, 1])))
     state, t, output = (part.double() for part in answers[0])
     torch.manual_seed(4)
     latents = task.base.latents(moments, torch.randn(2, 4, *GRID)).double()

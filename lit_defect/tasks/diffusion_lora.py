@@ -10,7 +10,6 @@ photographs in place of the model's own samples).
 from __future__ import annotations
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ from lit_defect.errors import UserError
 from lit_defect.generation.store import write_trained_on
 from lit_defect.losses.diffusion import latent_mask, masked_mse
 from lit_defect.runs import write_json
-from lit_defect.tasks.base import Batch, DefectTask
+from lit_defect.tasks.base import Batch
 from lit_defect.tasks.few_shots import FewShots, encode_views
+from lit_defect.tasks.frozen_base import OnFrozenBase
 from lit_defect.tasks.latent_steps import noised
-from lit_defect.tasks.learnt_files import check_origin, keep_learnt, put_back
+from lit_defect.tasks.learnt_files import check_origin, put_back
 from lit_defect.tasks.picture_sheets import picture_sheet
 from lit_defect.tasks.pixels import Listed
 from lit_defect.tasks.prompt_samples import sample_prompts
@@ -41,7 +41,7 @@ _SHOWN = 12  # prompts of the sheet
 _KEY = "model.init_args"
 
 
-class StableDiffusionLoRA(DefectTask):
+class StableDiffusionLoRA(OnFrozenBase):
     """Adapters for one's own pictures on Stable Diffusion 1.x or 2.x, or on a base of one's own.
 
     Args:
@@ -87,7 +87,7 @@ class StableDiffusionLoRA(DefectTask):
         monitor: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(monitor=monitor, **kwargs)
+        super().__init__(base, monitor=monitor, **kwargs)
         self.save_hyperparameters(logger=False)
         if rank < 1:
             raise UserError(f"{_KEY}.rank = {rank}: expected at least 1")
@@ -101,7 +101,6 @@ class StableDiffusionLoRA(DefectTask):
         for key, number in (("mask_weight", mask_weight), ("offset_noise", offset_noise)):
             if not 0 <= number < math.inf:
                 raise UserError(f"{_KEY}.{key} = {number}: expected a number >= 0")
-        self.base_source = base
         self.prompts = Prompts(prompt, f"{_KEY}.prompt", (CATEGORY, TYPE))
         self.prior_prompts = Prompts(prior_prompt, f"{_KEY}.prior_prompt", (CATEGORY, TYPE))
         self.types = types
@@ -114,20 +113,10 @@ class StableDiffusionLoRA(DefectTask):
         self.augment: Listed = augment
         self.min_snr_gamma = min_snr_gamma
         self.offset = offset_noise
-        self.base: LatentBase | None = None
-        self.learnt_from: set[tuple[str, str]] = set()  # name and group of each picture
         self.said: list[str] = []  # prompts of the pairs, then of the normal pictures' categories
-        self._shots: dict[str, FewShots] = {}
         self._states: Tensor | None = None  # of `said` and of "", where the text encoder stays as it is
 
     # --- construction ---
-
-    @property
-    def network(self) -> LatentBase:
-        """The base, after `configure_model`."""
-        if self.base is None:
-            raise UserError("the base is not open yet: call configure_model")
-        return self.base
 
     @property
     def title(self) -> str:
@@ -144,14 +133,11 @@ class StableDiffusionLoRA(DefectTask):
         data = self.data
         if data is None or data.normal_class is None:
             raise UserError("StableDiffusionLoRA needs a data module that has a good class")
-        if data.image_size is None:
-            raise UserError("StableDiffusionLoRA needs pictures of one size: set data.init_args.image_size")
+        self.check_serving()
         if self.mask_weight and not data.with_masks:
             raise UserError(f"{_KEY}.mask_weight = {self.mask_weight} needs masks: set data.init_args.with_masks")
-        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
-            raise UserError(f"trainer.precision = {self.trainer.precision}: take 32-true, bf16-mixed or 16-mixed")
         found = self._chosen("train")
-        there = Counter(sample.defect_type for sample in data.samples["train"])
+        there = {sample.defect_type for sample in data.samples["train"]}
         if unknown := sorted(set(self.types or ()) - {sample.defect_type for sample in found.values()}):
             raise UserError(f"{_KEY}.types: no training picture is {unknown[0]}; there are {', '.join(sorted(there))}")
         if not found:
@@ -223,22 +209,11 @@ class StableDiffusionLoRA(DefectTask):
             rank_zero_warn(f'{_KEY}.prompt: "{prompt.cut}" of "{text}" does not fit and is cut off; take fewer words')
         return prompt.ids
 
-    def train(self, mode: bool = True) -> StableDiffusionLoRA:
-        """The base stays as it is."""
-        super().train(mode)
-        if self.base is not None:
-            self.base.eval()
-        return self
-
     # --- checkpoints ---
 
     def learnt_with(self) -> dict[str, Any]:
         """The options that the adapters depend on."""
         return {"rank": self.rank, "alpha": self.alpha, "text_encoder": self.text_encoder}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters, their options, and the hash of the base."""
-        keep_learnt(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the base back in.
@@ -284,7 +259,7 @@ class StableDiffusionLoRA(DefectTask):
         parts += [self._drawn("prior", normal, len(self.categories), len(self.pairs))] if normal else []
         moments, masks, prompts = (torch.cat(part) for part in zip(*parts, strict=True))
         prompts[torch.rand(count) < self.drop_caption] = len(self.said)  # the empty prompt
-        loss = self._loss(moments, masks, prompts)
+        loss = self._weighed(moments, masks, prompts)
         self.log("train/loss", loss, batch_size=count, prog_bar=True)
         return loss
 
@@ -294,30 +269,11 @@ class StableDiffusionLoRA(DefectTask):
         rows, views = shots.draw(count, kinds)
         return shots.moments[rows, views], shots.masks[rows, views], shots.pairs[rows] + first
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss of pictures of the learnt types that do not train, where there are any.
+    def _loss(self, shots: FewShots, rows: Tensor, views: Tensor) -> Tensor:
+        """Of pictures that are learnt, by their own prompts."""
+        return self._weighed(shots.moments[rows, views], shots.masks[rows, views], shots.pairs[rows])
 
-        Each has steps and noise of its own, the same after each epoch, in any batch and on any process.
-        """
-        shots = self._shots.get("val")
-        for index in batch["index"].tolist():
-            if shots is not None and index in shots.row_of:
-                torch.manual_seed(index)
-                row = torch.tensor([shots.row_of[index]])
-                loss = self._loss(shots.moments[row, 0], shots.masks[row, 0], shots.pairs[row]).double()
-                self._judged += torch.stack([loss, torch.ones_like(loss)])
-
-    def on_validation_epoch_start(self) -> None:
-        """Sum of the losses, and number of pictures."""
-        self._judged = torch.zeros(2, dtype=torch.float64, device=self.device)
-
-    def on_validation_epoch_end(self) -> None:
-        """The mean over the pictures of all processes; one of these may have had none."""
-        total, count = self.trainer.strategy.reduce(self._judged, reduce_op="sum").tolist()  # type: ignore[union-attr, arg-type]
-        if count:
-            self.log("val/loss", total / count, prog_bar=True, sync_dist=True)
-
-    def _loss(self, moments: Tensor, masks: Tensor, prompts: Tensor) -> Tensor:
+    def _weighed(self, moments: Tensor, masks: Tensor, prompts: Tensor) -> Tensor:
         """Squared error, each place weighed by 1 + mask_weight * mask.
 
         Args:
@@ -356,7 +312,7 @@ class StableDiffusionLoRA(DefectTask):
         StableDiffusionPipeline.save_lora_weights(path, **layers)
         about = {
             "base": {"source": self.base_source, "fingerprint": base.fingerprint},
-            "prompts": self.said,
+            "prompts": list(dict.fromkeys(self.said)),
             "rank": self.rank,
             "text_encoder": self.text_encoder,
         }

@@ -21,14 +21,14 @@ from lit_defect.diffusion.prompts import encode_prompt, encode_prompts, text_sta
 from lit_defect.errors import UserError
 from lit_defect.nets.fitting import fingerprint
 from lit_defect.nets.inserted_tokens import AnomalyTokens, SpatialEncoder
-from lit_defect.tasks.base import Batch, DefectTask
+from lit_defect.tasks.base import Batch
 from lit_defect.tasks.few_shots import FewShots, encode_shots, is_shot
+from lit_defect.tasks.frozen_base import OnFrozenBase
 from lit_defect.tasks.latent_steps import noised
 from lit_defect.tasks.learnt_files import (
     EXPORT,
     check_origin,
     is_learnt,
-    keep_learnt,
     put_back,
     start_from,
     write_learnt,
@@ -40,7 +40,7 @@ _LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 _FEWEST = 2
 
 
-class Inversion(DefectTask):
+class Inversion(OnFrozenBase):
     """Base of the tasks that learn prompts on a frozen latent diffusion model.
 
     Args:
@@ -87,14 +87,13 @@ class Inversion(DefectTask):
         monitor: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(monitor=monitor, **kwargs)
+        super().__init__(base, monitor=monitor, **kwargs)
         least = {"anomaly_tokens": 1, "spatial_tokens": 0, "lora": 0, "prompt_noise": 0, "offset_noise": 0}
         given = {"anomaly_tokens": anomaly_tokens, "spatial_tokens": spatial_tokens, "lora": lora,
                  "prompt_noise": prompt_noise, "offset_noise": offset_noise}  # fmt: skip
         for key, number in given.items():
             if number < least[key]:
                 raise UserError(f"model.init_args.{key} = {number}: expected at least {least[key]}")
-        self.base_source = base
         self.template = template
         self.counts = (anomaly_tokens, spatial_tokens)
         self.start_word = start_word
@@ -106,10 +105,6 @@ class Inversion(DefectTask):
         self.min_snr_gamma = min_snr_gamma
         self.offset = offset_noise
         self.pairs = None if pairs is None else [(category, kind) for category, kind in pairs]
-        self.base: LatentBase | None = None
-        self.learnt_from: set[tuple[str, str]] = set()  # name and group of each picture
-        self._shots: dict[str, FewShots] = {}
-        self._judged: Tensor
 
     # --- what a subclass provides ---
 
@@ -123,13 +118,6 @@ class Inversion(DefectTask):
 
     # --- construction ---
 
-    @property
-    def network(self) -> LatentBase:
-        """The base, after `configure_model`."""
-        if self.base is None:
-            raise UserError("the base is not open yet: call configure_model, or load a checkpoint")
-        return self.base
-
     def setup(self, stage: str) -> None:
         """Look which pairs there are, and whether each can be learnt.
 
@@ -140,10 +128,7 @@ class Inversion(DefectTask):
         data, name = self.data, type(self).__name__
         if data is None or data.normal_class is None or not data.with_masks:
             raise UserError(f"{name} needs a data module with a good class and masks: set data.init_args.with_masks")
-        if data.image_size is None:
-            raise UserError(f"{name} needs pictures of one size: set data.init_args.image_size")
-        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
-            raise UserError(f"trainer.precision = {self.trainer.precision}: take 32-true, bf16-mixed or 16-mixed")
+        self.check_serving()
         if stage == "fit":
             found = Counter((s.category, s.defect_type) for s in self.defects("train"))
             if not found:
@@ -211,13 +196,6 @@ class Inversion(DefectTask):
         """Of the vectors in the prompts."""
         return next(iter(self.prompts.values())).positions
 
-    def train(self, mode: bool = True) -> Inversion:
-        """The base stays as it is."""
-        super().train(mode)
-        if self.base is not None:
-            self.base.eval()
-        return self
-
     # --- checkpoints ---
 
     def learnt_state(self) -> dict[str, Tensor]:
@@ -228,10 +206,6 @@ class Inversion(DefectTask):
         """The options that what is learnt depends on."""
         tokens, spatial = self.counts
         return {"template": self.template, "anomaly_tokens": tokens, "spatial_tokens": spatial, "lora": self.lora}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was learnt, with what options, and the hash of the base."""
-        keep_learnt(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the base back in, if it is the same.
@@ -282,29 +256,6 @@ class Inversion(DefectTask):
         loss = self._loss(shots, *shots.draw(count, len(self.pairs or ())))
         self.log("train/loss", loss, batch_size=count, prog_bar=True)
         return loss
-
-    def on_validation_epoch_start(self) -> None:
-        """Sum of the losses, and number of pictures."""
-        self._judged = torch.zeros(2, dtype=torch.float64, device=self.device)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss of the defects that do not train, where there are any.
-
-        Each has steps and noise of its own, the same after each epoch, in any batch and on any process.
-        """
-        shots = self._shots.get("val")
-        for index in batch["index"].tolist():
-            if shots is not None and index in shots.row_of:
-                torch.manual_seed(index)
-                row = torch.tensor([shots.row_of[index]])
-                loss = self._loss(shots, row, torch.zeros_like(row)).double()
-                self._judged += torch.stack([loss, torch.ones_like(loss)])
-
-    def on_validation_epoch_end(self) -> None:
-        """The mean over the pictures of all processes; one of these may have had none."""
-        total, count = self.trainer.strategy.reduce(self._judged, reduce_op="sum").tolist()  # type: ignore[union-attr, arg-type]
-        if count:
-            self.log("val/loss", total / count, prog_bar=True, sync_dist=True)
 
     def _loss(self, shots: FewShots, rows: Tensor, views: Tensor) -> Tensor:
         base, device = self.network, self.device
