@@ -2,13 +2,13 @@
 
     python benchmarks/editing.py [--rounds 5] [--batch 4] [--threads 1] [--large]
 
-The same U-Net, scheduler, number of passes, masks and prompts: diffusers' StableDiffusionInpaintPipeline called with a list
-of pictures as its documentation does (pictures in, pictures out), our `running.run` (masked content, places of the
-latents), and the whole of an editing: masks drawn, frames, paste-back, judgement, PNG files and manifest. Then the
+The same U-Net, scheduler, number of passes, masks and prompts: diffusers' StableDiffusionInpaintPipeline called with a
+list of pictures as its documentation does (pictures in, pictures out), our `running.run` (masked content, places of
+the latents), and the whole of an editing: masks drawn, frames, paste-back, judgement, PNG files and manifest. Then the
 same edits of large photographs at their own size, and of the mask's box alone.
 
-The base has the size of experiments/editing/ and random weights; with `--large` its U-Net has that of Stable Diffusion
-1.5 (860 million parameters, pictures of 512 pixels). The contestants take turns; medians. On one thread of a CPU seconds
+The base has the size of experiments/editing/ and random weights; with `--large` its U-Net has that of Stable
+Diffusion 1.5 (860 million parameters, pictures of 512 pixels). The contestants take turns; medians. On one thread of a CPU seconds
 are the processor's, which other programs disturb least, else the wall's.
 """
 
@@ -66,8 +66,8 @@ def main() -> None:
         turns = count(options, root, base, subject.data, whole)
         show("An edit of a picture", turns)
         if not options.large:
-            cut = {name: {**edit, "area": area, "padding": 16} for name, area in
-                   (("whole photograph, 512 px", "whole"), ("box of the mask and 16 px around it", "only_masked"))}  # fmt: skip
+            named = {"whole photograph, 512 px": "whole", "box of the mask and 16 px around it": "only_masked"}
+            cut = {name: {**edit, "area": area, "padding": 16} for name, area in named.items()}
             show("Photographs at their own size", areas(options, root, base, subject.data, cut))
 
 
