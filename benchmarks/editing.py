@@ -8,8 +8,8 @@ the latents), and the whole of an editing: masks drawn, frames, paste-back, judg
 same edits of large photographs at their own size, and of the mask's box alone.
 
 The base has the size of experiments/editing/ and random weights; with `--large` its U-Net has that of Stable
-Diffusion 1.5 (860 million parameters, pictures of 512 pixels). The contestants take turns; medians. On one thread of a CPU seconds
-are the processor's, which other programs disturb least, else the wall's.
+Diffusion 1.5 (860 million parameters, pictures of 512 pixels). The contestants take turns; medians. On one thread of a
+CPU seconds are the processor's, which other programs disturb least, else the wall's.
 """
 
 from __future__ import annotations
