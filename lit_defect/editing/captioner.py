@@ -44,17 +44,10 @@ class Captioner:
         try:
             self._processor: Any = AutoImageProcessor.from_pretrained(folder, **options)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
-<<<<<<< HEAD
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **options
-            )
-            model, report = loaded
-=======
             opened: Any = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, **options
             )
             model, report = opened
->>>>>>> h5
             if report["missing_keys"]:  # transformers goes on with random numbers
                 raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         except Exception as error:  # a foreign or damaged model fails in as many ways as there are files
