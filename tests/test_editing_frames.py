@@ -50,6 +50,7 @@ def test_the_whole_picture_does_not_look_at_the_mask(mask: np.ndarray | None) ->
         (slice(40, 50), slice(60, 90), 0, (64, 64), (30, 60, 60, 90)),  # 20 rows more, 10 on each side
         (slice(40, 51), slice(60, 90), 0, (64, 64), (31, 61, 60, 90)),  # 19: the smaller half above
         (slice(40, 50), slice(60, 70), 5, (64, 128), (35, 55, 45, 85)),  # 20 x 20 to 20 x 40
+        (slice(40, 50), slice(60, 91), 0, (64, 96), (35, 55, 60, 91)),  # to 20 of 20.7 rows
         (slice(0, 10), slice(60, 90), 0, (64, 64), (0, 30, 60, 90)),  # shifted down
         (slice(90, 100), slice(60, 90), 0, (64, 64), (70, 100, 60, 90)),  # shifted up
         (slice(10, 90), slice(190, 200), 0, (64, 64), (10, 90, 120, 200)),  # shifted left
