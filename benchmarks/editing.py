@@ -133,8 +133,8 @@ def making(root: Path, base: Path, data: Any, edit: Any, options: Any) -> tuple[
     parts.setup("predict")
     task.setup("predict")
     task.to(DEVICE)
-    pairs = {job.pair for group in task._jobs for job in group}
-    return EditMaking(task, SOURCES, pairs, 0), [group for group in task._jobs if len(group) == task.edit.batch]
+    pairs = {job.pair for group in task.groups for job in group}
+    return EditMaking(task, SOURCES, pairs, 0), [group for group in task.groups if len(group) == task.edit.batch]
 
 
 def in_turn(contestants: dict[str, Callable[[], Any]], rounds: int, pictures: int) -> dict[str, list[float]]:

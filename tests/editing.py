@@ -15,7 +15,7 @@ from tests.contrastive import make_trainer
 
 # A random base makes noise of a picture: quick, and all accepted while the whole mask is the label.
 QUICK = {"sampler": "DDIM", "steps": 4, "strength": 0.5, "guidance": 2.0, "least_change": 0.0, "repair": False,
-         "foreground": "all", "mask_blur": 0.0, "batch": 3, "prompt": "a photo of a {category} with a {type}"}  # fmt: skip
+         "foreground": "all", "mask_blur": 0.0, "least_contrast": 0.0, "batch": 3, "prompt": "a photo of a {category} with a {type}"}  # fmt: skip
 
 
 def editor(base: Path, mode: str = "inpaint", network: dict[str, Any] | None = None, **edit: Any) -> Any:

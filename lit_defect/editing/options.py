@@ -69,18 +69,20 @@ class Edit:
         captioner: image-to-text model of transformers (hub name or folder) that makes `{caption}`.
         sampler: as Stable Diffusion's web interface calls it, such as `DPM++ 2M Karras` or `Euler a`.
         steps: of the whole reverse process.
-        strength: of denoising; one number, or one for each type of source.
+        strength: of denoising; one number, or one for each type of source. Without effect in `instruct_pix2pix` and
+            `variation`, which begin with noise.
         steps_convention: how many steps a strength s leaves of N: int(N s) + 1 (`webui`) or int(N s) (`diffusers`).
         guidance: scale of classifier-free guidance.
         image_guidance: of instruct-pix2pix: how closely the source is followed.
         noise_level: of `variation` by unCLIP: noise on the picture's embedding, 0 to 1000.
         references: of `reference_only` and `ip_adapter`: a type of training picture, such as `hole`, or a folder.
-        style_fidelity: of `reference_only`: 0.5 is balanced, 1 is "ControlNet is more important".
+        style_fidelity: of `reference_only`: 0.5 is balanced, 1 is "ControlNet is more important"; cubed with Stable
+            Diffusion XL, as the web interface does.
         reference_attention, reference_adain: what of it is done.
         masks: `none` edits all of the picture, `own` what the picture's own mask marks, `augmented` real masks of
             the result's type, moved and changed; `random` blobs on the object; a folder with a mask for each picture
             (`NAME.png`) or for each type (as `MaskDiffusion` writes it); or a list of boxes
-            (`path,x,y,width,height`).
+            (`path,x,y,width,height`). Stable Diffusion 3 and Flux take masks in mode `inpaint` only.
         mask_threshold: grey value from which on a mask's pixel counts; null refuses masks of more than two values.
         mask_area: of `random` masks, least and largest share of the object.
         foreground: where defects may lie: `auto` (estimated), `all`, or a folder of object masks.
@@ -99,6 +101,8 @@ class Edit:
         least_change: grey levels within the mask, on average, below which nothing has happened.
         most_change: grey levels above which it is another picture; null for no limit.
         least_covered: share of the mask that must have changed, where the label is repaired.
+        least_contrast: share of the real training defects of the result's type that stand out less from their
+            surroundings than an edit has to, where masks are known; 0 lets every candidate pass.
         most_seam: how far the step across the mask's border may exceed the source's own there, grey levels; null for
             no limit.
         repair: whether the label of a new defect is where the picture changed within the mask, not all of it.
@@ -144,6 +148,7 @@ class Edit:
     least_change: float = 3.0
     most_change: float | None = None
     least_covered: float = 0.3
+    least_contrast: float = 0.1
     most_seam: float | None = None
     repair: bool = True
     keep_rejected: bool = False
@@ -164,7 +169,7 @@ class Edit:
             )
         if self.stretch and self.size is None:
             raise UserError(f"{KEY}.stretch = true needs a size: set {KEY}.size to that of the base's training")
-        for key in ("style_fidelity", "least_covered"):
+        for key in ("style_fidelity", "least_covered", "least_contrast"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected a number from 0 to 1")
         for key in ("mask_blur", "padding", "feather", "guidance", "image_guidance", "least_change"):

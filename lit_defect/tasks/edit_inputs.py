@@ -19,6 +19,7 @@ from lit_defect.editing.prompts import Prompts
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture, read_picture
 from lit_defect.generation.foreground import Foreground
+from lit_defect.generation.judgement import stands_out
 from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskSource, rules_of
 from lit_defect.generation.placed_masks import OwnMasks, PlacedMasks, RandomMasks, read_placed
 from lit_defect.tasks.editing_plan import EditJob
@@ -164,6 +165,17 @@ class EditInputs:
             for position, sample in enumerate(self.data.samples["train"])
             if (sample.category, sample.defect_type, sample.source) == (*pair, "real")
         ]
+
+    def contrasts(self, pair: tuple[str, str]) -> list[float]:
+        """How the real training defects of a category and type stand out, in grey levels; none without masks."""
+        if not self.data.with_masks:
+            return []
+        found = []
+        for position, _ in self.defects(pair):
+            picture, values = self.data.original("train", position)
+            if values is not None and values.any():
+                found.append(stands_out(picture, values > 0))
+        return found
 
     def _own_mask(self, split: str, position: int) -> Bools | None:
         _, values = self.data.original(split, position)

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_defect.editing.content import blurred
 from lit_defect.editing.options import KEY, NO_MASK, Edit
 from lit_defect.editing.pipelines import open_pipeline
 from lit_defect.editing.running import Request, run
+from lit_defect.editing.samplers import warn_of_content
 from lit_defect.errors import UserError
 from lit_defect.generation.files import Bools, Picture
-from lit_defect.generation.judgement import EditRule, Measures, Outside, change, covered, likeness, outside, seam
+from lit_defect.generation.judgement import (
+    Contrasts,
+    EditRule,
+    Measures,
+    Outside,
+    change,
+    covered,
+    likeness,
+    outside,
+    seam,
+    stands_out,
+)
 from lit_defect.generation.pasting import Place, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.tasks.descriptors import descriptor
@@ -63,21 +77,26 @@ class EditMaking:
         self.normal = {pair for pair in pairs if self._label_of(pair[1]) == self.data.normal_class}
         self.opened = open_pipeline(task.base_source, task.mode, task.network, task.device, str(task.trainer.precision))
         self.inputs = EditInputs(task, sources, pairs, self.opened.multiple)
-        self.real = {pair: self._descriptors(pair) for pair in pairs if pair not in self.normal}
-        self.rule = EditRule(
-            self.edit.least_change,
-            self.edit.least_covered,
-            most_change=self.edit.most_change,
-            most_seam=self.edit.most_seam,
-        )
+        defects = [pair for pair in pairs if pair not in self.normal]
+        self.real = {pair: self._descriptors(pair) for pair in defects}
+        self.rules = {pair: self._rule(pair) for pair in pairs}
+        self._warned: set[str] = set()
+        if reason := warn_of_content(self.edit.content, min(map(self.edit.strength_of, self._kinds()))):
+            rank_zero_warn(reason)
         about = About(
             generator=f"StableDiffusionEditor {task.mode}",
             base={"source": task.base_source, "fingerprint": self.opened.fingerprint},
             tokens="",
-            options={"mode": task.mode, **self.edit.resolved(), "lora_scale": task.network.lora_scale,
-                     "dtype": str(self.opened.dtype).removeprefix("torch."), "pictures": self.inputs.listed()},
+            options={
+                "mode": task.mode,
+                **self.edit.resolved(),
+                "lora_scale": task.network.lora_scale,
+                "ip_adapter_scale": task.network.ip_adapter_scale,
+                "dtype": str(self.opened.dtype).removeprefix("torch."),
+                "pictures": self.inputs.listed(),
+            },
             seed=task.seed,
-        )  # fmt: skip
+        )
         self.store = GeneratedStore(task.root, about, self.opened.trained_on | self.inputs.looks(self.real), rank)
         self.done = self.store.done()
 
@@ -88,6 +107,21 @@ class EditMaking:
                 f"{KEY}.result = {kind!r}: no type of this data set; its classes: {', '.join(self.data.class_names)}"
             )
         return int(label)
+
+    def _kinds(self) -> set[str]:
+        return {job.kind for group in self.task.groups for job in group}
+
+    def _rule(self, pair: tuple[str, str]) -> EditRule:
+        """When an edit to this type counts: it stands out as most real defects do, where their masks are known."""
+        edit = self.edit
+        real = [] if pair in self.normal else self.inputs.contrasts(pair)
+        return EditRule(
+            edit.least_change,
+            edit.least_covered,
+            least_contrast=Contrasts.of(real, edit.least_contrast, 0.0).least,
+            most_change=edit.most_change,
+            most_seam=edit.most_seam,
+        )
 
     @torch.no_grad()
     def _descriptors(self, pair: tuple[str, str]) -> Any:
@@ -118,9 +152,18 @@ class EditMaking:
         alike: defaultdict[Any, list[Ready]] = defaultdict(list)
         for job in jobs:
             ready = self.inputs.prepare(job)
+            self._warn_of_cut(ready.prompt)
             alike[ready.frame.padded, self.edit.strength_of(job.kind)].append(ready)
         for bucket in alike.values():
             self._make(bucket)
+
+    def _warn_of_cut(self, prompt: str) -> None:
+        """Once for each: the words that the text encoder does not see."""
+        if prompt not in self._warned and (cut := self.opened.cut_words(prompt)):
+            warnings.warn(
+                f'{KEY}.prompt: "{cut}" of "{prompt}" does not fit and is cut off; take fewer words', stacklevel=2
+            )
+        self._warned.add(prompt)
 
     def _make(self, bucket: Sequence[Ready]) -> None:
         """Make candidates for jobs of one size and strength, and write the best of each."""
@@ -157,7 +200,7 @@ class EditMaking:
         unchanged = None if same is None else one.frame.back(_plain(same))
         place = Place(one.picture[box], one.mask[box], self.edit.feather, unchanged)
         candidates = [self._candidate(one, place, picture) for picture in pictures]
-        verdict = self.rule.judge([candidate.measures for candidate in candidates])
+        verdict = self.rules[one.job.pair].judge([candidate.measures for candidate in candidates])
         told = verdict.chosen if verdict.chosen is not None else _most_changed(candidates)
         shown, taken = candidates[told], verdict.chosen is not None
         kept = {}
@@ -199,6 +242,7 @@ class EditMaking:
             covered=covered(one.mask, label) if label is not None and self._repairs(one) else 1.0,
             seam=seam(result, one.mask, native),
             likeness=alike,
+            contrast=math.inf if label is None else abs(stands_out(result, label)),
         )
         return Candidate(result, label, measures, spilt)
 
@@ -251,7 +295,7 @@ class EditMaking:
             "change_inside": round(measures.change_inside, 3),
             "change_outside": round(measures.change_outside, 3),
             "covered": measures.covered,
-            "contrast": math.inf,
+            "contrast": round(measures.contrast, 3),
             "likeness": round(measures.likeness, 3),
             "area": float((one.mask if shown.label is None else shown.label).mean()),
             "accepted": not reason,

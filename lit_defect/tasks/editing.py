@@ -54,7 +54,7 @@ class StableDiffusionEditor(SetMaker):
         self.mode: Mode = mode
         self.edit = edit or Edit()
         self.network = network or Network()
-        self._jobs: list[list[EditJob]] = []
+        self.groups: list[list[EditJob]] = []
         self._making: EditMaking | None = None
         if mode in ("reference_only", "ip_adapter") and self.edit.references is None:
             raise UserError(f"{KEY}.references is missing: {mode} needs pictures to follow, a type or a folder")
@@ -69,7 +69,7 @@ class StableDiffusionEditor(SetMaker):
     @property
     def title(self) -> str:
         """What the start-up screen calls it."""
-        number = sum(map(len, self._jobs))
+        number = sum(map(len, self.groups))
         return f"StableDiffusionEditor, {self.mode} of {number} pictures by {self.base_source}"
 
     def setup(self, stage: str) -> None:
@@ -143,15 +143,15 @@ class StableDiffusionEditor(SetMaker):
         jobs = plan_edits([self._identity(sample) for sample in samples], results, edit.count_of, self.seed)
         for kind in {job.kind for job in jobs}:
             edit.strength_of(kind)
-        self._jobs = [jobs[i : i + edit.batch] for i in range(0, len(jobs), edit.batch)]
-        self._jobs += [[]] * (self.trainer.world_size - len(self._jobs))  # no process may be without one
+        self.groups = [jobs[i : i + edit.batch] for i in range(0, len(jobs), edit.batch)]
+        self.groups += [[]] * (self.trainer.world_size - len(self.groups))  # no process may be without one
         # One sample stands for a group: the loader gives each process its share of them.
-        self.data.samples["predict"] = [samples[group[0].source if group else 0] for group in self._jobs]
+        self.data.samples["predict"] = [samples[group[0].source if group else 0] for group in self.groups]
 
     def on_predict_start(self) -> None:
         """Open the pipeline and the data set; what is there already is not made again."""
         with self.beginning():
-            pairs = {job.pair for group in self._jobs for job in group}
+            pairs = {job.pair for group in self.groups for job in group}
             self._making = EditMaking(self, SOURCES, pairs, self.trainer.global_rank)
         self._store = self._making.store
 
@@ -159,7 +159,7 @@ class StableDiffusionEditor(SetMaker):
         """Make some groups of pictures; their numbers."""
         assert self._making is not None
         for group in batch["index"].tolist():
-            self._making.make(self._jobs[group])
+            self._making.make(self.groups[group])
         groups: Tensor = batch["index"]
         return groups
 
