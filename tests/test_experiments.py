@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from diffusers import UNet2DConditionModel
 
 from lit_defect.data.voc import NAMES
+from lit_defect.generation.store import read_manifest
 from lit_defect.reporting.probabilities import write_header, write_probabilities
-from tests.fakes import make_crops_folder, make_elpv, make_mvtec, make_voc, write_rows
+from tests.fakes import make_crops_folder, make_elpv, make_mvtec, make_voc, save, write_rows
 from tests.latent import tiny_pipeline, tiny_vae
+from tests.pipelines import tiny_ip_adapter, tiny_lora, tiny_sd, tiny_unclip
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))
@@ -35,7 +38,8 @@ def elpv(folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 def mvtec(folder: Path, settings: dict[str, Any], _: pytest.MonkeyPatch) -> list[str]:
     category = settings.get("category", "tile")
     names = ["metal_nut", "wood"] if category == "all" else [category]
-    sizes = {"train_good": 16, "test_good": 8, "defects": {"crack": 12, "hole": 12}}
+    kinds = settings.get("kinds") or ["crack", "hole"]
+    sizes = {"train_good": 16, "test_good": 8, "defects": dict.fromkeys(kinds, 12)}
     make_mvtec(folder, **sizes, categories=names, itself="category" not in settings)
     return ["--data.root", str(folder)]
 
@@ -91,6 +95,34 @@ def small(folder: Path, kind: str) -> list[str]:
     return ["--model.channels", "[8, 16]"] if kind == "ImageAutoencoder" else []
 
 
+def verb(path: Path) -> str:
+    """`fit`, or of a task that does not train `predict`."""
+    return "predict" if yaml.safe_load(path.read_text())["model"]["class_path"] == "StableDiffusionEditor" else "fit"
+
+
+def editor(folder: Path, pictures: Path, model: dict[str, Any]) -> list[str]:
+    """A tiny pipeline of the editor's mode, few small pictures, and what is put on top of the pipeline."""
+    mode, edit = model["mode"], model["edit"]
+    extra = {"extra_channels": 4} if mode == "instruct_pix2pix" else {}
+    base = tiny_unclip(folder / "base") if mode == "variation" else tiny_sd(folder / "base", **extra)
+    words = ["--model.base", str(base), "--model.edit.count", "1", "--model.edit.steps", "2", "--model.edit.least_change", "0",
+             "--model.edit.least_contrast", "0", "--model.edit.repair", "false", "--model.edit.foreground", "all"]  # fmt: skip
+    words += ["--model.edit.size", f"[{SIDE}, {SIDE}]"] if "size" in edit else []
+    network = model.get("network", {})
+    unet = UNet2DConditionModel.from_pretrained(base / "unet") if network.keys() & {"lora", "ip_adapter"} else None
+    words += ["--model.network.lora", f"[{tiny_lora(folder / 'lora', unet)}]"] if "lora" in network else []
+    words += ["--model.network.ip_adapter", tiny_ip_adapter(folder / "ip", unet)] if "ip_adapter" in network else []
+    if str(edit.get("masks")).startswith("data/"):
+        for picture in pictures.rglob("*.png"):
+            target = folder / "masks" / picture.relative_to(pictures)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            mask = np.zeros((SIDE, SIDE), np.uint8)
+            mask[8:20, 8:20] = 255
+            save(mask, target)
+        words += ["--model.edit.masks", str(folder / "masks")]
+    return words
+
+
 def named(path: Path) -> str:
     return path.relative_to(EXPERIMENTS).as_posix()
 
@@ -113,14 +145,34 @@ def assert_says(shown: Any, written: Any) -> None:
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_every_key_is_known(lit_defect, capsys, path):
     with pytest.raises(SystemExit) as stop:
-        lit_defect("fit", "--config", path, "--print_config")
+        lit_defect(verb(path), "--config", path, "--print_config")
     assert stop.value.code == 0, capsys.readouterr().err
     shown, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text())
     for part in ("model", "data"):
         assert_says(shown[part], written[part])
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
+@pytest.mark.parametrize("path", [path for path in FILES if verb(path) == "predict"], ids=named)
+def test_every_editing_runs(lit_defect, tmp_path, monkeypatch, path):
+    """As it stands, but for the pictures, their size, the pipeline, its steps and what is accepted."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    content = yaml.safe_load(path.read_text())
+    model, data = content["model"]["init_args"], dict(content["data"]["init_args"])
+    wanted = [model["edit"].get(key) or [] for key in ("sources", "result")]
+    named = {kind for kinds in wanted for kind in ([kinds] if isinstance(kinds, str) else kinds)}
+    data["kinds"] = sorted(named - {"good", "defective"})
+    words = DATA[content["data"]["class_path"].rsplit(".", 1)[-1]](tmp_path / "pictures", data, monkeypatch)
+    words += editor(tmp_path, tmp_path / "pictures", model)
+    lit_defect(
+        "predict", "--config", path, *words, "--trainer.accelerator", "cpu", "--run_id", "tiny", "--wandb", "off"
+    )
+    rows = read_manifest(tmp_path / "runs" / path.stem / "tiny" / "edited")
+    assert rows
+    assert all(row["accepted"] and row["mode"] == model["mode"] for row in rows)
+    assert {row["defect_type"] for row in rows} <= named | {"good", "defective 2/3"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if verb(path) == "fit"], ids=named)
 def test_every_experiment_runs(lit_defect, tmp_path, monkeypatch, path):
     """As it stands, but for the pictures, their size, the pretrained weights and what is too large for a CPU."""
     content = yaml.safe_load(path.read_text())
@@ -143,7 +195,7 @@ def test_every_experiment_runs(lit_defect, tmp_path, monkeypatch, path):
 def test_every_experiment_says_what_it_is_and_how_to_run_it():
     for path in FILES:
         head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-        command = f"python -m lit_defect fit --config {path.relative_to(EXPERIMENTS.parent).as_posix()}"
+        command = f"python -m lit_defect {verb(path)} --config {path.relative_to(EXPERIMENTS.parent).as_posix()}"
         assert any(command in line for line in head), named(path)
         assert yaml.safe_load(path.read_text())["experiment"] == path.stem
 
