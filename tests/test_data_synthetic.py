@@ -65,7 +65,7 @@ def generate(
                 strength=0.9, guidance=1.0, reweight="off", mask_source="real", candidates=1, rejected={},
                 change_inside=9.0, change_outside=0.0, covered=1.0, contrast=9.0, likeness=float(j), area=0.1,
                 accepted=source is not None, reason="" if source is not None else "nothing changed",
-                mode="", most_outside=0.0, share_changed=0.1, seam=0.0, retried=0,
+                mode="", most_outside=0.0, most_after=0.0, share_changed=0.1, seam=0.0, retried=0,
             )  # fmt: skip
             if source is None:
                 store.add(made)

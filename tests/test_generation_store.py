@@ -25,7 +25,7 @@ NAMES = [
     "number", "image", "mask", "source", "source_group", "category", "defect_type", "seed", "prompt", "base", "tokens",
     "sampler", "steps", "strength", "guidance", "reweight", "mask_source", "candidates", "rejected", "change_inside",
     "change_outside", "covered", "contrast", "likeness", "area", "accepted", "reason",
-    "mode", "most_outside", "share_changed", "seam", "retried",
+    "mode", "most_outside", "most_after", "share_changed", "seam", "retried",
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def made(number: int, accepted: bool = True, **changes: object) -> manifest.Made
         "steps": 20, "strength": 0.1 + 0.2, "guidance": 1.0, "reweight": "paper", "mask_source": "augmented 000.png",
         "candidates": 4, "rejected": {"nothing changed": 2, "mask: too small": 1}, "change_inside": 12.25,
         "change_outside": math.nan, "covered": 0.5, "contrast": math.inf, "likeness": -math.inf, "area": 1e-5, "accepted": accepted,
-        "reason": "" if accepted else "nothing changed", "mode": "inpaint", "most_outside": 31.5, "share_changed": 0.01,
+        "reason": "" if accepted else "nothing changed", "mode": "inpaint", "most_outside": 31.5, "most_after": 0.5, "share_changed": 0.01,
         "seam": -0.25, "retried": 2,
     }  # fmt: skip
     return {**values, **changes}

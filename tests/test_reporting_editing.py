@@ -16,7 +16,7 @@ from lit_defect.generation.manifest import Made
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.reporting import edit_sheets, editing
 from lit_defect.reporting.differences import difference, gain_of
-from lit_defect.reporting.edit_sheets import EditTile, close_up, edit_sheet, joined_sheet, most_outside
+from lit_defect.reporting.edit_sheets import EditTile, close_up, edit_sheet, joined_sheet
 from lit_defect.reporting.edit_tables import SPARE, TAKEN, candidates_figure, numbers_table, outcomes, reasons_table
 from tests.fakes import save
 from tests.test_reporting_figures import assert_inside, texts
@@ -24,7 +24,7 @@ from tests.test_reporting_figures import assert_inside, texts
 LINE = {
     "number": 0, "source": "train/good/000.png", "defect_type": "hole", "mode": "inpaint", "prompt": "a hole",
     "sampler": "Euler a", "steps": 40, "strength": 0.4, "guidance": 7.0, "candidates": 3, "rejected": {},
-    "change_inside": 12.34, "change_outside": 0.81, "most_outside": 14.0, "share_changed": 0.01, "seam": 1.25,
+    "change_inside": 12.34, "change_outside": 0.81, "most_outside": 14.0, "most_after": 3.0, "share_changed": 0.01, "seam": 1.25,
     "retried": 0, "accepted": True, "reason": "",
 }  # fmt: skip
 
@@ -81,12 +81,6 @@ def test_a_close_up_is_a_square_around_the_mask_within_the_picture(rows, columns
     assert tuple((part.start, part.stop) for part in box) == expected
     assert close_up(mask & False) is None
     assert close_up(None) is None
-
-
-def test_what_changed_outside_is_the_largest_change_of_any_channel():
-    assert most_outside(tile()) == 3
-    assert np.isnan(most_outside(EditTile(tile().source, tile().result, None, LINE)))
-    assert np.isnan(most_outside(EditTile(tile().source, None, tile().mask, LINE)))
 
 
 def test_a_row_shows_source_mask_result_difference_and_both_close_up(monkeypatch):

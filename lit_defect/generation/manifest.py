@@ -49,6 +49,7 @@ class Made(TypedDict):
     reason: str  # why not
     mode: str  # function of an editing; empty where defects are drawn by a generator that learnt them
     most_outside: float  # largest change outside the mask, before the paste-back undoes it; grey levels
+    most_after: float  # the same in the result
     share_changed: float  # share of the result's pixels that differ from the source
     seam: float  # step across the mask's border, beyond that of the source; grey levels
     retried: int  # candidates that were made again in float32
@@ -61,7 +62,14 @@ class Row(Made):
     mask: str  # empty where there is none, too: of a normal picture, and in data sets without masks
 
 
-LATER = {"mode": "", "most_outside": "nan", "share_changed": "nan", "seam": "nan", "retried": "0"}  # cells by default
+LATER = {
+    "mode": "",
+    "most_outside": "nan",
+    "most_after": "nan",
+    "share_changed": "nan",
+    "seam": "nan",
+    "retried": "0",
+}  # cells by default
 COLUMNS = ("number", "image", "mask", *(name for name in get_type_hints(Made) if name != "number"))
 _TYPES = get_type_hints(Row)
 

@@ -7,6 +7,7 @@
     ROOT/<category>/ground_truth/<type>/00000_mask.png     accepted ones only; 0 and 255; none of a normal picture, and
                                  none where the label is not known by the pixel
     ROOT/rejected/<category>/<type>/00000_<candidate>.png  where they are kept
+    ROOT/areas/00000.png         where edited pictures were edited, if not all over; 0 and 255
     ROOT/photographs/00000.png   what edited crops were cut from, with these in it, where asked for
 
 Several processes write at once and any of them may be killed. Each appends to a part of its own,
@@ -29,11 +30,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from lit_defect.errors import DataError, UserError
-from lit_defect.generation.files import Bools, Picture, png, write_whole
+from lit_defect.generation.files import Bools, Picture, png, read_mask, write_whole
 from lit_defect.generation.manifest import COLUMNS, Made, Row, append, cells, read_rows, read_table, table
 
 ABOUT, MANIFEST, TRAINED_ON, PARTS = "about.json", "manifest.csv", "trained_on.csv", ".parts"
-REJECTED, PHOTOGRAPHS = "rejected", "photographs"
+REJECTED, PHOTOGRAPHS, AREAS = "rejected", "photographs", "areas"
 KIND = "generated data set"
 VERSION = 1
 
@@ -146,6 +147,7 @@ class GeneratedStore(Store):
         mask: Bools | None = None,
         rejected: Mapping[int, Picture] | None = None,
         photograph: Picture | None = None,
+        area: Bools | None = None,
     ) -> Row:
         """Write a picture, its mask and then its line.
 
@@ -155,6 +157,7 @@ class GeneratedStore(Store):
             mask: (H, W) bool, where the defect of an accepted picture is; None where nobody knows, or of a normal one.
             rejected: candidates to keep for a look at them, by number.
             photograph: what the picture is a crop of, with the crop in it.
+            area: (H, W) bool, where the picture was edited.
 
         Returns:
             The line.
@@ -178,6 +181,8 @@ class GeneratedStore(Store):
                 write_whole(self.root / row["image"], png(picture))
             if photograph is not None:
                 write_whole(self.root / PHOTOGRAPHS / f"{stem}.png", png(photograph))
+            if area is not None:
+                write_whole(self.root / AREAS / f"{stem}.png", png(area))
             for number, pixels in (rejected or {}).items():
                 write_whole(self.root / REJECTED / place(*pair) / f"{stem}_{number}.png", png(pixels))
             append(self._part, row)
@@ -250,6 +255,18 @@ def read_manifest(root: Path) -> list[Row]:
                     f"{path} is not there, but {MANIFEST} lists it; copy the whole data set, or take the line out"
                 )
     return rows
+
+
+def read_area(root: Path, row: Row | Mapping[str, Any]) -> Bools | None:
+    """(H, W) bool, where a picture was edited, or else where its defect is; None where neither is known.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    area = Path(root) / AREAS / f"{row['number']:05d}.png"
+    if area.is_file():
+        return read_mask(area)
+    return read_mask(Path(root) / row["mask"]) if row["mask"] else None
 
 
 def read_about(root: Path, kind: str = KIND) -> dict[str, Any]:

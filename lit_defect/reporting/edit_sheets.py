@@ -89,14 +89,6 @@ def close_up(mask: Bools | None) -> Box | None:
     return _window(top, bottom, side, mask.shape[0]), _window(left, right, side, mask.shape[1])
 
 
-def most_outside(tile: EditTile) -> float:
-    """The largest change outside of the mask in the result, grey levels; nan where there is no outside."""
-    if tile.result is None or tile.mask is None or tile.mask.all():
-        return float("nan")
-    changed = np.abs(tile.result.astype(np.int16) - tile.source)[~tile.mask]
-    return float(changed.max())
-
-
 def _row(tile: EditTile, gain: float, size: int) -> Cell:
     box = close_up(tile.mask)
     panels = [fit(tile.source, size), _masked(tile, size), *_made(tile, gain, size)]
@@ -156,7 +148,7 @@ def _changes(tile: EditTile, brief: bool = False) -> str:
     """`change inside 12.3, outside 0.8 (at most 14) before the paste, at most 0 in the result; seam 1.2`."""
     made = tile.made
     before = f"outside {_text(made, 'change_outside')} (at most {_text(made, 'most_outside', 0)})"
-    after = _text({"most": most_outside(tile)}, "most", 0)
+    after = _text(made, "most_after", 0)
     if brief:
         most = _text(made, "most_outside", 0)
         return (

@@ -35,7 +35,7 @@ def numbers_table(sets: Mapping[str, Sequence[Line]]) -> str:
     """A line of Markdown for each function, and for each type below it where there are several.
 
     Args:
-        sets: the lines of the manifests by function; `most_after` in them is `most_outside` of the result.
+        sets: the lines of the manifests by function.
     """
     body = []
     for name, rows in sets.items():

@@ -30,9 +30,8 @@ import numpy as np
 from PIL import Image
 
 from lit_defect.errors import DataError, UserError
-from lit_defect.generation.files import read_mask
-from lit_defect.generation.store import ABOUT, REJECTED, place, read_about, read_manifest
-from lit_defect.reporting.edit_sheets import EditTile, edit_sheet, joined_sheet, most_outside
+from lit_defect.generation.store import ABOUT, REJECTED, place, read_about, read_area, read_manifest
+from lit_defect.reporting.edit_sheets import EditTile, edit_sheet, joined_sheet
 from lit_defect.reporting.edit_tables import candidates_figure, numbers_table, reasons_table
 from lit_defect.reporting.files import whole_file
 from lit_defect.reporting.sheets import Picture
@@ -65,9 +64,7 @@ class EditedSet:
         Raises:
             DataError: the source is not there, or of another size than the result.
         """
-        source, result, mask = _source(self.real, row["source"]), self._result(row), None
-        if row["accepted"] and row["mask"]:
-            mask = read_mask(self.root / row["mask"])
+        source, result, mask = _source(self.real, row["source"]), self._result(row), read_area(self.root, row)
         sizes = {part.shape[:2] for part in (source, result, mask) if part is not None}
         if len(sizes) > 1:
             raise DataError(
@@ -159,9 +156,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _write(sets: Sequence[EditedSet], folder: Path, count: int) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for part in sets:
-        for row in part.rows:
-            if row["accepted"]:
-                row["most_after"] = most_outside(part.tile(row))
         tiles = [part.tile(row) for row in part.first(count)]
         title = f"{part.name}: the first {count} pictures of each type"
         edit_sheet(tiles, title=title).save(folder / f"edits_{_UNFIT.sub('_', part.name)}.png")

@@ -319,6 +319,7 @@ class DefectGeneration:
             "reason": verdict.reason,
             "mode": "",
             "most_outside": round(shown.most_outside, 3),
+            "most_after": 0.0,  # what is outside the mask is the normal picture
             "share_changed": outside(normal, shown.picture).share,
             "seam": round(seam(shown.picture, shown.label, normal), 3),
             "retried": 0,

@@ -20,6 +20,7 @@ from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture, read_picture
 from lit_defect.generation.foreground import Foreground
 from lit_defect.generation.judgement import stands_out
+from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskSource, rules_of
 from lit_defect.generation.placed_masks import OwnMasks, PlacedMasks, RandomMasks, read_placed
 from lit_defect.tasks.editing_plan import EditJob
@@ -149,9 +150,8 @@ class EditInputs:
             raise UserError(
                 f"{KEY}.masks = {named}: expected none, own, random, augmented, a folder or a list of boxes"
             )
-        real = {pair: found for pair in pairs if len(found := self._real_masks(pair)) > 1}
         names = {sample.name for sample in self.data.samples[self.sources]}
-        return read_placed(path, names, pairs, rules_of(real), self.edit.mask_threshold)
+        return read_placed(path, names, pairs, self.mask_rules(pairs), self.edit.mask_threshold)
 
     def _real_masks(self, pair: tuple[str, str]) -> list[tuple[str, Bools]]:
         """Of the real training defects of a category and type; none where the data set is used without masks."""
@@ -165,6 +165,10 @@ class EditInputs:
             for position, sample in enumerate(self.data.samples["train"])
             if (sample.category, sample.defect_type, sample.source) == (*pair, "real")
         ]
+
+    def mask_rules(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], MaskRules]:
+        """Of each category and type that has two real training masks."""
+        return rules_of({pair: found for pair in pairs if len(found := self._real_masks(pair)) > 1})
 
     def contrasts(self, pair: tuple[str, str]) -> list[float]:
         """How the real training defects of a category and type stand out, in grey levels; none without masks."""

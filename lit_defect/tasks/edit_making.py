@@ -32,6 +32,7 @@ from lit_defect.generation.judgement import (
     seam,
     stands_out,
 )
+from lit_defect.generation.mask_sources import no_larger
 from lit_defect.generation.pasting import Place, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.tasks.descriptors import descriptor
@@ -80,6 +81,7 @@ class EditMaking:
         defects = [pair for pair in pairs if pair not in self.normal]
         self.real = {pair: self._descriptors(pair) for pair in defects}
         self.rules = {pair: self._rule(pair) for pair in pairs}
+        self.shapes = self.inputs.mask_rules(defects)
         self._warned: set[str] = set()
         if reason := warn_of_content(self.edit.content, min(map(self.edit.strength_of, self._kinds()))):
             rank_zero_warn(reason)
@@ -167,7 +169,7 @@ class EditMaking:
 
     def _make(self, bucket: Sequence[Ready]) -> None:
         """Make candidates for jobs of one size and strength, and write the best of each."""
-        edit, count, device = self.edit, self.edit.candidates, self.task.device
+        edit, count = self.edit, self.edit.candidates
         strength = edit.strength_of(bucket[0].job.kind)
         requests = [
             Request(
@@ -186,20 +188,16 @@ class EditMaking:
         ]
         made = run(self.opened, requests, edit)
         pictures = made.pictures.unflatten(0, (len(bucket), count))
-        before: Any = [None] * len(bucket)
-        if edit.paste == "change":
-            before = (self.opened.decode(self.opened.encode(one.pixels[None].to(device)))[0] for one in bucket)
-        for row, (one, same) in enumerate(zip(bucket, before, strict=True)):
+        for row, one in enumerate(bucket):
             if one.job.number not in self.done:
                 retried = sum(made.retried[row * count : (row + 1) * count])
-                self._write(one, pictures[row], same, retried)
+                self._write(one, pictures[row], retried)
 
-    def _write(self, one: Ready, pictures: Tensor, same: Tensor | None, retried: int) -> None:
+    def _write(self, one: Ready, pictures: Tensor, retried: int) -> None:
         """Judge the candidates (N, 3, h, w) of a job and write the best."""
-        box = one.frame.box
-        unchanged = None if same is None else one.frame.back(_plain(same))
-        place = Place(one.picture[box], one.mask[box], self.edit.feather, unchanged)
-        candidates = [self._candidate(one, place, picture) for picture in pictures]
+        unchanged = self._unchanged(one)
+        place = Place(one.picture, one.mask, self.edit.feather, unchanged if self.edit.paste == "change" else None)
+        candidates = [self._candidate(one, place, unchanged, picture) for picture in pictures]
         verdict = self.rules[one.job.pair].judge([candidate.measures for candidate in candidates])
         told = verdict.chosen if verdict.chosen is not None else _most_changed(candidates)
         shown, taken = candidates[told], verdict.chosen is not None
@@ -213,25 +211,31 @@ class EditMaking:
             shown.picture if taken else None,
             shown.label if taken else None,
             kept,
-            self._put_back(one, shown.picture) if taken and self.edit.put_back else None,
+            photograph=self._put_back(one, shown.picture) if taken and self.edit.put_back else None,
+            area=one.mask if one.drawn else None,
         )
         self.done.add(one.job.number)
 
-    def _candidate(self, one: Ready, place: Place, generated: Tensor) -> Candidate:
+    def _unchanged(self, one: Ready) -> Any:
+        """(H, W, 3) in [0, 1], the source as the autoencoder gives it back; None where nothing asks for it."""
+        if self.edit.paste != "change" and (one.drawn or not self._repairs(one)):
+            return None
+        same = self.opened.decode(self.opened.encode(one.pixels[None].to(self.task.device)))[0]
+        return _within(one, one.frame.back(_plain(same)))
+
+    def _candidate(self, one: Ready, place: Place, unchanged: Any, generated: Tensor) -> Candidate:
         """Paste a picture (3, h, w) of the network back, and measure what it has changed."""
-        edit, box, native = self.edit, one.frame.box, one.picture
-        inside_box = one.frame.back(_plain(generated))
-        raw = native.copy()
-        raw[box] = np.rint(255 * inside_box.clip(0, 1)).astype(np.uint8)
-        result = raw
-        if edit.paste != "none":
-            result = native.copy()
-            result[box] = place.blended(place.enlarged(inside_box))
-        label = self._label(one, result)
-        if label is not None and self._repairs(one) and edit.paste != "none":
+        edit, native = self.edit, one.picture
+        whole = _within(one, one.frame.back(_plain(generated)))  # (H, W, 3) in [0, 1]
+        raw = _pixels(whole)
+        result = raw if edit.paste == "none" else place.blended(place.enlarged(whole))
+        label = self._label(one, result, raw, unchanged)
+        repairs = label is not None and self._repairs(one)
+        if label is not None and repairs and edit.paste != "none":
             result = np.where(label[..., None], result, native)  # what changed too little to be marked, has not
         spilt = outside(native, raw, one.mask)
-        inside, _ = change(native / 255.0, result / 255.0, one.mask)
+        looked_at = label if label is not None and repairs and not one.drawn else one.mask
+        inside, _ = change(native / 255.0, result / 255.0, looked_at)
         real = self.real.get(one.job.pair)
         alike = 0.0
         if real is not None and label is not None and label.any() and not label.all():
@@ -239,28 +243,45 @@ class EditMaking:
         measures = Measures(
             change_inside=inside,
             change_outside=spilt.mean,
-            covered=covered(one.mask, label) if label is not None and self._repairs(one) else 1.0,
+            covered=covered(one.mask, label) if label is not None and repairs and one.drawn else 1.0,
             seam=seam(result, one.mask, native),
             likeness=alike,
             contrast=math.inf if label is None else abs(stands_out(result, label)),
+            mask_fault=self._fault(one, label) if repairs else None,
         )
         return Candidate(result, label, measures, spilt)
 
     def _repairs(self, one: Ready) -> bool:
-        """Whether the label of a new defect is looked for in what has changed."""
-        return self.edit.repair and one.job.pair not in self.normal and one.job.kind != one.job.pair[1]
+        """Whether the label of a defect is looked for in what has changed: not that of a variant in its own place."""
+        kept = one.job.kind == one.job.pair[1] and self.edit.masks in (NO_MASK, "own")
+        return self.edit.repair and self.data.with_masks and one.job.pair not in self.normal and not kept
 
-    def _label(self, one: Ready, result: Picture) -> Bools | None:
-        """Where the defect is, (H, W); None for normal pictures, and where that is not known."""
+    def _label(self, one: Ready, result: Picture, raw: Picture, unchanged: Any) -> Bools | None:
+        """Where the defects of a result are, (H, W); None for normal pictures, and where that is not known.
+
+        A variant in its own place keeps the mask of its source. An edit of all of a picture is looked for in what the
+        network made (`raw`) against what the autoencoder makes of the source, whose loss is everywhere.
+        """
         if one.job.pair in self.normal:
             return None
         own = one.own if one.own is not None and one.own.any() else None
-        if one.job.kind == one.job.pair[1]:
-            return own  # a variant of the same defect
-        if not one.drawn and not self.data.with_masks:
+        if one.job.kind == one.job.pair[1] and self.edit.masks in (NO_MASK, "own"):
+            return None if self.task.mode == "variation" else own  # a variation is another picture
+        least = self.edit.least_change
+        if one.drawn:
+            new = repair_label(one.picture, result, one.mask, least) if self._repairs(one) else one.mask
+        elif unchanged is not None and self._repairs(one):
+            new = repair_label(_pixels(unchanged), raw, one.mask, least)
+        else:
             return None
-        new = repair_label(one.picture, result, one.mask, self.edit.least_change) if self.edit.repair else one.mask
         return new if own is None else new | own
+
+    def _fault(self, one: Ready, label: Bools | None) -> str | None:
+        """What rule of the real masks the label of an unmasked edit breaks; masks that were asked for are as asked."""
+        rules = self.shapes.get(one.job.pair)
+        if rules is None or one.drawn or label is None or not label.any():
+            return None
+        return rules.fault(no_larger(label), np.ones_like(no_larger(label)))
 
     def _put_back(self, one: Ready, picture: Picture) -> Picture | None:
         """The photograph that a crop was cut from, with the edited crop; None where it is no crop."""
@@ -302,6 +323,7 @@ class EditMaking:
             "reason": reason,
             "mode": self.task.mode,
             "most_outside": round(shown.spilt.most, 3),
+            "most_after": outside(one.picture, shown.picture, one.mask).most,
             "share_changed": outside(one.picture, shown.picture).share,
             "seam": round(measures.seam, 3),
             "retried": retried,
@@ -312,6 +334,18 @@ def _most_changed(candidates: Sequence[Candidate]) -> int:
     """Which candidate to tell of when none is taken."""
     figures = [c.measures.change_inside for c in candidates]
     return int(np.argmax([-math.inf if math.isnan(figure) else figure for figure in figures]))
+
+
+def _within(one: Ready, part: Any) -> Any:
+    """The source with another part in its frame's box, (H, W, 3) in [0, 1]."""
+    whole = one.picture / np.float32(255)
+    whole[one.frame.box] = part
+    return whole
+
+
+def _pixels(picture: Any) -> Picture:
+    """(H, W, 3) in [0, 1] -> uint8."""
+    return np.asarray(np.rint(255 * picture.clip(0, 1)), dtype=np.uint8)
 
 
 def _plain(picture: Tensor) -> Any:

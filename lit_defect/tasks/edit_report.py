@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lit_defect.generation.files import read_mask, read_picture
-from lit_defect.generation.store import REJECTED, place
+from lit_defect.generation.files import read_picture
+from lit_defect.generation.store import REJECTED, place, read_area
 from lit_defect.reporting.edit_sheets import EditTile, edit_sheet
 from lit_defect.tasks.generation_report import print_counts
 
@@ -53,8 +53,7 @@ def _tiles(task: Any, sources: str, root: Path, rows: Sequence[Mapping[str, Any]
             file = root / row["image"] if row["accepted"] else _kept(root, row)
             if file is not None:
                 source = data.original(sources, places[row["source"]])[0]
-                mask = read_mask(root / row["mask"]) if row["mask"] else None
-                tiles.append(EditTile(source, read_picture(file), mask, row))
+                tiles.append(EditTile(source, read_picture(file), read_area(root, row), row))
     return tiles
 
 
