@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_defect.diffusion.base_model import KEY, LatentBase
+from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.diffusion.latent_sampling import guided, sample
+from lit_defect.diffusion.pipeline_files import KEY
 from lit_defect.diffusion.prompts import encode_prompt, text_states
 from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
@@ -439,7 +440,7 @@ def cached(hub: Path, folder: Path) -> Path:
 
 def test_offline_the_hub_is_not_asked(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("lit_defect.diffusion.base_model.knock_at_hub", lambda: pytest.fail("it was asked"))
+    monkeypatch.setattr("lit_defect.diffusion.pipeline_files.knock_at_hub", lambda: pytest.fail("it was asked"))
     said = refused("maker/model")
     assert "HF_HUB_OFFLINE" in said
     assert "base_*.yaml" in said
@@ -448,7 +449,7 @@ def test_offline_the_hub_is_not_asked(hub, monkeypatch):
 def test_an_unreachable_hub_is_asked_once(hub, monkeypatch):
     asked = []
     knock = weights_module.knock_at_hub
-    monkeypatch.setattr("lit_defect.diffusion.base_model.knock_at_hub", lambda: [asked.append(1), knock()])
+    monkeypatch.setattr("lit_defect.diffusion.pipeline_files.knock_at_hub", lambda: [asked.append(1), knock()])
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("it went on"))
     said = refused("maker/model")
     assert "could not fetch maker/model" in said
@@ -503,7 +504,7 @@ def test_a_half_cached_model_is_fetched_whole(hub, folder, tmp_path, monkeypatch
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     download = FakeDownload(folder, target)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("lit_defect.diffusion.base_model.knock_at_hub", lambda: None)
+    monkeypatch.setattr("lit_defect.diffusion.pipeline_files.knock_at_hub", lambda: None)
     assert LatentBase.open("maker/model").channels == 4
     assert download.fetched
     assert all(name.startswith(missing) for name in download.fetched)
@@ -521,7 +522,7 @@ def test_only_what_is_opened_is_fetched(hub, folder, tmp_path, monkeypatch):
         (folder / name).write_bytes(b"much")
     download = FakeDownload(folder, tmp_path / "fetched")
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("lit_defect.diffusion.base_model.knock_at_hub", lambda: None)
+    monkeypatch.setattr("lit_defect.diffusion.pipeline_files.knock_at_hub", lambda: None)
     assert LatentBase.open("maker/model").channels == 4
     assert set(download.fetched) == wanted
 
@@ -532,14 +533,14 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(hub, folder, tmp_
         (folder / name).unlink()
     download = FakeDownload(folder, tmp_path / "fetched")
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("lit_defect.diffusion.base_model.knock_at_hub", lambda: None)
+    monkeypatch.setattr("lit_defect.diffusion.pipeline_files.knock_at_hub", lambda: None)
     assert LatentBase.open("maker/model").fingerprint == LatentBase.open(str(folder)).fingerprint
 
 
 @pytest.fixture
 def reached(monkeypatch):
     """A hub that answers."""
-    monkeypatch.setattr("lit_defect.diffusion.base_model.knock_at_hub", lambda: None)
+    monkeypatch.setattr("lit_defect.diffusion.pipeline_files.knock_at_hub", lambda: None)
 
 
 def test_half_precision_is_fetched_where_there_is_no_other(hub, folder, tmp_path, monkeypatch, reached):

@@ -14,32 +14,20 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_defect.diffusion.pipeline_files import INDEX, KEY, pipeline_folder, reason, variant, variants
 from lit_defect.diffusion.process import ForwardProcess, Prediction
 from lit_defect.errors import UserError
-from lit_defect.generation.store import TRAINED_ON, find_trained_on
+from lit_defect.generation.store import find_trained_on
 from lit_defect.nets.fitting import fingerprint
-from lit_defect.nets.weights import knock_at_hub
 
-KEY = "model.init_args.base"
-INDEX = "model_index.json"
 _PARTS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text_encoder": ("text_encoder", "bert")}
 _FOLDERS = (*itertools.chain(*_PARTS.values()), "tokenizer", "scheduler")
-DESCRIPTIONS = ("*.json", "*.txt", "*.model")
-HALF, _RAW = "*.fp16*", "*.non_ema*"
-# What a repository's weights may be called, and what of that is left out; the first that it has for all networks.
-WEIGHTS = (
-    ("*.safetensors", (HALF, _RAW)),
-    ("*.bin", (HALF, _RAW)),
-    (f"{HALF}.safetensors", (_RAW,)),
-    (f"{HALF}.bin", (_RAW,)),
-)
 
 
 class LatentBase(nn.Module):
@@ -100,7 +88,7 @@ class LatentBase(nn.Module):
         Raises:
             UserError: nothing there, a hub out of reach, a pipeline of another kind, or one that is damaged.
         """
-        folder = local_folder(source) or _from_hub(source)
+        folder = pipeline_folder(source, lambda _: _FOLDERS, _is_whole)
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             parts = {name: _load(folder, index, name) for name in _PARTS}
@@ -187,57 +175,7 @@ def save_pipeline(
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def local_folder(source: str) -> Path | None:
-    """The folder of a pipeline on this machine, or None for the name of a repository of the hub.
-
-    Raises:
-        UserError: it is neither.
-    """
-    path = Path(source).expanduser()
-    for folder in (path, path / "pipeline"):
-        if (folder / INDEX).is_file():
-            return folder
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UserError(
-            f"{KEY}: {source} is no folder of a diffusers pipeline (it has no {INDEX}), no run of a LatentDiffusion "
-            "that has ended, and no hub name like owner/name"
-        )
-    return None
-
-
-def _from_hub(source: str) -> Path:
-    """The folder of a repository in the hub's cache, fetched if it is not there.
-
-    Where the cache has weights in float16 only, they will do if the hub has no others or cannot be reached.
-    """
-    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-
-    cached = None
-    try:
-        index = try_to_load_from_cache(source, INDEX)
-        cached = Path(index).parent if isinstance(index, str) else None
-        if cached and _is_whole(cached):  # whoever has put it there
-            return cached
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("it is not in the cache, and HF_HUB_OFFLINE is set")
-        knock_at_hub()
-        for weights, ignored in WEIGHTS:
-            wanted = [f"{part}/{kind}" for part in _FOLDERS for kind in (*DESCRIPTIONS, weights)]
-            options: Any = {"allow_patterns": [INDEX, TRAINED_ON, *wanted], "ignore_patterns": list(ignored)}
-            folder = Path(snapshot_download(source, **options))
-            if _is_whole(folder, halves=HALF not in ignored):
-                break
-        return folder
-    except Exception as error:  # the client's errors have changed their base class between versions
-        if cached and _is_whole(cached, halves=True):
-            return cached
-        raise UserError(
-            f"{KEY}: could not fetch {source} from the hub ({reason(error)}). Copy the pipeline's folder here and "
-            "name it, or train a base on your own pictures: experiments/anomaly_diffusion/base_*.yaml"
-        ) from error
-
-
-def _is_whole(folder: Path, halves: bool = False) -> bool:
+def _is_whole(folder: Path, halves: bool) -> bool:
     """Whether a cached pipeline, of which a client may have fetched some files only, has all that is opened.
 
     Args:
@@ -248,17 +186,6 @@ def _is_whole(folder: Path, halves: bool = False) -> bool:
     weights = {part for part in itertools.chain(*_PARTS.values()) if variants(folder / part).intersection(allowed)}
     others = all((folder / part).is_dir() for part in ("tokenizer", "scheduler"))
     return others and all(weights.intersection(names) for names in _PARTS.values())
-
-
-def variants(folder: Path) -> set[str | None]:
-    """Which weights are in a network's folder: None for those in full precision, "fp16"."""
-    names = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") and not fnmatch(p.name, _RAW)]
-    return {"fp16" if fnmatch(name, HALF) else None for name in names}
-
-
-def variant(folder: Path) -> str | None:
-    """What diffusers and transformers call the weights to load of a network's folder: "fp16" if it has no others."""
-    return "fp16" if variants(folder) == {"fp16"} else None
 
 
 def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
@@ -306,11 +233,6 @@ def _entry(folder: Path, index: dict[str, Any], names: Sequence[str]) -> tuple[s
         if index.get(name, [None, None])[1]:
             return name, str(index[name][1])
     raise UserError(f"{KEY}: the pipeline in {folder} has no {names[0]}: {', '.join(sorted(index))}")
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an error of another library says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_agreement(base: LatentBase) -> None:

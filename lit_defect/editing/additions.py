@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from lit_defect.diffusion.base_model import reason
+from lit_defect.diffusion.pipeline_files import reason
 from lit_defect.editing.options import KEY, NETWORK_KEY
 from lit_defect.errors import UserError
 from lit_defect.generation.store import find_trained_on

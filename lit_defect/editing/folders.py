@@ -1,6 +1,6 @@
 """Where the files of a pipeline of any kind come from: a folder, a run that holds one, the hub or its cache.
 
-What `diffusion.base_model` does for the one kind of pipeline that it opens, by what `model_index.json` lists.
+As `diffusion.pipeline_files` says, with the parts that `model_index.json` lists.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lit_defect.diffusion.base_model import DESCRIPTIONS, HALF, INDEX, KEY, WEIGHTS, local_folder, reason, variants
+from lit_defect.diffusion import pipeline_files
+from lit_defect.diffusion.pipeline_files import INDEX, KEY, reason, variants
 from lit_defect.errors import UserError
-from lit_defect.generation.store import TRAINED_ON
-from lit_defect.nets.weights import knock_at_hub
 
 _CHECKER = "safety_checker"  # blanks pictures; never opened
 _NOT_NETWORKS = ("Tokenizer", "Scheduler", "Processor", "Extractor", "Backend")
@@ -27,7 +26,13 @@ def pipeline_folder(source: str) -> Path:
     Raises:
         UserError: nothing there, or a hub out of reach.
     """
-    return local_folder(source) or _from_hub(source)
+    return pipeline_files.pipeline_folder(source, _listed_on_hub, _is_whole)
+
+
+def _listed_on_hub(source: str) -> list[str]:
+    from huggingface_hub import hf_hub_download
+
+    return list(parts(read_index(Path(hf_hub_download(source, INDEX)).parent)))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -59,40 +64,7 @@ def variant(folder: Path, index: dict[str, Any]) -> str | None:
     return "fp16" if any(variants(folder / name) == {"fp16"} for name in networks(index)) else None
 
 
-def _from_hub(source: str) -> Path:
-    """The folder of a repository in the hub's cache, fetched if it is not there."""
-    from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-
-    cached = None
-    try:
-        found = try_to_load_from_cache(source, INDEX)
-        cached = Path(found).parent if isinstance(found, str) else None
-        if cached and _is_whole(cached):  # whoever has put it there
-            return cached
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("it is not in the cache, and HF_HUB_OFFLINE is set")
-        knock_at_hub()
-        index = read_index(Path(hf_hub_download(source, INDEX)).parent)
-        for weights, ignored in WEIGHTS:
-            kinds = (*DESCRIPTIONS, weights)
-            options: Any = {
-                "allow_patterns": [INDEX, TRAINED_ON, *(f"{part}/{kind}" for part in parts(index) for kind in kinds)],
-                "ignore_patterns": list(ignored),
-            }
-            folder = Path(snapshot_download(source, **options))
-            if _is_whole(folder, halves=HALF not in ignored):
-                break
-        return folder
-    except Exception as error:  # the client's errors have changed their base class between versions
-        if cached and _is_whole(cached, halves=True):
-            return cached
-        raise UserError(
-            f"{KEY}: could not fetch {source} from the hub ({reason(error)}). Copy the pipeline's folder here and "
-            "name it, or train a base on your own pictures: experiments/editing/base_*.yaml"
-        ) from error
-
-
-def _is_whole(folder: Path, halves: bool = False) -> bool:
+def _is_whole(folder: Path, halves: bool) -> bool:
     """Whether a cached pipeline has a folder of every part, and weights of networks: full ones, or `halves`."""
     index = read_index(folder)
     allowed = (None, "fp16") if halves else (None,)

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_defect.diffusion.base_model import KEY as BASE_KEY
-from lit_defect.diffusion.base_model import reason
+from lit_defect.diffusion.pipeline_files import KEY as BASE_KEY
+from lit_defect.diffusion.pipeline_files import reason
 from lit_defect.editing.additions import add_embeddings, add_ip_adapter, add_loras
 from lit_defect.editing.folders import pipeline_folder, read_index, variant
 from lit_defect.editing.options import NETWORK_KEY, Mode, Network

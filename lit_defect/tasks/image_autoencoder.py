@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_defect.anomalies import PseudoAnomaly
-from lit_defect.diffusion.base_model import variant
+from lit_defect.diffusion.pipeline_files import variant
 from lit_defect.errors import UserError
 from lit_defect.generation.store import find_trained_on, write_trained_on
 from lit_defect.runs import keep_previous, write_json
