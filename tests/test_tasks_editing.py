@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from lit_defect.data import ELPV, CustomCrops
+from lit_defect.editing.pipelines import open_pipeline
 from lit_defect.editing.running import Result
 from lit_defect.errors import DataError, UserError
+from lit_defect.generation.judgement import stands_out
 from lit_defect.generation.store import read_manifest
 from lit_defect.tasks import edit_making
 from lit_defect.tasks.editing_plan import plan_edits
@@ -110,6 +112,41 @@ def test_variants_keep_type_and_mask_of_their_source(given, tmp_path):
             assert (marked(tmp_path / "set" / row["mask"]) == marked(own)).all()
 
 
+def test_an_unmasked_new_defect_is_marked_where_the_network_has_changed_the_picture(given, tmp_path, monkeypatch):
+    def hole(opened: Any, requests: Any, edit: Any) -> Result:  # the autoencoder's picture with a square hole
+        same = opened.decode(opened.encode(torch.stack([request.picture for request in requests])))
+        same[:, :, 8:20, 8:22] = (same[:, :, 8:20, 8:22] - 0.4).clamp(0, 1)
+        return Result(same, [False] * len(requests))
+
+    monkeypatch.setattr(edit_making, "run", hole)
+    task = editor(given.base, "img2img", result="hole", repair=True, least_change=3.0, least_contrast=0.0, count=2)
+    for row in edited(task, parts(given.root), tmp_path / "set"):
+        mask = marked(tmp_path / "set" / row["mask"])
+        wanted = np.zeros_like(mask)
+        wanted[8:20, 8:22] = True
+        assert (mask == wanted).mean() > 0.98
+        after = pixels(tmp_path / "set" / row["image"])
+        assert (after[~mask] == source_of(given, row)[~mask]).all()
+        assert float(row["change_inside"]) > 20
+
+
+def test_what_changes_more_than_real_defects_cover_is_refused(given, tmp_path, monkeypatch):
+    def all_over(opened: Any, requests: Any, edit: Any) -> Result:
+        return Result(torch.stack([1 - request.picture for request in requests]), [False] * len(requests))
+
+    monkeypatch.setattr(edit_making, "run", all_over)
+    task = editor(given.base, "img2img", result="hole", repair=True, least_contrast=0.0, count=1)
+    assert edited(task, parts(given.root), tmp_path / "set")[0]["reason"] in ("mask: too large", "mask: full")
+
+
+def test_a_variation_is_another_picture_whose_defect_lies_anywhere(given, tmp_path, monkeypatch):
+    task = editor(given.base, "img2img", sources=["hole"], count=1)
+    task.mode = "variation"  # as its label is decided on
+    monkeypatch.setattr(edit_making, "open_pipeline", lambda base, mode, *rest: open_pipeline(base, "img2img", *rest))
+    row = edited(task, parts(given.root), tmp_path / "set")[0]
+    assert (row["accepted"], row["mask"]) == ("1", "")
+
+
 def test_own_masks_are_where_variants_change(given, tmp_path):
     rows = edited(editor(given.base, sources=["hole"], masks="own"), parts(given.root), tmp_path / "set")
     for row in rows:
@@ -141,6 +178,24 @@ def test_candidates_are_judged_and_the_rejected_kept_apart(given, tmp_path):
     assert not list((tmp_path / "set" / "tile").rglob("*.png")) if (tmp_path / "set" / "tile").exists() else True
     about = json.loads((tmp_path / "set" / "about.json").read_text())
     assert about["counts"]["rejections"] == {"nothing changed": 6}
+
+
+def test_a_place_that_stood_out_before_is_no_new_defect(given, tmp_path, monkeypatch):
+    def faint(opened: Any, requests: Any, edit: Any) -> Result:  # darker within the mask, by 8 grey levels
+        dark = torch.stack([request.picture - 8 / 255 * request.mask for request in requests])
+        return Result(dark.clamp(0, 1), [False] * len(requests))
+
+    monkeypatch.setattr(edit_making, "run", faint)
+    data = parts(given.root)
+    task = editor(given.base, result="crack", feather=0.0)
+    for row in edited(task, data, tmp_path / "set"):
+        before, mask = source_of(given, row), marked(tmp_path / "set" / row["mask"])
+        after = pixels(tmp_path / "set" / row["image"])
+        now, then = stands_out(after, mask), stands_out(before, mask)
+        assert float(row["contrast"]) == pytest.approx(min(abs(now), abs(now - then)), abs=1e-3)
+        assert float(row["contrast"]) < 9
+    rows = edited(editor(given.base, result="crack", feather=0.0, least_contrast=0.9), data, tmp_path / "strict")
+    assert all(row["reason"] == "fainter than real ones" for row in rows)  # most real ones stand out by more
 
 
 def test_crops_are_put_back_into_their_photographs(given, tmp_path):

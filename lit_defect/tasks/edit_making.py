@@ -246,10 +246,18 @@ class EditMaking:
             covered=covered(one.mask, label) if label is not None and repairs and one.drawn else 1.0,
             seam=seam(result, one.mask, native),
             likeness=alike,
-            contrast=math.inf if label is None else abs(stands_out(result, label)),
+            contrast=self._contrast(one, result, label),
             mask_fault=self._fault(one, label) if repairs else None,
         )
         return Candidate(result, label, measures, spilt)
+
+    def _contrast(self, one: Ready, result: Picture, label: Bools | None) -> float:
+        """How far a defect stands out by what the edit did, grey levels: a place may have stood out before."""
+        if label is None:
+            return math.inf
+        found = stands_out(result, label)
+        before = 0.0 if one.own is not None and one.own.any() else stands_out(one.picture, label)
+        return min(abs(found), abs(found - before)) if math.isfinite(found) else math.inf
 
     def _repairs(self, one: Ready) -> bool:
         """Whether the label of a defect is looked for in what has changed: not that of a variant in its own place."""
