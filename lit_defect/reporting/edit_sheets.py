@@ -61,9 +61,11 @@ def edit_sheet(tiles: Sequence[EditTile], *, title: str, size: int = _SIZE) -> I
         size: side in pixels of the square into which each picture is fitted.
     """
     gain = gain_of((tile.source, tile.result) for tile in tiles if tile.result is not None)
-    cells = [_row(tile, gain, size) for tile in sorted(tiles, key=lambda tile: tile.group)]
-    key = _key(f"source, mask, result, {_enlarged(gain)}; source and result close up") if tiles else None
-    return sheet(cells, title=title, columns=1, size=size, key=key)
+    masked = any(tile.mask is not None for tile in tiles)
+    cells = [_row(tile, gain, size, masked) for tile in sorted(tiles, key=lambda tile: tile.group)]
+    told = f"source, mask, result, {_enlarged(gain)}; source and result close up"
+    key = _key(told if masked else f"source, result, {_enlarged(gain)}") if tiles else None
+    return sheet(cells, title=title, columns=1 if masked else 2, size=size, key=key)
 
 
 def joined_sheet(rows: Sequence[Sequence[EditTile | None]], *, title: str, size: int = 150) -> Image.Image:
@@ -89,10 +91,12 @@ def close_up(mask: Bools | None) -> Box | None:
     return _window(top, bottom, side, mask.shape[0]), _window(left, right, side, mask.shape[1])
 
 
-def _row(tile: EditTile, gain: float, size: int) -> Cell:
+def _row(tile: EditTile, gain: float, size: int, masked: bool) -> Cell:
+    """With mask and close-ups where any tile of the sheet has them."""
     box = close_up(tile.mask)
-    panels = [fit(tile.source, size), _masked(tile, size), *_made(tile, gain, size)]
-    panels += [_part(tile.source, box, size), _part(tile.result, box, size)]
+    panels = [fit(tile.source, size), *([_masked(tile, size)] if masked else []), *_made(tile, gain, size)]
+    if masked:
+        panels += [_part(tile.source, box, size), _part(tile.result, box, size)]
     made = tile.made
     settings = [f"{made[key]}{unit}" for key, unit in (("sampler", ""), ("steps", " steps")) if key in made]
     settings += [f"{key} {made[key]:g}" for key in ("strength", "guidance") if key in made]

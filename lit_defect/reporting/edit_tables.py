@@ -47,7 +47,7 @@ def numbers_table(sets: Mapping[str, Sequence[Line]]) -> str:
         "function", "accepted", "asked", "candidates", "change inside", "outside before the paste", "at most",
         "outside in the result, at most", "pixels changed, %", "seam", "again in float32",
     )  # fmt: skip
-    notes = "Accepted pictures, mean ± standard deviation; grey levels of 255. Inside and outside of where a picture was edited."
+    notes = "Accepted pictures, mean ± standard deviation; grey levels of 255, inside and outside of what was edited."
     return markdown_table(head, body) + f"\n{notes}\n"
 
 
