@@ -110,8 +110,10 @@ def test_every_kind_runs_and_a_picture_does_not_depend_on_its_batch(tmp_path, ki
     assert torch.equal(run(pipeline, requests, edit_of(kind)).pictures, whole.pictures)
 
 
-@pytest.mark.parametrize("sampler", ["Euler a", "DDIM", "Heun", "UniPC", "LCM", "DPM++ 2M SDE Karras"])
+@pytest.mark.parametrize("sampler", ["Euler a", "DDIM", "Heun", "UniPC", "LCM", "DPM++ 2M SDE Karras", "DPM++ SDE"])
 def test_noise_within_the_steps_is_each_requests_own(tmp_path, sampler):
+    if sampler == "DPM++ SDE":
+        pytest.importorskip("torchsde")
     pipeline = opened(tmp_path)
     requests = [request(number, picture=picture(), words=(7, number)) for number in range(2)]
     together = run(pipeline, requests, Edit(steps=5, sampler=sampler)).pictures
@@ -349,6 +351,36 @@ def test_spoilt_pictures_are_made_again_in_float32(tmp_path, monkeypatch, value)
     torch.testing.assert_close(made.pictures[1], expected)
     assert pipeline.dtype == pipeline.pipe.unet.dtype == pipeline.pipe.vae.dtype == torch.bfloat16
     assert all(torch.equal(weights[name], value) for name, value in pipeline.pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint", "reference_only", "ip_adapter"])
+def test_the_trainers_precision_changes_nothing(tmp_path, kind):
+    pipeline = opened(tmp_path, kind)
+    requests = [fitting(kind)]
+    plain = run(pipeline, requests, EDIT).pictures
+    latents = pipeline.encode(requests[0].picture[None])
+    decoded = pipeline.decode(latents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as under 16-mixed and bf16-mixed
+        assert torch.equal(run(pipeline, requests, EDIT).pictures, plain)
+        assert torch.equal(pipeline.encode(requests[0].picture[None]), latents)
+        assert torch.equal(pipeline.decode(latents), decoded)
+    torch.set_default_dtype(torch.bfloat16)  # as under bf16-true
+    try:
+        assert torch.equal(run(pipeline, requests, EDIT).pictures, plain)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_weights_that_are_kept_in_float32_come_back_from_it(tmp_path):
+    pipeline = opened(tmp_path, "img2img of Flux", dtype="float16")
+    layer = pipeline.pipe.text_encoder_2.encoder.block[0].layer[1].DenseReluDense.wo
+    assert layer.weight.dtype == torch.float32  # T5 overflows there
+    before = layer.weight.clone()
+    with pipeline.in_float32():
+        assert {weight.dtype for weight in pipeline.pipe.text_encoder_2.parameters()} == {torch.float32}
+    assert layer.weight.dtype == torch.float32
+    assert torch.equal(layer.weight, before)
+    assert pipeline.pipe.text_encoder_2.shared.weight.dtype == pipeline.pipe.vae.dtype == torch.float16
 
 
 def test_nan_in_float32_is_an_error(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ What is ours around the call:
     the surroundings    of modes without a mask of their own: after each step, places outside the mask take the source
                         with the noise of the next step, as diffusers' inpainting does with a network that sees no mask
     half precision      pictures that come out with NaN, or black, are made again in float32, and counted
+    mixed precision     is off: the pipeline computes in the precision of its weights, whatever the trainer's is
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def run(opened: Opened, requests: Sequence[Request], edit: Edit) -> Result:
     for number, request in enumerate(requests):
         key = (request.strength, request.mask is not None, bool(request.negative_prompt))
         groups.setdefault(key, []).append(number)
-    pictures = torch.empty(len(requests), *requests[0].picture.shape)
+    pictures = torch.empty(len(requests), *requests[0].picture.shape, dtype=torch.float32)
     retried = [False] * len(requests)
     for numbers in groups.values():
         pictures[numbers] = _call(opened, [requests[n] for n in numbers], edit)
@@ -160,6 +161,7 @@ def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
     pictures = torch.stack([_prefilled(r, edit) for r in requests])  # (B, 3, h, w)
     arguments["image"] = [_to_pil(r.picture) for r in requests] if mode == "variation" else pictures
     with ExitStack() as stack:
+        stack.enter_context(_own_precision(opened.device))
         if requests[0].mask is not None:
             arguments |= _masked(opened, requests, pictures, edit)
         if mode == "ip_adapter":
@@ -169,6 +171,18 @@ def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
         known = inspect.signature(type(pipe).__call__).parameters
         made = pipe(**{key: value for key, value in arguments.items() if key in known}).images
     return made.float().cpu()
+
+
+@contextmanager
+def _own_precision(device: torch.device) -> Iterator[None]:
+    """The trainer's precision has no effect: no autocasting (of mixed ones), new tensors in float32 (not as in bf16-true)."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _masked(opened: Opened, requests: Sequence[Request], pictures: Tensor, edit: Edit) -> dict[str, Any]:
