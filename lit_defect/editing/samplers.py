@@ -118,7 +118,7 @@ def told_strength(steps: int, strength: float, convention: Convention, *, rounds
     """What a pipeline of diffusers must be told as strength so that it does `evaluations` steps.
 
     That is their share, or the next float where the product with `steps` falls on the wrong side of a whole number.
-    Where it is 1, pipelines start from pure noise.
+    Where it is 1, diffusers' inpainting starts from pure noise.
 
     Args:
         steps: of the whole process.
