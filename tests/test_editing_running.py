@@ -7,13 +7,14 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from PIL import Image
 
 from lit_defect.editing import running
 from lit_defect.editing.content import fill
 from lit_defect.editing.options import Edit, Network
 from lit_defect.editing.pipelines import open_pipeline
-from lit_defect.editing.running import Request, run
+from lit_defect.editing.running import Request, check_steps, run
 from lit_defect.editing.samplers import make_scheduler
 from lit_defect.errors import UserError
 from tests.latent import tiny_unet
@@ -110,8 +111,10 @@ def test_every_kind_runs_and_a_picture_does_not_depend_on_its_batch(tmp_path, ki
     assert torch.equal(run(pipeline, requests, edit_of(kind)).pictures, whole.pictures)
 
 
-@pytest.mark.parametrize("sampler", ["Euler a", "DDIM", "Heun", "UniPC", "LCM", "DPM++ 2M SDE Karras"])
+@pytest.mark.parametrize("sampler", ["Euler a", "DDIM", "Heun", "UniPC", "LCM", "DPM++ 2M SDE Karras", "DPM++ SDE"])
 def test_noise_within_the_steps_is_each_requests_own(tmp_path, sampler):
+    if sampler == "DPM++ SDE":
+        pytest.importorskip("torchsde")
     pipeline = opened(tmp_path)
     requests = [request(number, picture=picture(), words=(7, number)) for number in range(2)]
     together = run(pipeline, requests, Edit(steps=5, sampler=sampler)).pictures
@@ -135,6 +138,60 @@ def test_the_default_sampler_is_the_pipelines_own_after_another_was_used(tmp_pat
     run(pipeline, [request()], Edit(steps=5, sampler="Euler a"))
     assert type(pipeline.pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
     assert torch.equal(run(pipeline, [request()], Edit(steps=5, sampler="default")).pictures, first)
+
+
+def test_no_more_than_a_batch_goes_through_together(tmp_path, monkeypatch):
+    pipeline = opened(tmp_path)
+    seen = []
+    forward = pipeline.pipe.unet.forward
+    monkeypatch.setattr(pipeline.pipe.unet, "forward", lambda x, *a, **k: (seen.append(len(x)), forward(x, *a, **k))[1])
+    requests = [request(number) for number in range(5)]
+    made = run(pipeline, requests, Edit(steps=5, batch=2, guidance=1.0))
+    assert sorted(set(seen)) == [1, 2]
+    alone = run(pipeline, [requests[3]], Edit(steps=5, guidance=1.0))
+    torch.testing.assert_close(alone.pictures[0], made.pictures[3], atol=1e-4, rtol=0)
+
+
+def test_too_little_memory_names_what_to_lower(tmp_path, monkeypatch):
+    pipeline = opened(tmp_path)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline.pipe.unet, "forward", full)
+    with pytest.raises(UserError, match=r"2 pictures of 40 x 56: .*edit.batch .*edit.size .*network.offload"):
+        run(pipeline, [request(0), request(1)], EDIT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "told"),
+    [
+        ("img2img", {"sampler": "LCM", "steps": 60}, r"edit.steps = 60: LCMScheduler cannot"),
+        ("instruct", {"sampler": "DDIM", "steps": 1200}, r"edit.steps = 1200: DDIMScheduler cannot"),
+        ("img2img", {"steps_convention": "diffusers"}, r"edit.strength = 0.05 leaves none of 5 steps"),
+        ("img2img of Flux", {"sampler": "default", "steps_convention": "diffusers"}, "leaves none of 5 steps"),
+        ("img2img of Flux", {}, "set it to default"),
+    ],
+)
+def test_steps_that_cannot_be_done_are_refused_at_once(tmp_path, kind, edit, told):
+    with pytest.raises(UserError, match=told):
+        check_steps(opened(tmp_path, kind), Edit(**{"steps": 5, **edit}), [0.6, 0.05])
+
+
+def test_a_base_whose_own_sampler_cannot_start_in_the_middle(tmp_path):
+    pipeline, own = opened(tmp_path), Edit(sampler="default", steps=5)
+    pipeline.schedule = {**PNDMScheduler(skip_prk_steps=True).config, "_class_name": "PNDMScheduler"}
+    with pytest.raises(UserError, match=r"sampler = default: .*PNDMScheduler leaves noise .*; set it to DDIM"):
+        check_steps(pipeline, own, [0.6])
+    check_steps(pipeline, own, [1.0])
+    check_steps(pipeline, Edit(sampler="DDIM", steps=5), [0.6])
+    pipeline.mode = "variation"  # begins with noise
+    check_steps(pipeline, own, [0.6])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_that_can_be_done_are_let_through(tmp_path, kind):
+    check_steps(opened(tmp_path, kind), edit_of(kind), [0.2, 0.6, 1.0])
 
 
 # --- the same as diffusers ---
@@ -225,11 +282,11 @@ def test_a_reference_is_looked_at_and_the_network_left_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["DPM++ 2M Karras", "Euler a", "DDIM", "Heun", "LCM", "UniPC"])
-@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("strength", [0.6, 0.79, 0.95])
 def test_img2img_with_a_mask_is_inpainting_by_the_same_network(tmp_path, sampler, strength):
-    """Diffusers' own blending is the reference for ours; at 1 it starts from noise alone, img2img does not."""
+    """Diffusers' own blending is the reference for ours; from 0.8 on all 5 steps are done, from the source still."""
     edit = Edit(steps=5, sampler=sampler, content="latent_noise")
-    asked = request(mask=mask(), strength=min(strength, 0.79))
+    asked = request(mask=mask(), strength=strength)
     made = run(opened(tmp_path), [asked], edit).pictures
     held = run(opened(tmp_path, "inpaint"), [asked], edit).pictures
     assert torch.equal(made, held)
@@ -345,10 +402,41 @@ def test_spoilt_pictures_are_made_again_in_float32(tmp_path, monkeypatch, value)
     spoil(pipeline, monkeypatch, value)
     made = run(pipeline, requests, EDIT)
     assert made.retried == [False, True, False]
+    assert made.spoilt == [False, False, False]
     assert torch.equal(made.pictures[[0, 2]], fine.pictures[[0, 2]])
     torch.testing.assert_close(made.pictures[1], expected)
     assert pipeline.dtype == pipeline.pipe.unet.dtype == pipeline.pipe.vae.dtype == torch.bfloat16
     assert all(torch.equal(weights[name], value) for name, value in pipeline.pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint", "reference_only", "ip_adapter"])
+def test_the_trainers_precision_changes_nothing(tmp_path, kind):
+    pipeline = opened(tmp_path, kind)
+    requests = [fitting(kind)]
+    plain = run(pipeline, requests, EDIT).pictures
+    latents = pipeline.encode(requests[0].picture[None])
+    decoded = pipeline.decode(latents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as under 16-mixed and bf16-mixed
+        assert torch.equal(run(pipeline, requests, EDIT).pictures, plain)
+        assert torch.equal(pipeline.encode(requests[0].picture[None]), latents)
+        assert torch.equal(pipeline.decode(latents), decoded)
+    torch.set_default_dtype(torch.bfloat16)  # as under bf16-true
+    try:
+        assert torch.equal(run(pipeline, requests, EDIT).pictures, plain)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_weights_that_are_kept_in_float32_come_back_from_it(tmp_path):
+    pipeline = opened(tmp_path, "img2img of Flux", dtype="float16")
+    layer = pipeline.pipe.text_encoder_2.encoder.block[0].layer[1].DenseReluDense.wo
+    assert layer.weight.dtype == torch.float32  # T5 overflows there
+    before = layer.weight.clone()
+    with pipeline.in_float32():
+        assert {weight.dtype for weight in pipeline.pipe.text_encoder_2.parameters()} == {torch.float32}
+    assert layer.weight.dtype == torch.float32
+    assert torch.equal(layer.weight, before)
+    assert pipeline.pipe.text_encoder_2.shared.weight.dtype == pipeline.pipe.vae.dtype == torch.float16
 
 
 def test_nan_in_float32_is_an_error(tmp_path, monkeypatch):
@@ -362,12 +450,20 @@ def test_nan_in_float32_is_an_error(tmp_path, monkeypatch):
 def test_a_black_source_may_stay_black(tmp_path, monkeypatch):
     pipeline = opened(tmp_path, dtype="bfloat16")
     spoil(pipeline, monkeypatch, -1.0, rows=(0,))
-    assert run(pipeline, [request(picture=torch.zeros(3, *SIZE))], EDIT).retried == [False]
+    made = run(pipeline, [request(picture=torch.zeros(3, *SIZE))], EDIT)
+    assert (made.retried, made.spoilt) == ([False], [False])
 
 
 def test_black_in_float32_is_left_to_the_judgement(tmp_path, monkeypatch):
     pipeline = opened(tmp_path)
     spoil(pipeline, monkeypatch, -1.0, rows=(0,), whenever=True)
     made = run(pipeline, [request()], EDIT)
-    assert made.retried == [False]
+    assert (made.retried, made.spoilt) == ([False], [True])
     assert np.all(made.pictures.numpy() == 0)
+
+
+def test_what_is_black_after_the_retry_is_told(tmp_path, monkeypatch):
+    pipeline = opened(tmp_path, dtype="bfloat16")
+    spoil(pipeline, monkeypatch, -1.0, rows=(0,), whenever=True)
+    made = run(pipeline, [request(0), request(1)], EDIT)
+    assert (made.retried, made.spoilt) == ([True, False], [True, False])

@@ -158,7 +158,7 @@ def test_own_masks_are_where_variants_change(given, tmp_path):
 def test_changes_are_added_to_the_photograph_s_own_grain(given, tmp_path, monkeypatch):
     def nothing(opened: Any, requests: Any, edit: Any) -> Result:  # a network that changes nothing
         same = opened.decode(opened.encode(torch.stack([request.picture for request in requests])))
-        return Result(same, [False] * len(requests))
+        return Result(same, [False] * len(requests), [False] * len(requests))
 
     monkeypatch.setattr(edit_making, "run", nothing)
     change = {}

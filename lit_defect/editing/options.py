@@ -107,7 +107,7 @@ class Edit:
             no limit.
         repair: whether the label of a new defect is where the picture changed within the mask, not all of it.
         keep_rejected: whether rejected candidates are written, too.
-        batch: pictures that go through the network together, each with its candidates.
+        batch: pictures that go through the network together; each candidate is one.
         output: folder of the data set; null for `edited` in the run's folder.
 
     Raises:

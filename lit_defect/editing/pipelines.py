@@ -133,27 +133,39 @@ class Opened:
 
     @contextmanager
     def _autoencoder(self) -> Iterator[Any]:
-        """The autoencoder, in float32 for the while if it overflows in float16 (Stable Diffusion XL's says so)."""
+        """The autoencoder, in float32 for the while if it overflows in float16 (Stable Diffusion XL's says so).
+
+        In that precision it computes: autocasting, as the trainer's mixed precision has it, would take another.
+        """
         vae = self.pipe.vae
         upcast = vae.dtype == torch.float16 and bool(vae.config.force_upcast)
         if upcast:
             vae.to(torch.float32)
         try:
-            yield vae
+            with torch.autocast(self.device.type, enabled=False):
+                yield vae
         finally:
             if upcast:
                 vae.to(torch.float16)
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """All of it in float32 for the while; half precision comes back as it was, bit for bit."""
+        """All of it in float32 for the while; every weight comes back as it was, bit for bit."""
         dtype, self.dtype = self.dtype, torch.float32
+        kept = [weight.dtype for weight in self._weights()]  # some stay in float32, such as T5's
         self.pipe.to(dtype=torch.float32)
         try:
             yield
         finally:
             self.dtype = dtype
-            self.pipe.to(dtype=dtype)
+            for weight, own in zip(self._weights(), kept, strict=True):
+                weight.data = weight.data.to(own)
+
+    def _weights(self) -> Iterator[Tensor]:
+        """Parameters and buffers of all parts, in an order that conversion leaves as it is."""
+        for part in _modules(self.pipe).values():
+            yield from part.parameters()
+            yield from (buffer for _, buffer in part.named_buffers(remove_duplicate=False))
 
     @property
     def tokenizers(self) -> list[Any]:

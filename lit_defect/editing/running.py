@@ -10,13 +10,14 @@ What is ours around the call:
     the surroundings    of modes without a mask of their own: after each step, places outside the mask take the source
                         with the noise of the next step, as diffusers' inpainting does with a network that sees no mask
     half precision      pictures that come out with NaN, or black, are made again in float32, and counted
+    mixed precision     is off: the pipeline computes in the precision of its weights, whatever the trainer's is
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +31,11 @@ from lit_defect.editing.content import fill, latent_cells, started
 from lit_defect.editing.options import KEY, NETWORK_KEY, Edit
 from lit_defect.editing.pipelines import Opened
 from lit_defect.editing.reference import ReferenceOnly
-from lit_defect.editing.samplers import make_scheduler, told_strength
+from lit_defect.editing.samplers import make_scheduler, start, told_strength
 from lit_defect.errors import UserError
 
 _MAIN, _CONTENT, _SURROUNDINGS, _REFERENCE = range(4)  # what a request draws noise for
+_FROM_NOISE = ("instruct_pix2pix", "variation")  # modes that know no strength
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,20 @@ class Result:
     Attributes:
         pictures: (B, 3, h, w) float32 in [0, 1], on the CPU, in the order of the requests.
         retried: which of them were made again in float32.
+        spoilt: which of them are black all the same, though their source is not.
     """
 
     pictures: Tensor
     retried: list[bool]
+    spoilt: list[bool]
 
 
 def run(opened: Opened, requests: Sequence[Request], edit: Edit) -> Result:
-    """Edit pictures of one size; those that agree in strength and in what they have go through in one call.
+    """Edit pictures of one size; those that agree in strength and in what they have go through together, by `batch`.
 
     Raises:
-        UserError: the pipeline cannot do what the options or a request say, or gives NaN in float32 too.
+        UserError: the pipeline cannot do what the options or a request say, gives NaN in float32 too, or runs out of
+            the GPU's memory.
         ValueError: pictures of several sizes, or of one that does not go through the network.
     """
     _check(opened, requests, edit)
@@ -84,22 +89,44 @@ def run(opened: Opened, requests: Sequence[Request], edit: Edit) -> Result:
     for number, request in enumerate(requests):
         key = (request.strength, request.mask is not None, bool(request.negative_prompt))
         groups.setdefault(key, []).append(number)
-    pictures = torch.empty(len(requests), *requests[0].picture.shape)
+    pictures = torch.empty(len(requests), *requests[0].picture.shape, dtype=torch.float32)
     retried = [False] * len(requests)
-    for numbers in groups.values():
+    for numbers in (group[i : i + edit.batch] for group in groups.values() for i in range(0, len(group), edit.batch)):
         pictures[numbers] = _call(opened, [requests[n] for n in numbers], edit)
-        spoilt = [n for n in numbers if _is_spoilt(pictures[n], requests[n].picture)]
-        if spoilt and opened.dtype != torch.float32:
+        again = [n for n in numbers if _is_spoilt(pictures[n], requests[n].picture)]
+        if again and opened.dtype != torch.float32:
             with opened.in_float32():
-                pictures[spoilt] = _call(opened, [requests[n] for n in spoilt], edit)
-            for number in spoilt:
+                pictures[again] = _call(opened, [requests[n] for n in again], edit)
+            for number in again:
                 retried[number] = True
         if not pictures[numbers].isfinite().all():
             raise UserError(
                 f"{opened.source} gives NaN for {requests[numbers[0]].prompt!r} in float32, too: its weights, a LoRA "
                 f"or an embedding are damaged, or {NETWORK_KEY}.lora_scale or {KEY}.guidance is far too high"
             )
-    return Result(pictures, retried)
+    spoilt = [_is_spoilt(made, request.picture) for made, request in zip(pictures, requests, strict=True)]
+    return Result(pictures, retried, spoilt)
+
+
+def check_steps(opened: Opened, edit: Edit, strengths: Iterable[float]) -> None:
+    """Whether the sampler can do what will be asked of it.
+
+    Raises:
+        UserError: a sampler that the network or the number of steps does not fit, one that cannot start where a
+            strength lets it, or a strength that leaves no step.
+    """
+    for strength in strengths:
+        scheduler = make_scheduler(edit.sampler, opened.schedule)
+        told = _told(opened, strength, edit)
+        if opened.has_unet:  # flow matching starts anywhere
+            start(scheduler, told, edit.steps)
+
+
+def _told(opened: Opened, strength: float, edit: Edit) -> float:
+    """The strength that the pipeline is told; 1 where it knows none."""
+    if opened.mode in _FROM_NOISE:
+        return 1.0
+    return told_strength(edit.steps, strength, edit.steps_convention, rounds_up=not opened.has_unet)
 
 
 def _check(opened: Opened, requests: Sequence[Request], edit: Edit) -> None:
@@ -125,7 +152,7 @@ def _check(opened: Opened, requests: Sequence[Request], edit: Edit) -> None:
 
 def _starts_from_latents(opened: Opened) -> bool:
     """Whether a masked call is given latents, not pixels."""
-    return opened.has_unet and not opened.takes_mask and opened.mode not in ("instruct_pix2pix", "variation")
+    return opened.has_unet and not opened.takes_mask and opened.mode not in _FROM_NOISE
 
 
 def _is_spoilt(picture: Tensor, source: Tensor) -> bool:
@@ -153,22 +180,41 @@ def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
         "width": width,
         "output_type": "pt",
     }
-    if mode not in ("instruct_pix2pix", "variation"):
-        arguments["strength"] = told_strength(
-            edit.steps, requests[0].strength, edit.steps_convention, rounds_up=not opened.has_unet
-        )
+    if mode not in _FROM_NOISE:
+        arguments["strength"] = _told(opened, requests[0].strength, edit)
     pictures = torch.stack([_prefilled(r, edit) for r in requests])  # (B, 3, h, w)
     arguments["image"] = [_to_pil(r.picture) for r in requests] if mode == "variation" else pictures
     with ExitStack() as stack:
+        stack.enter_context(_own_precision(opened.device))
         if requests[0].mask is not None:
             arguments |= _masked(opened, requests, pictures, edit)
+        if mode == "inpaint" and requests[0].strength < 1:
+            stack.enter_context(_from_source(pipe))
         if mode == "ip_adapter":
             arguments["ip_adapter_image_embeds"] = [stack.enter_context(_shown(opened, requests, edit))]
         if mode == "reference_only":
             stack.enter_context(_reading(opened, requests, edit))
         known = inspect.signature(type(pipe).__call__).parameters
-        made = pipe(**{key: value for key, value in arguments.items() if key in known}).images
+        try:
+            made = pipe(**{key: value for key, value in arguments.items() if key in known}).images
+        except torch.OutOfMemoryError as problem:
+            raise UserError(
+                f"the GPU's memory does not hold {len(requests)} pictures of {height} x {width}: set {KEY}.batch lower "
+                f"({edit.batch} now; each candidate counts) or {KEY}.size smaller, or {NETWORK_KEY}.offload to model"
+            ) from problem
     return made.float().cpu()
+
+
+@contextmanager
+def _own_precision(device: torch.device) -> Iterator[None]:
+    """No autocasting, as mixed precision has it, and new tensors in float32, not as under bf16-true."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _masked(opened: Opened, requests: Sequence[Request], pictures: Tensor, edit: Edit) -> dict[str, Any]:
@@ -224,6 +270,23 @@ def _hold(pipe: Any, source: Tensor, cells: Tensor, noise: Tensor) -> None:
         return made
 
     scheduler.step = held
+
+
+@contextmanager
+def _from_source(pipe: Any) -> Iterator[None]:
+    """Inpainting starts from the source with noise where all steps are done, too, as in the web interface.
+
+    Left to itself it starts from noise alone if its strength is 1, as which 0.95 of 20 steps and one more are told.
+    """
+    prepare = pipe.prepare_latents
+    if "is_strength_max" not in inspect.signature(prepare).parameters:
+        yield  # Flux does so anyway
+        return
+    pipe.prepare_latents = lambda *args, **kwargs: prepare(*args, **{**kwargs, "is_strength_max": False})
+    try:
+        yield
+    finally:
+        del pipe.prepare_latents
 
 
 def _prefilled(request: Request, edit: Edit) -> Tensor:

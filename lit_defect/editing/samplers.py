@@ -4,8 +4,7 @@ The web interface spaces the steps of k-diffusion's samplers evenly over 0 ... T
 as Karras et al. (2022), eq. 5, do; those of DDIM are at 1, 1 + T/N, ... (`leading`). So are they here, whatever spacing
 a pipeline comes with; its betas and what its network answers (`epsilon`, `v_prediction`) are kept. What a name does
 here is what it does there, but that `DPM++ 2M` without Karras takes N steps of N + 1 evenly spaced ones; that `DPM2`
-leaves out the last noise level but one there; and that noise is drawn otherwise. `DPM++ SDE` draws it from torch's own
-stream for a whole batch, so what it makes of a picture depends on what else is made.
+leaves out the last noise level but one there; and that noise is drawn otherwise.
 
 `PLMS` and `LMS` are left out. Started in the middle, as edits are, those of diffusers go wrong: the one passes over a
 step, the other combines four slopes where it has one; both leave noise in the picture.
@@ -119,7 +118,7 @@ def told_strength(steps: int, strength: float, convention: Convention, *, rounds
     """What a pipeline of diffusers must be told as strength so that it does `evaluations` steps.
 
     That is their share, or the next float where the product with `steps` falls on the wrong side of a whole number.
-    Where it is 1, pipelines start from pure noise.
+    Where it is 1, diffusers' inpainting starts from pure noise.
 
     Args:
         steps: of the whole process.

@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_defect.editing.content import blurred
 from lit_defect.editing.options import KEY, NO_MASK, Edit
 from lit_defect.editing.pipelines import open_pipeline
-from lit_defect.editing.running import Request, run
+from lit_defect.editing.running import Request, check_steps, run
 from lit_defect.editing.samplers import warn_of_content
 from lit_defect.errors import UserError
 from lit_defect.generation.files import Bools, Picture
@@ -77,13 +77,16 @@ class EditMaking:
         self.edit: Edit = task.edit
         self.normal = {pair for pair in pairs if self._label_of(pair[1]) == self.data.normal_class}
         self.opened = open_pipeline(task.base_source, task.mode, task.network, task.device, str(task.trainer.precision))
+        strengths = set(map(self.edit.strength_of, self._kinds()))
+        check_steps(self.opened, self.edit, strengths)
         self.inputs = EditInputs(task, sources, pairs, self.opened.multiple)
         defects = [pair for pair in pairs if pair not in self.normal]
         self.real = {pair: self._descriptors(pair) for pair in defects}
         self.rules = {pair: self._rule(pair) for pair in pairs}
         self.shapes = self.inputs.mask_rules(defects)
         self._warned: set[str] = set()
-        if reason := warn_of_content(self.edit.content, min(map(self.edit.strength_of, self._kinds()))):
+        self._warn_of_cut(self.edit.negative_prompt, "negative_prompt")
+        if reason := warn_of_content(self.edit.content, min(strengths)):
             rank_zero_warn(reason)
         about = About(
             generator=f"StableDiffusionEditor {task.mode}",
@@ -159,11 +162,11 @@ class EditMaking:
         for bucket in alike.values():
             self._make(bucket)
 
-    def _warn_of_cut(self, prompt: str) -> None:
+    def _warn_of_cut(self, prompt: str, key: str = "prompt") -> None:
         """Once for each: the words that the text encoder does not see."""
         if prompt not in self._warned and (cut := self.opened.cut_words(prompt)):
             warnings.warn(
-                f'{KEY}.prompt: "{cut}" of "{prompt}" does not fit and is cut off; take fewer words', stacklevel=2
+                f'{KEY}.{key}: "{cut}" of "{prompt}" does not fit and is cut off; take fewer words', stacklevel=2
             )
         self._warned.add(prompt)
 
