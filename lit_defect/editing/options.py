@@ -89,7 +89,7 @@ class Edit:
         content: what stands in the mask at first.
         mask_blur: standard deviation of the mask's blur for the network, pixels of the working size.
         area: whether the `whole` picture goes through the network or `only_masked`, the box of the mask.
-        padding: pixels of the working size around that box.
+        padding: pixels of the picture around that box, before it is enlarged to `size`.
         size: working (height, width); null takes that of the picture (or of the box), padded to what fits.
         stretch: whether a picture is stretched to `size`, as data modules stretch to `image_size` what a base of one's
             own is trained on; else it keeps its aspect, and what is missing is added and cut off again.
