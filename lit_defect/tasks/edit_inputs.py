@@ -23,7 +23,6 @@ from lit_defect.generation.judgement import stands_out
 from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskSource, rules_of
 from lit_defect.generation.placed_masks import OwnMasks, PlacedMasks, RandomMasks, read_placed
 from lit_defect.tasks.editing_plan import EditJob
-from lit_defect.tasks.views import resize, unit_range
 
 _MASK, _PROMPT, _REFERENCE = 1, 3, 4  # every kind of draw of a job has its own random stream
 
@@ -71,7 +70,7 @@ class EditInputs:
         self.edit: Edit = task.edit
         self.prompts = Prompts(self.edit.prompt)
         self.captioner = Captioner(self.edit.captioner, task.device) if self._captions() else None
-        self.foreground = Foreground(self.edit.foreground)
+        self.foreground = Foreground(self.edit.foreground, f"{KEY}.foreground")
         self.masks = self._mask_source(set(pairs))
         self.references = self._references()
 
@@ -120,14 +119,28 @@ class EditInputs:
         one = choice[int(np.random.default_rng([*job.seed, _REFERENCE]).integers(len(choice)))]
         picture, values = one if "" in self.references else self.data.original(*one)
         marked = values is not None and (values > 0).any() and self.edit.area == "only_masked"
-        rows, columns = self.frame(picture, values > 0).box if marked else (slice(None), slice(None))
-        part = torch.from_numpy(np.ascontiguousarray(picture[rows, columns])).permute(2, 0, 1)[None]
-        return resize(unit_range(part), frame.padded)[0].clamp(0, 1)
+        part = Frame.of(
+            picture.shape[:2],
+            values > 0 if marked else None,
+            area="only_masked" if marked else "whole",
+            padding=self.edit.padding,
+            size=frame.padded,
+            multiple=self.multiple,
+            stretch=self.edit.stretch,
+        )
+        return torch.from_numpy(part.cut(picture)).permute(2, 0, 1)
 
     def _captions(self) -> bool:
-        if self.prompts.needs_caption and self.edit.captioner is None:
+        """Whether pictures are described."""
+        wanted, captioner = self.prompts.needs_caption, self.edit.captioner
+        if wanted and captioner is None:
             raise UserError(f"{KEY}.prompt has a {{caption}}: name a model that makes one by {KEY}.captioner")
-        return self.prompts.needs_caption
+        if captioner is not None and not wanted:
+            raise UserError(
+                f"{KEY}.captioner = {captioner}: no {KEY}.prompt has a {{caption}} for its words; write one, or leave "
+                "the captioner out"
+            )
+        return wanted
 
     def _mask_source(self, pairs: set[tuple[str, str]]) -> PlacedMasks | None:
         """What draws masks; None where there are none."""
