@@ -36,6 +36,9 @@ from lit_defect.tasks.base import DefectTask
 
 PROGRAM = "lit_defect"
 ENVIRONMENT_PREFIX = "LIT_DEFECT"
+_NOTHING = (
+    "nothing to resume: a new run starts in {}\n  (a run of another configuration goes on when --run_id names it)"
+)
 VERBS = {
     "fit": "Train a model; --resume goes on with a run that was stopped.",
     "validate": "Evaluate a checkpoint on the validation split.",
@@ -121,9 +124,10 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             self.run = self._run_to_fit(config, experiment_dir)
         else:
-            run_id = config.run_id or runs.launched_run_id() or runs.new_run_id(config.seed_everything)
             own = runs.run_of_checkpoint(Path(config.ckpt_path)) if config.ckpt_path else None
-            self.run = own or runs.RunFolder(experiment_dir / run_id)
+            self.run = own or self._run_folder(config, experiment_dir)
+            if config.resume and own is None:
+                _say(f"going on in {self.run.path}" if self.run.record() else _NOTHING.format(self.run.path))
         os.environ[runs.RUN_ID_VARIABLE] = self.run.run_id  # inherited by the processes that Lightning starts
         self.config_dump.update(experiment=experiment, run_id=self.run.run_id, resume=False)
 
@@ -137,19 +141,23 @@ class CLI(LightningCLI):
 
     def _run_to_fit(self, config: Any, experiment_dir: Path) -> runs.RunFolder:
         """The folder to train in: a new one, or with `--resume` the one to go on with."""
-        config_hash = runs.hash_config(self.config_dump)
-        launched = runs.launched_run_id()
-        inherited = "LOCAL_RANK" in os.environ and launched == os.environ.get(runs.RUN_ID_VARIABLE)
-        found = runs.find_resumable(experiment_dir, config_hash) if config.resume and not inherited else None
-        run = runs.RunFolder(experiment_dir / (config.run_id or launched or runs.new_run_id(config.seed_everything)))
-        if found and not config.run_id and not run.record():  # also under a new job of a scheduler
-            run = found
+        run = self._run_folder(config, experiment_dir)
         if not getattr(rank_zero_only, "rank", 0):
-            self._check_run(config, run, config_hash)
+            self._check_run(config, run, runs.hash_config(self.config_dump))
         if config.resume and run.last.is_file():
             config.ckpt_path, config.weights_only = str(runs.whole_checkpoint(run.last)), True
             _say(f"resuming {run.path} from its last state")
         return run
+
+    def _run_folder(self, config: Any, experiment_dir: Path) -> runs.RunFolder:
+        """The folder that is named, or with `--resume` that of the newest run of this verb, or a new one."""
+        launched = runs.launched_run_id()
+        run = runs.RunFolder(experiment_dir / (config.run_id or launched or runs.new_run_id(config.seed_everything)))
+        inherited = "LOCAL_RANK" in os.environ and launched == os.environ.get(runs.RUN_ID_VARIABLE)
+        if not config.resume or inherited or config.run_id or run.record():
+            return run
+        config_hash = runs.hash_config(self.config_dump)  # looked for under a new job of a scheduler, too
+        return runs.find_resumable(experiment_dir, config_hash, trains=self.subcommand == "fit") or run
 
     def _check_run(self, config: Any, run: runs.RunFolder, config_hash: str) -> None:
         """Refuse to overwrite what is there; say what resuming finds. On rank 0: the others follow it."""
@@ -162,10 +170,7 @@ class CLI(LightningCLI):
             if run.path.exists() and any(run.path.iterdir()):
                 raise UserError(f"{run.path} exists and is no run folder; choose another --run_id or --experiment")
             if config.resume:
-                _say(
-                    f"nothing to resume: a new run starts in {run.path}\n"
-                    "  (a run of another configuration goes on when --run_id names it)"
-                )
+                _say(_NOTHING.format(run.path))
         elif not config.resume:
             raise UserError(
                 f"the run {run.path} exists and is never overwritten; go on with it by --resume, "

@@ -170,11 +170,18 @@ def list_runs(experiment_dir: Path) -> list[RunFolder]:
     return sorted(runs, key=lambda run: (run.record().get("started", ""), run.run_id), reverse=True)
 
 
-def find_resumable(experiment_dir: Path, config_hash: str) -> RunFolder | None:
-    """The newest run of this very configuration that no living process writes, finished or not."""
+def find_resumable(experiment_dir: Path, config_hash: str, trains: bool = True) -> RunFolder | None:
+    """The newest run of this very configuration that no living process writes, finished or not.
+
+    Args:
+        experiment_dir: that holds the runs.
+        config_hash: of the configuration.
+        trains: whether a run of `fit` is looked for, not one of a verb that evaluates or generates.
+    """
     for run in list_runs(experiment_dir):
         record = run.record()
-        if record.get("config_hash") == config_hash and record.get("status") != "evaluation" and not run.is_alive():
+        same = record.get("config_hash") == config_hash and (record.get("status") != "evaluation") == trains
+        if same and not run.is_alive():
             return run
     return None
 

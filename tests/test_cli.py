@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from tests.anomaly_diffusion import make_base, make_parts
+from tests.editing import write_config
 from tests.fakes import make_mvtec
 
 
@@ -253,6 +255,27 @@ def test_resume_starts_anew_where_there_is_nothing_to_resume(lit_defect, config,
     assert "nothing to resume" in capsys.readouterr().out
     lit_defect("fit", "--config", config, "--model.lr", "0.02", "--resume")  # another experiment, another run
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 2
+
+
+def test_a_generation_without_a_checkpoint_is_resumed(lit_defect, tmp_path, capsys):
+    """The newest run of the same configuration, not of another one; a run that is named comes before it."""
+    root, base = make_parts(tmp_path / "parts"), make_base(tmp_path / "base")
+    data = {"class_path": "MVTecAD", "init_args": {"root": str(root), "with_masks": True, "leakage": "off"}}
+    config = write_config(tmp_path / "edit.yaml", base, data, "img2img", count=1)
+    lit_defect("predict", "--config", config, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
+    run = only_run(tmp_path)
+    stamp = (run / "edited" / "about.json").stat().st_mtime_ns
+    (picture,) = (run / "edited" / "tile").rglob("*.png")
+    made = picture.stat().st_mtime_ns
+    lit_defect("predict", "--config", config, "--resume")
+    assert f"going on in {run.relative_to(tmp_path)}" in capsys.readouterr().out.replace(str(tmp_path) + "/", "")
+    assert only_run(tmp_path) == run
+    assert picture.stat().st_mtime_ns == made
+    assert (run / "edited" / "about.json").stat().st_mtime_ns > stamp  # it has been there
+    lit_defect("predict", "--config", config, "--resume", "--model.edit.steps", "6")
+    lit_defect("predict", "--config", config, "--resume", "--run_id", "named")
+    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 3
 
 
 def test_a_checkpoint_of_other_classes_is_refused(lit_defect, config, tmp_path, capsys):

@@ -15,7 +15,15 @@ from lit_defect.generation import placed_masks
 from lit_defect.generation.files import mask_file, png, write_whole
 from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_sources import AugmentedMasks, MaskFolder, rules_of
-from lit_defect.generation.placed_masks import Boxes, DrawnMasks, OwnMasks, PlacedMasks, RandomMasks, read_placed
+from lit_defect.generation.placed_masks import (
+    Boxes,
+    DrawnMasks,
+    OwnMasks,
+    PlacedMasks,
+    RandomMasks,
+    read_placed,
+    with_masks,
+)
 
 NAME, PAIR, SIZE = "tile/train/good/003.jpg", ("tile", "crack"), (20, 30)
 
@@ -283,6 +291,17 @@ def test_a_path_is_a_list_of_boxes_drawn_masks_or_masks_of_types(tmp_path):
         read(tmp_path / "drawn", names=["other.png"])
     with pytest.raises(DataError, match="is no folder of masks"):
         read(tmp_path / "nowhere")
+
+
+def test_masks_may_be_there_for_some_pictures_only(tmp_path):
+    names = [NAME, "other.png"]
+    write(tmp_path / "drawn", np.full(SIZE, 255, np.uint8))
+    assert with_masks(tmp_path / "drawn", names) == {NAME}
+    assert with_masks(listed(tmp_path, f"{NAME},0,0,1,1", "photo.png,0,0,1,1"), names) == {NAME}
+    with pytest.raises(DataError, match=r"has no box of other\.png; it has photo\.png"):
+        with_masks(listed(tmp_path, "photo.png,0,0,1,1"), names)
+    write_whole(tmp_path / "types/tile/crack/00000.png", png(box(0, 0, 20, 29)))
+    assert with_masks(tmp_path / "types", names) == set(names)
 
 
 def test_types_with_a_slash_have_a_folder_without(tmp_path):

@@ -209,6 +209,11 @@ class DefectDataModule(Serving):
         self.eval_batch_size, self.samples = 1, {**self.samples, **splits}
         self.serve_images = False
 
+    @property
+    def divided(self) -> list[Sample]:
+        """After `setup`, the data set's own samples with their splits; those that no split takes, too."""
+        return self._divided
+
     def counts(self) -> dict[str, dict[str, int]]:
         """Number of samples by split and class name, for the splits that have any.
 

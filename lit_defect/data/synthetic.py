@@ -11,7 +11,9 @@ where the data set is used without masks (`data.with_masks`).
    and whose type is asked for.
 2. A picture made from one, normal or defective, that does not train here is left out: it shows what is evaluated.
    Where a data set is used without its normal pictures none of them is, and of those made from them only the ones whose
-   part is evaluated are left out.
+   part is evaluated are left out. Of pictures that are not of the data set (`about.json` says so: an editing of
+   `data.predict_root`) nobody knows what part they show; they train, and only the search for near-duplicates of
+   `data.leakage` compares what was made of them with the test.
 3. A generator that learnt from what tests here is refused, one that learnt from what validates is warned of; what a
    base of one's own was trained on is part of that.
 4. What was made from a share `holdout` of the pictures behind them is a split of its own, "synthetic_val", to select
@@ -235,10 +237,11 @@ def choose(
             "Generate from the same data set, or leave the type out of data.synthetic.types."
         )
     evaluated = {sample.group for sample in real if sample.split in ("val", "test") and sample.group}
-    usable = [row for row in offered if _trains(row, place, unused, evaluated, left_out)]
+    foreign = bool(about.get("options", {}).get("foreign"))  # then names that are the data set's, too, mean others
+    usable = [row for row in offered if foreign or _trains(row, place, unused, evaluated, left_out)]
     _tell(recipe, len(usable), left_out)
     # A group file of this run may know of more parts than the generator did.
-    known = {sample.name: sample.group for sample in real if sample.group}
+    known = {sample.name: sample.group for sample in real if sample.group and not foreign}
     groups = {row["source"]: known.get(row["source"]) or row["source_group"] for row in usable}
     held, rest = _hold_out(recipe, usable, groups, seed)
     drawn = []

@@ -75,21 +75,23 @@ class Edit:
         guidance: scale of classifier-free guidance.
         image_guidance: of instruct-pix2pix: how closely the source is followed.
         noise_level: of `variation` by unCLIP: noise on the picture's embedding, 0 to 1000.
-        references: of `reference_only` and `ip_adapter`: a type of training picture, such as `hole`, or a folder.
+        references: of `reference_only` and `ip_adapter`: a type of training picture, such as `hole`, or a folder, in
+            which no picture of the data set may lie that is evaluated. They keep their aspect unless `stretch` is set.
         style_fidelity: of `reference_only`: 0.5 is balanced, 1 is "ControlNet is more important"; cubed with Stable
             Diffusion XL, as the web interface does.
         reference_attention, reference_adain: what of it is done.
         masks: `none` edits all of the picture, `own` what the picture's own mask marks, `augmented` real masks of
             the result's type, moved and changed; `random` blobs on the object; a folder with a mask for each picture
             (`NAME.png`) or for each type (as `MaskDiffusion` writes it); or a list of boxes
-            (`path,x,y,width,height`). Stable Diffusion 3 and Flux take masks in mode `inpaint` only.
+            (`path,x,y,width,height`); pictures without a mask of their own or there are left out. Masks of pictures
+            that are evaluated are refused. Stable Diffusion 3 and Flux take masks in mode `inpaint` only.
         mask_threshold: grey value from which on a mask's pixel counts; null refuses masks of more than two values.
         mask_area: of `random` masks, least and largest share of the object.
         foreground: where defects may lie: `auto` (estimated), `all`, or a folder of object masks.
         content: what stands in the mask at first.
         mask_blur: standard deviation of the mask's blur for the network, pixels of the working size.
         area: whether the `whole` picture goes through the network or `only_masked`, the box of the mask.
-        padding: pixels of the working size around that box.
+        padding: pixels of the picture around that box, before it is enlarged to `size`.
         size: working (height, width); null takes that of the picture (or of the box), padded to what fits.
         stretch: whether a picture is stretched to `size`, as data modules stretch to `image_size` what a base of one's
             own is trained on; else it keeps its aspect, and what is missing is added and cut off again.

@@ -22,7 +22,6 @@ from scipy import ndimage
 
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture, mask_file, read_mask
-from lit_defect.generation.options import KEY
 
 UNIFORM = 12.0  # grey levels, root mean square over the channels, as all distances here
 STANDS_OUT = 3.0  # times the frame's own distances, and `UNIFORM` at least
@@ -68,18 +67,19 @@ class Foreground:
         source: `auto` (estimated by `foreground`), `all` (the object fills every picture), or a folder of masks:
             PNG files, not 0 on the object, named as the pictures are in their data set
             (`train/good/000.jpg` -> `train/good/000.png`; a crop's window stays in its name).
+        key: the option that names it, for messages.
 
     Raises:
         UserError: neither of the words and no folder.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, key: str = "foreground") -> None:
         self.source = source
         self._found: dict[str, tuple[tuple[int, int], bytes]] = {}  # size and packed mask by name
         self._folder = None if source in ("auto", "all") else Path(source).expanduser()
         if self._folder is not None and not self._folder.is_dir():
             raise UserError(
-                f"{KEY}.foreground = {source}: expected auto, all, or a folder of object masks; there is no such folder"
+                f"{key} = {source}: expected auto, all, or a folder of object masks; there is no such folder"
             )
 
     def of(self, name: str, picture: Picture) -> Bools:

@@ -19,7 +19,6 @@ from lit_defect.errors import DataError
 from lit_defect.generation.files import Bools, read_mask
 from lit_defect.generation.mask_rules import MaskRules, fix_to
 from lit_defect.generation.mask_shapes import fit_mask, vary
-from lit_defect.generation.options import KEY
 from lit_defect.generation.store import find_trained_on, place
 
 Pair = tuple[str, str]  # category, defect type
@@ -117,7 +116,7 @@ class MaskSource(ABC):
             told = ", ".join(f"{times} {reason}" for reason, times in rejected.most_common())
             raise DataError(
                 f"no mask of {'/'.join(pair)} lies on the object ({TRIES} tries: {told}); look at the object's mask, "
-                f"or set {KEY}.foreground to all"
+                "or set the option foreground to all"
             )
         return Drawn(fit_mask(best[1], whole.shape), best[2], rejected)
 

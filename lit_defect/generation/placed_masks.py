@@ -150,11 +150,15 @@ class Boxes:
             raise DataError(f"{self.file}:{number}: expected x and y of 0 or more, width and height of 1 or more")
         self.boxes[name.strip()].append(Box(number, x, y, width, height))
 
-    def draw_for(self, name: str, pair: Pair, rng: np.random.Generator, foreground: Bools) -> Drawn:
+    def check(self, name: str) -> None:
+        """Raises DataError if a picture has no box."""
         if name not in self.boxes:
             near = get_close_matches(name, self.boxes, 1)
             hint = f"; it has {near[0]}" if near else ""
             raise DataError(f"{self.file} has no box of {name}{hint}. Add one, or edit fewer pictures")
+
+    def draw_for(self, name: str, pair: Pair, rng: np.random.Generator, foreground: Bools) -> Drawn:
+        self.check(name)
         mask: Bools = np.zeros(foreground.shape, dtype=np.bool_)
         for line, x, y, width, height in self.boxes[name]:
             if x + width > mask.shape[1] or y + height > mask.shape[0]:
@@ -185,6 +189,22 @@ class RandomMasks:
         share = math.exp(rng.uniform(*np.log(self.area)))
         area = max(1, round(share * int(small.sum())))
         return Drawn(fit_mask(_blob(area, small, rng), foreground.shape), f"random, {share:.2%}", Counter())
+
+
+def with_masks(path: Path, names: Iterable[str]) -> set[str]:
+    """Which of some pictures a path given as `masks` has masks for; all of them where it has masks for each type.
+
+    Raises:
+        DataError: neither a list of boxes nor a folder; or the list has no box of any of them.
+    """
+    path, names = Path(path), set(names)
+    if path.suffix.lower() == ".csv":
+        boxes = Boxes(path)
+        if not (found := names & boxes.boxes.keys()):
+            boxes.check(min(names))
+        return found
+    folder = DrawnMasks(path).folder
+    return {name for name in names if mask_file(folder, name).is_file()} or names
 
 
 def read_placed(

@@ -111,7 +111,7 @@ class DefectGeneration:
         self.base = task.network
         self.size: tuple[int, int] = task.data.image_size
         self.sampler = make_sampler(self.base, self.settings)
-        self.foreground = Foreground(options.foreground)
+        self.foreground = Foreground(options.foreground, f"{KEY}.foreground")
         positions = defect_positions(task, pairs)
         masks = {pair: [(name, task.data.original("train", i)[1] > 0) for i, name in found]
                  for pair, found in positions.items()}  # fmt: skip

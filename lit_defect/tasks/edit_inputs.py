@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_defect.data.inspection import pictures_below
 from lit_defect.editing.captioner import Captioner
 from lit_defect.editing.frames import Frame
 from lit_defect.editing.options import KEY, NO_MASK, Edit
@@ -23,8 +24,8 @@ from lit_defect.generation.judgement import stands_out
 from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskSource, rules_of
 from lit_defect.generation.placed_masks import OwnMasks, PlacedMasks, RandomMasks, read_placed
+from lit_defect.tasks.edit_files import contents, learnt_from
 from lit_defect.tasks.editing_plan import EditJob
-from lit_defect.tasks.views import resize, unit_range
 
 _MASK, _PROMPT, _REFERENCE = 1, 3, 4  # every kind of draw of a job has its own random stream
 
@@ -72,12 +73,17 @@ class EditInputs:
         self.edit: Edit = task.edit
         self.prompts = Prompts(self.edit.prompt)
         self.captioner = Captioner(self.edit.captioner, task.device) if self._captions() else None
-        self.foreground = Foreground(self.edit.foreground)
+        self.foreground = Foreground(self.edit.foreground, f"{KEY}.foreground")
+        self.followed: set[tuple[str, str]] = set()  # name and group of the data set's pictures in what is named
         self.masks = self._mask_source(set(pairs))
         self.references = self._references()
 
     def prepare(self, job: EditJob) -> Ready:
-        """Everything that the candidates of a job share."""
+        """Everything that the candidates of a job share.
+
+        Raises:
+            DataError: this picture, its mask or its object's mask does not do; others may.
+        """
         sample = self.data.samples[self.sources][job.source]
         picture, values = self.data.original(self.sources, job.source)
         own = None if values is None else np.asarray(values > 0)
@@ -121,14 +127,28 @@ class EditInputs:
         one = choice[int(np.random.default_rng([*job.seed, _REFERENCE]).integers(len(choice)))]
         picture, values = one if "" in self.references else self.data.original(*one)
         marked = values is not None and (values > 0).any() and self.edit.area == "only_masked"
-        rows, columns = self.frame(picture, values > 0).box if marked else (slice(None), slice(None))
-        part = torch.from_numpy(np.ascontiguousarray(picture[rows, columns])).permute(2, 0, 1)[None]
-        return resize(unit_range(part), frame.padded)[0].clamp(0, 1)
+        part = Frame.of(
+            picture.shape[:2],
+            values > 0 if marked else None,
+            area="only_masked" if marked else "whole",
+            padding=self.edit.padding,
+            size=frame.padded,
+            multiple=self.multiple,
+            stretch=self.edit.stretch,
+        )
+        return torch.from_numpy(part.cut(picture)).permute(2, 0, 1)
 
     def _captions(self) -> bool:
-        if self.prompts.needs_caption and self.edit.captioner is None:
+        """Whether pictures are described."""
+        wanted, captioner = self.prompts.needs_caption, self.edit.captioner
+        if wanted and captioner is None:
             raise UserError(f"{KEY}.prompt has a {{caption}}: name a model that makes one by {KEY}.captioner")
-        return self.prompts.needs_caption
+        if captioner is not None and not wanted:
+            raise UserError(
+                f"{KEY}.captioner = {captioner}: no {KEY}.prompt has a {{caption}} for its words; write one, or leave "
+                "the captioner out"
+            )
+        return wanted
 
     def _mask_source(self, pairs: set[tuple[str, str]]) -> PlacedMasks | None:
         """What draws masks; None where there are none."""
@@ -146,10 +166,8 @@ class EditInputs:
             masks = {pair: self._real_masks(pair) for pair in pairs}
             return AugmentedMasks(masks, rules_of(masks))
         path = Path(named).expanduser()
-        if not path.exists():
-            raise UserError(
-                f"{KEY}.masks = {named}: expected none, own, random, augmented, a folder or a list of boxes"
-            )
+        if path.is_dir():
+            self.followed |= learnt_from(self.data, path, f"{KEY}.masks")
         names = {sample.name for sample in self.data.samples[self.sources]}
         return read_placed(path, names, pairs, self.mask_rules(pairs), self.edit.mask_threshold)
 
@@ -190,29 +208,37 @@ class EditInputs:
         if self.task.mode not in ("reference_only", "ip_adapter"):
             return None
         named = str(self.edit.references)
-        folder = Path(named).expanduser()
-        if folder.is_dir():
-            files = sorted(
-                path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp")
-            )
-            if not files:
-                raise DataError(f"{folder} has no pictures to follow ({KEY}.references)")
-            return {"": [(read_picture(path), None) for path in files]}
         found = defaultdict(list)
         for position, sample in enumerate(self.data.samples["train"]):
             if sample.defect_type == named and sample.source == "real":
                 found[sample.category].append(("train", position))
-        if not found:
+                self.followed.add((sample.name, sample.group))
+        if found:
+            return dict(found)
+        folder = Path(named).expanduser()
+        if not folder.is_dir():
             kinds = sorted({sample.defect_type for sample in self.data.samples["train"]})
-            raise UserError(f"{KEY}.references = {named}: no folder, and no type that trains: {', '.join(kinds)}")
-        return dict(found)
+            raise UserError(f"{KEY}.references = {named}: no type that trains, and no folder: {', '.join(kinds)}")
+        files = [path for path in pictures_below(folder) if path.parent == folder]
+        if not files:
+            raise DataError(f"{folder} has no pictures to follow ({KEY}.references)")
+        self.followed |= learnt_from(self.data, folder, f"{KEY}.references")
+        return {"": [(read_picture(path), None) for path in files]}
 
     def looks(self, pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
         """Name and group of every training picture whose look or mask goes into others, or is compared with them."""
-        named = {self.edit.references} if self.references and "" not in self.references else set()
-        looks = {(s.name, s.group) for s in self.data.samples["train"] if s.defect_type in named}
-        looks |= {(sample.name, sample.group) for pair in pairs for _, sample in self.defects(pair)}
-        return looks | (self.masks.learnt_from if self.masks else set())
+        looks = {(sample.name, sample.group) for pair in pairs for _, sample in self.defects(pair)}
+        return looks | self.followed | (self.masks.learnt_from if self.masks else set())
+
+    def files(self) -> dict[str, str]:
+        """What the files and folders hold that the options name, by option: other contents make other pictures."""
+        edit = self.edit
+        named = {"masks": edit.masks, "foreground": edit.foreground, "captioner": edit.captioner}
+        if self.references and "" in self.references:
+            named["references"] = edit.references
+        words = ("none", "own", "random", "augmented", "auto", "all", None)
+        paths = {key: Path(value).expanduser() for key, value in named.items() if value not in words and value}
+        return {key: contents(path) for key, path in paths.items() if path.exists()}
 
     def listed(self) -> str:
         """What is edited: the numbers of a set that is gone on with must mean the same pictures."""

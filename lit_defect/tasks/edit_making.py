@@ -18,7 +18,7 @@ from lit_defect.editing.options import KEY, NO_MASK, Edit
 from lit_defect.editing.pipelines import open_pipeline
 from lit_defect.editing.running import Request, check_steps, run
 from lit_defect.editing.samplers import warn_of_content
-from lit_defect.errors import UserError
+from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture
 from lit_defect.generation.judgement import (
     Contrasts,
@@ -39,6 +39,9 @@ from lit_defect.tasks.descriptors import descriptor
 from lit_defect.tasks.edit_inputs import EditInputs, Ready
 from lit_defect.tasks.editing_plan import EditJob
 
+UNFIT = "picture or mask unfit"  # the reason of candidates that were not even tried
+_MEASURED = ("change_inside", "change_outside", "covered", "contrast", "likeness", "area", "most_outside",
+             "share_changed", "seam")  # fmt: skip
 _SAMPLE = 2  # its random stream; those of masks, prompts and references have other numbers
 
 
@@ -86,6 +89,7 @@ class EditMaking:
         self.shapes = self.inputs.mask_rules(defects)
         self._warned: set[str] = set()
         self._warn_of_cut(self.edit.negative_prompt, "negative_prompt")
+        self.unfit: dict[EditJob, DataError] = {}  # what is wrong with pictures that cannot be edited
         if reason := warn_of_content(self.edit.content, min(strengths)):
             rank_zero_warn(reason)
         about = About(
@@ -98,7 +102,10 @@ class EditMaking:
                 "lora_scale": task.network.lora_scale,
                 "ip_adapter_scale": task.network.ip_adapter_scale,
                 "dtype": str(self.opened.dtype).removeprefix("torch."),
+                "vae_tiling": task.network.vae_tiling,
                 "pictures": self.inputs.listed(),
+                "foreign": self.data.predict_root is not None,
+                "files": self.inputs.files(),
             },
             seed=task.seed,
         )
@@ -156,11 +163,31 @@ class EditMaking:
             return
         alike: defaultdict[Any, list[Ready]] = defaultdict(list)
         for job in jobs:
-            ready = self.inputs.prepare(job)
+            try:
+                ready = self.inputs.prepare(job)
+            except DataError as problem:
+                self.unfit[job] = problem
+                continue
             self._warn_of_cut(ready.prompt)
             alike[ready.frame.padded, self.edit.strength_of(job.kind)].append(ready)
         for bucket in alike.values():
             self._make(bucket)
+
+    def finish(self) -> None:
+        """Write a rejected line for each picture that could not be edited; another run does not try it again.
+
+        Raises:
+            DataError: there is no other picture, so it is an option that is wrong.
+        """
+        unfit = {job: problem for job, problem in self.unfit.items() if job.number not in self.done}
+        if unfit and not self.store.done():
+            raise DataError(f"no picture could be edited: {next(iter(unfit.values()))}")
+        for job, problem in unfit.items():
+            name = self.data.samples[self.sources][job.source].name
+            warnings.warn(f"{name} is not edited: {problem}", stacklevel=2)
+            line: Any = {**self._asked(job), "rejected": {UNFIT: self.edit.candidates}, "reason": str(problem)}
+            self.store.add(line)
+            self.done.add(job.number)
 
     def _warn_of_cut(self, prompt: str, key: str = "prompt") -> None:
         """Once for each: the words that the text encoder does not see."""
@@ -304,25 +331,38 @@ class EditMaking:
         whole[y : y + height, x : x + width] = picture
         return whole
 
-    def _line(self, one: Ready, shown: Candidate, rejected: Counter[str], reason: str, retried: int) -> Any:
-        sample, edit, measures = self.data.samples[self.sources][one.job.source], self.edit, shown.measures
+    def _asked(self, job: EditJob) -> Any:
+        """The line of a picture of which nothing is made."""
+        sample, edit = self.data.samples[self.sources][job.source], self.edit
         return {
-            "number": one.job.number,
+            "number": job.number,
             "source": sample.name,
             "source_group": sample.group,
-            "category": one.job.pair[0],
-            "defect_type": one.job.pair[1],
-            "seed": one.job.seed[0],
-            "prompt": one.prompt,
+            "category": job.pair[0],
+            "defect_type": job.pair[1],
+            "seed": job.seed[0],
+            "prompt": "",
             "base": self.opened.fingerprint,
             "tokens": "",
             "sampler": edit.sampler,
             "steps": edit.steps,
-            "strength": edit.strength_of(one.job.kind),
+            "strength": edit.strength_of(job.kind),
             "guidance": edit.guidance,
             "reweight": "",
-            "mask_source": one.drawn.source if one.drawn else NO_MASK,
+            "mask_source": edit.masks,
             "candidates": edit.candidates,
+            **dict.fromkeys(_MEASURED, math.nan),
+            "accepted": False,
+            "mode": self.task.mode,
+            "retried": 0,
+        }
+
+    def _line(self, one: Ready, shown: Candidate, rejected: Counter[str], reason: str, retried: int) -> Any:
+        measures = shown.measures
+        return {
+            **self._asked(one.job),
+            "prompt": one.prompt,
+            "mask_source": one.drawn.source if one.drawn else NO_MASK,
             "rejected": dict(rejected),
             "change_inside": round(measures.change_inside, 3),
             "change_outside": round(measures.change_outside, 3),
@@ -332,7 +372,6 @@ class EditMaking:
             "area": float((one.mask if shown.label is None else shown.label).mean()),
             "accepted": not reason,
             "reason": reason,
-            "mode": self.task.mode,
             "most_outside": round(shown.spilt.most, 3),
             "most_after": outside(one.picture, shown.picture, one.mask).most,
             "share_changed": outside(one.picture, shown.picture).share,

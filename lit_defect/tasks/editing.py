@@ -4,7 +4,9 @@ The functions that Chowa Giken tried on hazelnuts (img2img, inpainting, instruct
 only), IP-Adapter as the maintained successor of the last, and the augmentation of Zheng & Nagata, over diffusers'
 pipelines. What their users did by hand is done here: masks, crops at a size at which small defects are possible, the
 choice among several draws by a written rule, and paste-back, so that outside its mask a picture is the original one to
-the last bit. `predict` writes a data set with a manifest, which `data.synthetic` of every data module takes.
+the last bit. `predict` writes a data set with a manifest, which `data.synthetic` of every data module takes. Of the
+pictures of `data.predict_root` nobody knows whether they show parts that test, so keep such out of that folder; the
+data module's search for near-duplicates (`data.leakage`) compares what was made of them with the test, too.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_defect.editing.options import KEY, Edit, Mode, Network
 from lit_defect.errors import UserError
+from lit_defect.generation.placed_masks import with_masks
 from lit_defect.generation.store import count
 from lit_defect.tasks.base import Batch
+from lit_defect.tasks.edit_files import of_data_set
 from lit_defect.tasks.edit_making import EditMaking
 from lit_defect.tasks.edit_report import write_edited
 from lit_defect.tasks.editing_plan import EditJob, plan_edits
@@ -87,9 +92,10 @@ class StableDiffusionEditor(SetMaker):
                 f"data.predict_split = {data.predict_split}: StableDiffusionEditor edits training pictures, as what it "
                 "makes may only train; leave it out, or name other pictures by data.predict_root"
             )
-        chosen = self._chosen()
+        chosen = self._masked(self._chosen())
         if data.predict_root is not None:
             data.setup("fit")  # real defects, whose looks and masks are followed
+            self._check_foreign(chosen)
         data.serve_places(**{SOURCES: chosen})
         self.plan_groups()
 
@@ -119,6 +125,40 @@ class StableDiffusionEditor(SetMaker):
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise UserError(f"{KEY}.sources: no {kind!r} trains; there are {', '.join(kinds)}.{hint}")
         return [sample for sample in train if sample.defect_type in wanted]
+
+    def _masked(self, chosen: list[Any]) -> list[Any]:
+        """Those that have a mask, where masks are of single pictures."""
+        named = self.edit.masks
+        if named in ("none", "random", "augmented"):
+            return chosen
+        path = Path(named).expanduser()
+        if named == "own":
+            there = {sample.name for sample in chosen if sample.mask}
+            if self.data.with_masks and not there:
+                raise UserError(
+                    f"{KEY}.masks = own: none of the {len(chosen)} pictures to edit has a mask of its own; edit types "
+                    "of defects, or take other masks"
+                )
+        elif path.exists():
+            there = with_masks(path, [sample.name for sample in chosen])
+        else:
+            raise UserError(
+                f"{KEY}.masks = {named}: expected none, own, random, augmented, a folder or a list of boxes"
+            )
+        if there and len(there) < len(chosen):
+            rank_zero_warn(
+                f"{KEY}.masks = {named}: {len(chosen) - len(there)} of {len(chosen)} pictures have no mask there and "
+                "are not edited"
+            )
+        return [sample for sample in chosen if sample.name in there] or chosen
+
+    def _check_foreign(self, chosen: list[Any]) -> None:
+        """Refuse pictures of the data set: what is made of those that are evaluated must not pass for foreign."""
+        if own := of_data_set(self.data, [Path(sample.path) for sample in chosen]):
+            raise UserError(
+                f"data.predict_root: {own[0].name} is a picture of the data set itself; leave predict_root out to edit "
+                "training pictures, or name a folder of others"
+            )
 
     def _identity(self, sample: Any) -> tuple[str, str]:
         """Category and type of a picture; those of `predict_root` are normal ones of the only category there is.
@@ -162,6 +202,13 @@ class StableDiffusionEditor(SetMaker):
             self._making.make(self.groups[group])
         groups: Tensor = batch["index"]
         return groups
+
+    def on_predict_epoch_end(self) -> None:
+        """As above; what could not be edited is written down first."""
+        assert self._making is not None
+        self.trainer.strategy.barrier("all is tried")
+        self._making.finish()
+        super().on_predict_epoch_end()
 
     def write_results(self, folder: Path, stage: str) -> None:
         """Counts and contact sheets; rank 0 only."""

@@ -53,10 +53,13 @@ class SetMaker(DefectTask):
         """The first process opens the set before the others.
 
         Raises:
-            UserError: under fast_dev_run, which would leave half of it; or the first process could not.
+            UserError: under fast_dev_run or limit_predict_batches, which would leave half of it looking whole; or the
+                first process could not.
         """
-        if getattr(self.trainer, "fast_dev_run", False):
-            raise UserError(f"fast_dev_run would leave half a set in {self.root}: set {self.counted_by} instead")
+        limit = self.trainer.limit_predict_batches
+        limited = limit != 1.0 or isinstance(limit, int)  # 1.0 is all of them, 1 a single one
+        if cut := "fast_dev_run" if self.trainer.fast_dev_run else "limit_predict_batches" if limited else "":  # type: ignore[attr-defined]
+            raise UserError(f"trainer.{cut} would leave half a set in {self.root}: set {self.counted_by} instead")
         with first_process_first(self.trainer):
             yield
 
