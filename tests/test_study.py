@@ -184,6 +184,35 @@ def test_a_file_that_is_none(write, tmp_path):
         read_study(broken)
 
 
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"x": {"config": "tiny.yaml", "experiment": "toy_A"}}, "x and A/s0 would both write runs/toy_A/s0"),
+        (
+            {"x": {"config": "tiny.yaml"}, "y": {"verb": "predict", "config": "tiny.yaml", "experiment": "toy_x"}},
+            "x and y would both write",
+        ),
+        (
+            {
+                "y": {"verb": "predict", "of": "x", "config": "tiny.yaml"},
+                "x": {"config": "tiny.yaml"},
+                "z": {"verb": "predict", "of": "x", "config": "tiny.yaml"},
+            },
+            "y and z would both write",
+        ),
+    ],
+)
+def test_no_two_jobs_write_one_folder(write, steps, message):
+    with pytest.raises(UserError, match=message):
+        jobs(write(steps=steps, arms={"A": {}}))
+
+
+def test_a_predict_may_stand_before_its_fit(write):
+    steps = {"y": {"verb": "predict", "of": "x", "config": "tiny.yaml"}, "x": {"config": "tiny.yaml"}}
+    found = jobs(write(steps=steps, arms={"A": {}}))
+    assert found["y"].run == found["x"].run
+
+
 # --- running: commands are played by a quick program that leaves what the real one leaves ---
 
 PLAY = """
