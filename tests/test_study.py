@@ -422,3 +422,11 @@ def test_every_study_among_the_experiments_has_options_that_there_are(monkeypatc
     monkeypatch.setenv("PYTHONPATH", str(EXPERIMENTS.parent))
     found = {f"{file.stem}: {job.name}": [job.verb, *job.words] for file in STUDIES for job in plan(read_study(file))}
     assert len(parsed(found)) == len(found)
+
+
+@pytest.mark.skipif(not STUDIES, reason="no study among the experiments")
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_title_tells_of_pseudo_anomalies_that_unbalance_the_batches(file):
+    arms = yaml.safe_load(file.read_text())["arms"].values()
+    titles = [arm["title"] for arm in arms if "model.anomaly" in arm.get("options", {})]
+    assert all("a quarter of the batch" in title for title in titles)
