@@ -48,6 +48,11 @@ class Job:
         """Of the run itself."""
         return self.line(self.verb, *self.words)
 
+    @property
+    def mark(self) -> Path:
+        """Written when a predict is through, with its words and options: its folder alone does not say so."""
+        return self.run.path / f"study_{self.name.partition('/')[0]}.json"
+
     def test_commands(self) -> list[list[str]]:
         """Commands of the evaluations of an arm's finished fit that are still missing."""
         if self.arm is None:

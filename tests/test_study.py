@@ -229,6 +229,7 @@ if told["--experiment"] in Path("failing.txt").read_text().split():
     sys.exit(3)
 if verb == "fit":
     (run / "run.json").write_text(json.dumps({"status": "finished"}))
+    (run / "config.yaml").write_text("lr: 1")
 if verb == "test" or "--test_after_fit" in told:
     name = "mirrored" if "--data.test" in told else "test"
     (run / f"{name}_metrics.json").write_text("{}")
@@ -241,7 +242,7 @@ def play(write, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     Path("play.py").write_text(PLAY)
     Path("failing.txt").write_text("")
     monkeypatch.setattr(study_plan.Job, "line", staticmethod(lambda *words: [sys.executable, "play.py", *words]))
-    monkeypatch.setattr(program, "parsed", lambda commands: {name: {} for name in commands})
+    monkeypatch.setattr(program, "parsed", lambda commands: {name: {"lr": 1} for name in commands})
     monkeypatch.setattr(program, "_report", lambda study: None)
 
     def run(file: Path, *arguments: str, status: int = 0) -> list[str]:
@@ -350,14 +351,90 @@ def test_a_finished_run_of_other_options_is_no_part_of_the_study(write, play, mo
     now(lr=0.2)
     assert play(file, status=2) == []
     assert "model.init_args.lr: 0.1 -> 0.2" in capsys.readouterr().err
+    assert play(file, "--job", "1", status=2) == []
     now(synthetic={"path": "edits"})
     assert play(file, status=2) == []
 
 
-def test_a_finished_predict_of_other_options_is_refused(write, play):
-    play(write())
+def test_a_run_that_was_only_begun_counts_as_well(write, play, monkeypatch, capsys):
+    file = write(steps=None, arms={"A": {}}, seeds=[0])
+    play(file)
+    monkeypatch.setattr(program, "parsed", lambda commands: {name: {"lr": 2} for name in commands})
+    Path("runs/toy_A/s0/test_metrics.json").unlink()
+    assert play(file, status=2) == []
+    write_json(Path("runs/toy_A/s0/run.json"), {"status": "interrupted"})
+    assert play(file, status=2) == []
+    assert "lr: 1 -> 2" in capsys.readouterr().err
+    Path("runs/toy_A/s0/config.yaml").write_text("")
+    assert play(file, status=2) == []
+    assert "config.yaml has no options" in capsys.readouterr().err
+
+
+def test_an_option_of_a_later_version_counts_where_the_study_sets_it(write, play, monkeypatch, capsys):
+    def study(**options: Any) -> Path:
+        return write(steps=None, arms={"A": {}}, seeds=[0], options=options)
+
+    config = {"model": {"init_args": {"lr": 1, "added": 3, "maker": {"class_path": "M", "init_args": {"size": 2}}}}}
+    play(study())
+    Path("runs/toy_A/s0/config.yaml").write_text("model: {init_args: {lr: 1}}")
+    monkeypatch.setattr(program, "parsed", lambda commands: dict.fromkeys(commands, config))
+    assert play(study()) == []
+    assert play(study(**{"model.lr": 1})) == []
+    assert play(study(**{"model.added": 3}), status=2) == []
+    assert "model.init_args.added: None -> 3" in capsys.readouterr().err
+    assert play(study(**{"model.maker": "M"}), status=2) == []
+    assert play(study(), "--options=--model.added=3", status=2) == []
+    Path("tiny.yaml").write_text("model: {init_args: {maker: {class_path: M}}}")
+    assert play(study(), status=2) == []
+
+
+def test_a_finished_predict_of_other_options_is_refused(write, play, monkeypatch, capsys):
+    file = write()
+    play(file)
+    monkeypatch.setattr(
+        program,
+        "parsed",
+        lambda commands: {name: {"lr": 2 if name == "edits" else 1} for name in commands},  # the YAML has changed
+    )
+    assert play(file, status=2) == []
+    assert "edits: runs/toy_edits/s0 was made with other options (lr: 1 -> 2)" in capsys.readouterr().err
+
+
+def test_a_predict_that_is_marked_by_its_words_alone_goes_by_them(write, play, monkeypatch):
+    file = write()
+    play(file)
+    mark = Path("runs/toy_edits/s0/study_edits.json")
+    write_json(mark, {"command": json.loads(mark.read_text())["command"]})
+    assert play(file) == []
     other = {"base": {"config": "tiny.yaml"}, "edits": {**BASIC["steps"]["edits"], "options": {"model.base": "{base}"}}}
     assert play(write(steps=other), status=2) == []
+
+
+def test_another_spelling_of_the_folder_is_no_other_option(write, play, monkeypatch):
+    """Of `model.base`, which names a run folder."""
+    monkeypatch.setattr(
+        program,
+        "parsed",
+        lambda commands: {
+            name: {
+                "lr": 1,
+                "base": words[words.index("--runs_dir") + 1],
+                "lora": [words[words.index("--runs_dir") + 1]],
+            }
+            for name, words in commands.items()
+        },
+    )
+    Path("play.py").write_text(
+        PLAY.replace('"lr: 1"', "json.dumps({'lr': 1, 'base': told['--runs_dir'], 'lora': [told['--runs_dir']]})")
+    )
+    file = write()
+    play(file)
+    assert play(file, "--runs_dir", str(Path("runs").absolute())) == []
+    mark = Path("runs/toy_edits/s0/study_edits.json")
+    write_json(mark, {"command": json.loads(mark.read_text())["command"]})
+    assert play(file, "--runs_dir", str(Path("runs").absolute())) == []
+    Path("other").symlink_to("runs")
+    assert play(file, "--runs_dir", "other") == []
 
 
 def test_a_stop_is_handed_on_and_the_study_goes_on_later(write, play, monkeypatch):
