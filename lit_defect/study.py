@@ -93,6 +93,9 @@ class Runner:
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Carry them out, one after the other; returns how many are not finished in the end."""
+        if not self.study.plan_file.exists():
+            written = {"judged_by": self.study.judged_by, "written": time.strftime("%Y-%m-%dT%H:%M:%S")}
+            runs.write_json(self.study.plan_file, written)
         for number, job in enumerate(jobs, 1):
             place = f"[{number}/{len(jobs)}] {job.name}"
             if is_finished(job):
@@ -208,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
 def _of_options(runner: Runner, options: argparse.Namespace) -> list[Job]:
     """The jobs that the command line asks for; numbers and stages count all jobs of the study."""
     if options.job is not None:
+        if options.only or options.seeds:
+            raise UserError("--job names one job by itself: leave out --only and --seeds")
         if not 0 <= options.job < len(runner.jobs):
             raise UserError(f"--job {options.job}: the jobs are 0 to {len(runner.jobs) - 1}; see --list")
         return [runner.jobs[options.job]]

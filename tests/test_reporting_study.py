@@ -19,7 +19,7 @@ from lit_defect.reporting import study_runs
 from lit_defect.reporting.study import main, markdown
 from lit_defect.reporting.study_runs import FIGURES, Judged, StudyRun, compare, judge, read_results
 from lit_defect.reporting.study_verdict import verdict
-from lit_defect.reporting.zheng_nagata import ACCURACY, BEST, PICTURES, published_difference
+from lit_defect.reporting.zheng_nagata import ACCURACY, BEST, published_difference
 from lit_defect.runs import RunFolder
 from lit_defect.study_file import read_study
 
@@ -251,6 +251,23 @@ def test_what_one_generation_leaves_open_is_told(study):
     assert "one generation" not in markdown(read_study(study), read_results(read_study(study)))
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (None, "chosen before the runs is written down nowhere"),
+        ({"judged_by": "accuracy", "written": "2026-01-02T03:04:05"}, "at 2026-01-02T03:04:05, before the first"),
+        ({"judged_by": "accuracy", "written": "2026-01-02T13:04:05"}, "some of these runs had begun (at 2026-01-02T12"),
+        ({"judged_by": "auroc", "written": "2026-01-02T03:04:05"}, "although auroc was written down at 2026-01-02"),
+    ],
+)
+def test_when_the_judge_was_chosen_is_told(study, told, said):
+    (write_run("A", 0, []) / "run.json").write_text(json.dumps({"started": "2026-01-02T12:00:00"}))
+    if told:
+        Path("runs/toy").mkdir()
+        Path("runs/toy/judged_by.json").write_text(json.dumps(told))
+    assert said in markdown(read_study(study), read_results(read_study(study)))
+
+
 def test_arms_without_hold_out_are_told(study):
     write_all(stage="mirrored")
     write_run("A", 0, [0])
@@ -296,9 +313,10 @@ def test_the_papers_figures_are_the_papers():
     first = np.array(BEST[0].counts)
     assert round(100 * first.trace() / first.sum(), 2) == 96.81 == max(ACCURACY["CNN A, originals"])
     second = np.array(BEST[1].counts)
-    assert second.sum() == sum(PICTURES.values()) - 2
-    assert round(100 * 340 / sum(PICTURES.values()), 2) == 98.55 == max(ACCURACY["CNN B, and generated"])
-    assert first.sum(1).tolist() == [PICTURES["good"], PICTURES["defective"]]  # NG first: swapped
+    good, defective = 149, 196  # of sets A and C, as the text counts them
+    assert second.sum() == good + defective - 2
+    assert round(100 * 340 / (good + defective), 2) == 98.55 == max(ACCURACY["CNN B, and generated"])
+    assert first.sum(1).tolist() == [good, defective]  # NG first: swapped
     assert published_difference().startswith("+1.28 (+0.")
 
 
@@ -309,6 +327,13 @@ def test_the_papers_tables_have_ours_beside(study):
     assert cells(text, "1")[:2] == ["96.52", "97.10"]
     assert cells(text, "1")[2:] == ["87.50", "95.00", "87.50", "95.00"]
     assert cells(text, "4")[2:] == ["-"] * 4
+    assert "ours A, mirrored, seeds 0, 1, 2" in text
+    assert "Ours on mirrored pictures stand beside them" in text
+    for file in Path("runs").rglob("mirrored_metrics.json"):
+        file.unlink()
+    beside = markdown(read_study(study), read_results(read_study(study)))
+    assert "Ours on mirrored pictures stand beside them" not in beside
+    assert "Ours have no mirrored pictures: none of them compares with these figures" in beside
     assert "| true NG (149) | 143 | 6 |" in text
     assert "| ours, best A, seed 1, hold-out | called good (22) | called defective (18) |" in text
     assert "| true defective (20) | 3 | 17 |" in text
@@ -339,6 +364,27 @@ def test_the_program_writes_report_tables_and_picture(study, capsys):
         lines = {(row["configuration"], row["figure"]): row for row in csv.DictReader(file)}
     assert float(lines["B less A, over seeds", "accuracy"]["mean"]) == pytest.approx(7 / 120)
     assert float(lines["B less A, over pictures", "accuracy"]["mean"]) == pytest.approx(7 / 120)
+
+
+def test_files_that_are_missing_beside_the_metrics_are_named(study):
+    folder = write_run("A", 0, [])
+    whole = (folder / "test_predictions.csv").read_text()
+    (folder / "test_predictions.csv").write_text("".join(whole.splitlines(True)[:-3]))
+    with pytest.raises(UserError, match=r"test_predictions\.csv has 37 pictures, .*test_metrics\.json 40"):
+        read_results(read_study(study))
+    (folder / "test_predictions.csv").unlink()
+    with pytest.raises(UserError, match=r"test_predictions\.csv has 0 pictures"):
+        read_results(read_study(study))
+    (folder / "test_predictions.csv").write_text(whole)
+    (folder / "splits.csv").unlink()
+    with pytest.raises(UserError, match=r"splits\.csv is missing"):
+        read_results(read_study(study))
+
+
+def test_an_output_that_can_be_no_folder(study, capsys):
+    write_run("A", 0, [])
+    assert main([str(study), "--output", "c.yaml/report"]) == 2
+    assert "c.yaml/report: Not a directory" in capsys.readouterr().err
 
 
 def test_what_cannot_be_reported_is_said(study, capsys):

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,12 @@ def test_a_shared_step_has_an_experiment_of_its_own(write):
             },
             "needs a, which has a run for each seed",
         ),
+        ({"steps": {"a": {"config": "tiny.yaml", "seed": "abc"}}}, "steps.a.seed is abc: expected a whole number"),
+        ({"arms": {"A": {"needs": 5}}}, "arms.A.needs is 5: expected names of steps"),
+        ({"steps": {"a": {"config": "tiny.yaml", "verb": "predict", "of": "b"}, "b": "x"}}, "steps.b is no mapping"),
+        ({"arms": {"A": {"options": {"x": date(2026, 1, 2)}}}}, "arms.A.options.x is 2026-01-02.*into quotes"),
+        ({"steps": {"type": {"config": "tiny.yaml"}}}, "steps.type needs a name .*none of seed, category, type, cap"),
+        ({"steps": {"caption": {"config": "tiny.yaml"}}}, "steps.caption needs a name"),
     ],
 )
 def test_mistakes_in_the_file_are_named(write, entries, message):
@@ -181,6 +188,15 @@ def test_a_file_that_is_none(write, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [")
     with pytest.raises(UserError, match="is no YAML"):
+        read_study(broken)
+    broken.write_bytes("question: größer".encode("latin-1"))
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        read_study(broken)
+    broken.write_text("study: toy\narms:\n  A: {title: a}\n  A: {title: b}\n")
+    with pytest.raises(UserError, match=r"A stands twice[^$]*line 4"):
+        read_study(broken)
+    broken.write_text("study: toy\nx: &x {title: a}\narms:\n  A: {<<: *x, title: b}\n")
+    with pytest.raises(UserError, match="x is unknown"):  # what is merged may be overruled
         read_study(broken)
 
 
@@ -268,6 +284,15 @@ def test_everything_runs_once_and_what_is_finished_is_skipped(write, play, capsy
     assert "[6/6] B/s1: finished before" in capsys.readouterr().out
 
 
+def test_what_judges_is_written_down_before_the_first_run_and_never_again(write, play):
+    Path("failing.txt").write_text("toy_base toy_A")
+    play(write(judged_by="auroc"), status=1)
+    written = Path("runs/toy/judged_by.json")
+    assert json.loads(written.read_text())["judged_by"] == "auroc"
+    play(write(judged_by="accuracy"), status=1)
+    assert json.loads(written.read_text())["judged_by"] == "auroc"
+
+
 def test_an_unfinished_run_goes_on_and_an_untested_one_is_tested(write, play):
     file = write()
     play(file)
@@ -309,6 +334,8 @@ def test_one_job_one_stage_one_arm_one_seed(write, play, capsys):
     assert play(file, "--stage", "1") == ["predict toy_edits s0"]
     assert play(file, "--only", "B", "--seeds", "1") == ["fit toy_B s1"]
     assert play(file, "--job", "9", status=2) == []
+    assert play(file, "--job", "0", "--only", "A", status=2) == []
+    assert play(file, "--job", "0", "--seeds", "1", status=2) == []
     assert play(file, "--only", "Q", status=2) == []
     assert play(file, "--seeds", "7", status=2) == []
     assert "the arms are A, B" in capsys.readouterr().err

@@ -134,7 +134,7 @@ def read_results(study: Study) -> dict[str, dict[int, StudyRun]]:
     """The tested runs of a study.
 
     Raises:
-        UserError: none at all, or results of something else than a classifier.
+        UserError: none at all, results of something else than a classifier, or files that are missing.
     """
     found: dict[str, dict[int, StudyRun]] = {}
     for arm in study.arms:
@@ -256,7 +256,11 @@ def _right(a: Tested, b: Tested) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
 
 
 def _read_run(run: RunFolder, stages: Sequence[str]) -> StudyRun:
-    parts = _csv(run.path / "splits.csv")
+    if not (parts := _csv(run.path / "splits.csv")):
+        raise UserError(
+            f"{run.path / 'splits.csv'} is missing, which says what trained and which photographs show one part: put "
+            "it back, or remove that folder and run the study again"
+        )
     group_of = {row["name"]: row.get("group") or row["name"] for row in parts}
     tested = {stage: _read_tested(run, stage, group_of) for stage in stages}
     names = next(iter(tested.values())).result["class_names"]
@@ -283,6 +287,11 @@ def _read_tested(run: RunFolder, stage: str, group_of: Mapping[str, str]) -> Tes
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} does not hold the metrics of a classifier, which a study compares") from None
     lines = _csv(run.path / f"{stage}_predictions.csv")
+    if len(lines) != result["n"]:
+        raise UserError(
+            f"{run.path / f'{stage}_predictions.csv'} has {len(lines)} pictures, {file} {result['n']}: remove both, "
+            "and the study tests that run again"
+        )
     labels = np.array([names.index(line["label"]) for line in lines])
     figures |= _errors(confusion, normal)
     return Tested(

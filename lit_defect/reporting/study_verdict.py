@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 
@@ -29,6 +30,7 @@ def conclusions(study: Study, results: Results) -> Iterator[str]:
         f"all {len(study.arms) - 1} arms against {study.baseline} together; nothing is concluded from fewer than two "
         f"seeds or {LEAST_PARTS} parts. The tables have intervals of 95 %, each by itself."
     )
+    yield _when_chosen(study, results)
     yield from _of_one_generation(study)
 
 
@@ -68,6 +70,22 @@ def _sentences(study: Study, results: Results, level: float) -> Iterator[str]:
         else:
             said = "no conclusion, since it has results on mirrored training pictures only."
         yield f"**{arm} ({study.arms[arm].title}) against {study.baseline}: {said}**"
+
+
+def _when_chosen(study: Study, results: Results) -> str:
+    """Whether the figure was written down before there were results to choose it by."""
+    figure = FIGURES[study.judged_by]
+    try:
+        told = json.loads(study.plan_file.read_text(encoding="utf-8"))
+        before, written = str(told["judged_by"]), str(told["written"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"Judged by {figure}; that it was chosen before the runs is written down nowhere."
+    if before != study.judged_by:
+        return f"**Judged by {figure}, although {before} was written down at {written}: chosen afterwards.**"
+    started = [str(run.folder.record().get("started")) for runs in results.values() for run in runs.values()]
+    if any(start < written for start in started):
+        return f"Judged by {figure}, written down at {written}, when some of these runs had begun (at {min(started)})."
+    return f"Judged by {figure}, written down at {written}, before the first of these runs."
 
 
 def _of_one_generation(study: Study) -> Iterator[str]:
