@@ -21,19 +21,18 @@ The exit status is 0 when all is done, 1 when a run failed, 2 for what the user 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_defect import runs
 from lit_defect.errors import UserError
-from lit_defect.study_check import parsed
+from lit_defect.study_check import changes_since, parsed
 from lit_defect.study_file import Study, read_study
 from lit_defect.study_plan import Job, plan
 
@@ -51,7 +50,7 @@ class Runner:
         self.extra = list(extra)
         self.jobs = plan(study)
         self._by_name = {job.name: job for job in self.jobs}
-        self._failed: set[str] = set()
+        self._configs: dict[str, dict[str, Any]] = {}  # of the jobs that were checked
 
     def chosen(self, arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
         """The jobs of these arms and seeds, all where none are named, and what they need.
@@ -79,14 +78,14 @@ class Runner:
         return [job for job in self.jobs if job.name in needed]
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Before the first run: options that no command would take, and finished runs of other options.
+        """Before the first run: options that no command would take, and runs begun or finished with other options.
 
         Raises:
             UserError: naming the job and the key.
         """
-        configs = parsed({job.name: [job.verb, *job.words, *self.extra] for job in jobs})
+        self._configs |= parsed({job.name: [job.verb, *job.words, *self.extra] for job in jobs})
         for job in jobs:
-            if is_finished(job) and (changes := _changes(job, configs[job.name])):
+            if changes := changes_since(job, self._configs[job.name], self.extra):
                 raise UserError(
                     f"{job.name}: {job.run.path} was made with other options ({'; '.join(changes)}): give the study "
                     "another name, or remove that folder and those of the runs that build upon it"
@@ -94,6 +93,9 @@ class Runner:
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Carry them out, one after the other; returns how many are not finished in the end."""
+        if not self.study.plan_file.exists():
+            written = {"judged_by": self.study.judged_by, "written": time.strftime("%Y-%m-%dT%H:%M:%S")}
+            runs.write_json(self.study.plan_file, written)
         for number, job in enumerate(jobs, 1):
             place = f"[{number}/{len(jobs)}] {job.name}"
             if is_finished(job):
@@ -127,7 +129,7 @@ class Runner:
         if job.verb == "predict":
             if status := _run(self.commands(job)[0], log):
                 return f"exit status {status}"
-            runs.write_json(_mark(job), {"command": list(job.words)})
+            runs.write_json(job.mark, {"command": list(job.words), "config": self._configs.get(job.name)})
             return ""
         if job.run.record().get("status") != "finished":
             if status := _run([*job.command, *self.extra], log):
@@ -143,7 +145,7 @@ class Runner:
 def is_finished(job: Job) -> bool:
     """Whether there is nothing left to do of a job."""
     if job.verb == "predict":
-        return _mark(job).is_file()
+        return job.mark.is_file()
     return job.run.record().get("status") == "finished" and not job.test_commands()
 
 
@@ -156,8 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             _list(runner, jobs)
             return 0
-        if options.job is None:
-            runner.check(jobs)
+        runner.check(jobs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -210,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
 def _of_options(runner: Runner, options: argparse.Namespace) -> list[Job]:
     """The jobs that the command line asks for; numbers and stages count all jobs of the study."""
     if options.job is not None:
+        if options.only or options.seeds:
+            raise UserError("--job names one job by itself: leave out --only and --seeds")
         if not 0 <= options.job < len(runner.jobs):
             raise UserError(f"--job {options.job}: the jobs are 0 to {len(runner.jobs) - 1}; see --list")
         return [runner.jobs[options.job]]
@@ -254,31 +257,6 @@ def _run(command: list[str], log: Path) -> int:
 
 def _stop(number: int, _: Any) -> NoReturn:
     raise SystemExit(128 + number)
-
-
-def _mark(job: Job) -> Path:
-    """Written when a predict is through: its folder alone does not say so."""
-    return job.run.path / f"study_{job.name.partition('/')[0]}.json"
-
-
-def _changes(job: Job, config: Mapping[str, Any]) -> list[str]:
-    """In what a finished job's options differ from those that it would be run with now."""
-    if job.verb == "predict":
-        words = json.loads(_mark(job).read_text(encoding="utf-8"))["command"]
-        return [] if words == list(job.words) else [f"{shlex.join(words)}, now {shlex.join(job.words)}"]
-    from lit_defect.reporting.seeds import INCIDENTAL
-
-    deciding = ("seed_everything", "data.init_args.seed", "data.init_args.category")
-    elsewhere = tuple(key for key in INCIDENTAL if key not in deciding)
-    before = runs.flatten(job.run.config())
-    keys = [(change, change.partition(":")[0]) for change in runs.changed_options(job.run.config(), config)]
-    return [change for change, key in keys if _was_known(key, before) and not key.startswith(elsewhere)]
-
-
-def _was_known(key: str, before: Mapping[str, Any]) -> bool:
-    """Whether a configuration has the option or what it is part of; later versions may have added it."""
-    parts = key.split(".")
-    return any(".".join(parts[:length]) in before for length in range(1, len(parts) + 1))
 
 
 def _end_of(log: Path, lines: int = 5) -> str:

@@ -13,12 +13,13 @@
       A: {title: originals}
       B: {title: originals and edits, options: {data.synthetic.path: "{edits}/edited"}}
     baseline: A                              # the arm that the others are held against; the first one if not given
-    judged_by: accuracy                      # the figure that the conclusion rests on, chosen before the runs
+    judged_by: accuracy                      # the figure that the conclusion rests on; written down with the first run
     paper: zheng_nagata                      # whose published figures the report prints beside ours
     mirrored: true                           # test on the mirrored training pictures, too
 
 `{base}` in an option is the run folder of that step, which is then made first, and `{seed}` the job's seed; other words
-in braces stay as they are. A step takes, beside `verb` (fit or predict), `config` and `options`:
+in braces stay as they are, such as `{category}`, `{type}` and `{caption}` in prompts, of which no step has the name.
+A step takes, beside `verb` (fit or predict), `config` and `options`:
 `of: STEP` (predict with that fit's best state, in that run's folder), `each_seed: true` (a run for each seed, for the
 arms' runs of the same seed), `seed` (of a single run; 0), `needs` (steps that no option names) and `experiment` (a name
 of its own, by which several studies share the step). An arm takes `title`, `config`, `options` and `needs`.
@@ -48,6 +49,7 @@ _STUDY_KEYS = (
 _STEP_KEYS = ("verb", "config", "options", "needs", "of", "each_seed", "seed", "experiment")
 _ARM_KEYS = ("title", "config", "options", "needs")
 _OURS = ("config", "experiment", "run_id", "runs_dir", "resume", "ckpt_path", "seed_everything", "test_after_fit")
+_TAKEN = ("seed", "category", "type", "caption")  # words in braces that mean something else, here and in prompts
 PLACE = re.compile(r"\{(\w+)\}")
 
 
@@ -97,6 +99,11 @@ class Study:
         """Of the logs and the report."""
         return self.runs_dir / self.name
 
+    @property
+    def plan_file(self) -> Path:
+        """Says by which figure the study was to be judged when its first run began, and when that was."""
+        return self.folder / "judged_by.json"
+
     def run(self, arm: str, seed: int) -> runs.RunFolder:
         """The run of an arm with a seed."""
         return runs.RunFolder(self.runs_dir / f"{self.name}_{arm}" / f"s{seed}")
@@ -113,12 +120,28 @@ def read_study(file: Path, runs_dir: Path | None = None) -> Study:
         UserError: no such file, unknown keys or names, or needs that go round in a circle.
     """
     try:
-        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+        said = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no text in UTF-8; a study's file is needed") from None
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; a study's file is needed") from None
     except yaml.YAMLError as error:
         raise UserError(f"{file} is no YAML: {error}") from None
     return _Reader(file).study(said, runs_dir)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice, of which YAML would drop the first silently."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 def _named_steps(options: Mapping[str, Any], steps: Iterable[str]) -> list[str]:
@@ -168,8 +191,7 @@ class _Reader:
 
     def seeds(self, said: Any) -> tuple[int, ...]:
         """Distinct whole numbers."""
-        whole = isinstance(said, list) and all(type(seed) is int and seed >= 0 for seed in said)
-        if not whole or len(set(said)) < len(said):
+        if not isinstance(said, list) or not all(map(_is_seed, said)) or len(set(said)) < len(said):
             raise self.wrong("seeds", f"is {said}: expected a list of different whole numbers, such as [0, 1, 2]")
         return tuple(said)
 
@@ -186,9 +208,12 @@ class _Reader:
                 raise self.wrong(f"{where}.verb", f"is {verb}: expected fit or predict")
             options = self.options(entries.get("options"), where, given)
             of = entries.get("of")
-            if of is not None and (verb != "predict" or (given.get(str(of)) or {}).get("verb", "fit") != "fit"):
+            fits = self.known(given.get(str(of)) or {}, f"steps.{of}", _STEP_KEYS).get("verb", "fit") == "fit"
+            if of is not None and (verb != "predict" or not fits):
                 raise self.wrong(f"{where}.of", "is for a predict with the state of a step that fits")
             needs = [*([str(of)] if of is not None else []), *self.needs(entries, where, given)]
+            if not _is_seed(seed := entries.get("seed", 0)):
+                raise self.wrong(f"{where}.seed", f"is {seed}: expected a whole number")
             experiment = entries.get("experiment")
             if experiment is not None:
                 runs.check_name(f"{self.file}: {where}.experiment", str(experiment))
@@ -200,7 +225,7 @@ class _Reader:
                 needs=tuple(dict.fromkeys([*needs, *_named_steps(options, given)])),
                 of=None if of is None else str(of),
                 each_seed=self.flag(entries, "each_seed", where),
-                seed=int(entries.get("seed", 0)),
+                seed=seed,
                 experiment=str(experiment or ""),
             )
         for step in found.values():
@@ -246,6 +271,10 @@ class _Reader:
                 raise self.wrong(at, "is set by the study itself")
             if key.startswith("-"):
                 raise self.wrong(at, "is written without the leading dashes")
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):  # a date, or something that holds itself
+                raise self.wrong(at, f"is {value}, which no command line can say; put it into quotes") from None
             begins = re.match(r"\{(\w+)\}/", value) if isinstance(value, str) else None
             if begins and begins[1] not in {*steps, "seed"}:
                 raise self.wrong(at, f"names {begins[0]}, which is no step{_near(begins[1], steps)}")
@@ -254,6 +283,8 @@ class _Reader:
     def needs(self, entries: Mapping[str, Any], where: str, steps: Iterable[str]) -> list[str]:
         """Names of steps."""
         said = entries.get("needs") or []
+        if not isinstance(said, str | list):
+            raise self.wrong(f"{where}.needs", f"is {said}: expected names of steps, such as [base]")
         names = [said] if isinstance(said, str) else [str(name) for name in said]
         for name in [*names, *([str(entries["of"])] if entries.get("of") is not None else [])]:
             if name not in steps:
@@ -298,11 +329,15 @@ class _Reader:
         return value
 
     def plain_name(self, name: str, where: str) -> None:
-        if not re.fullmatch(r"\w+", name) or name == "seed":
-            raise self.wrong(where, "needs a name of letters, digits and _ (and not `seed`)")
+        if not re.fullmatch(r"\w+", name) or name in _TAKEN:
+            raise self.wrong(where, f"needs a name of letters, digits and _ (and none of {', '.join(_TAKEN)})")
 
     def wrong(self, key: str, what: str) -> UserError:
         return UserError(f"{self.file}: {key} {what}")
+
+
+def _is_seed(said: Any) -> bool:
+    return type(said) is int and said >= 0
 
 
 def _near(word: str, known: Iterable[str]) -> str:

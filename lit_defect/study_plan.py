@@ -7,9 +7,11 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lit_defect import runs
+from lit_defect.errors import UserError
 from lit_defect.study_file import PLACE, Arm, Step, Study
 
 
@@ -27,6 +29,7 @@ class Job:
         seed: of its arm; of a step for each seed; else None.
         stage: 0 for jobs that need none, else one more than the latest that is needed.
         mirrored: whether the finished fit is tested on its mirrored training pictures as well.
+        of: of a predict, name of the fit whose best state it takes and in whose folder it writes, if any.
     """
 
     name: str
@@ -38,11 +41,17 @@ class Job:
     seed: int | None = None
     stage: int = 0
     mirrored: bool = False
+    of: str | None = None
 
     @property
     def command(self) -> list[str]:
         """Of the run itself."""
         return self.line(self.verb, *self.words)
+
+    @property
+    def mark(self) -> Path:
+        """Written when a predict is through, with its words and options: its folder alone does not say so."""
+        return self.run.path / f"study_{self.name.partition('/')[0]}.json"
 
     def test_commands(self) -> list[list[str]]:
         """Commands of the evaluations of an arm's finished fit that are still missing."""
@@ -70,13 +79,31 @@ def has_results(run: runs.RunFolder, stage: str) -> bool:
 
 
 def plan(study: Study) -> list[Job]:
-    """All jobs, in the order in which they can run: by stage, and within a stage seed by seed."""
+    """All jobs, in the order in which they can run: by stage, and within a stage seed by seed.
+
+    Raises:
+        UserError: two jobs would write the same run folder.
+    """
     made: list[Job] = []
-    for step in study.steps.values():
+    for step in sorted(study.steps.values(), key=lambda step: step.of is not None):
         seeds = study.seeds if step.each_seed else (None,)
         made += [_of_step(study, step, seed) for seed in seeds]
     made += [_of_arm(study, arm, seed) for seed in study.seeds for arm in study.arms.values()]
+    _refuse_shared_folders(made)
     return sorted(made, key=lambda job: job.stage)
+
+
+def _refuse_shared_folders(made: Iterable[Job]) -> None:
+    """A folder is of one fit or one predict, or of a fit and one predict with its state."""
+    writers: dict[Path, list[Job]] = {}
+    for job in made:
+        others = writers.setdefault(job.run.path.resolve(), [])
+        if others and not (len(others) == 1 and job.of == others[0].name):
+            raise UserError(
+                f"{others[-1].name} and {job.name} would both write {job.run.path}, and one would be taken for the "
+                "other: give a step another name, `experiment` or `seed`"
+            )
+        others.append(job)
 
 
 def step_run(study: Study, name: str, seed: int | None) -> runs.RunFolder:
@@ -100,6 +127,7 @@ def _of_step(study: Study, step: Step, seed: int | None) -> Job:
         needs=tuple(_job_name(study, name, seed) for name in step.needs),
         seed=seed,
         stage=_stage(study, step.needs),
+        of=None if step.of is None else _job_name(study, step.of, seed),
     )
 
 

@@ -15,11 +15,12 @@ from scipy import stats
 
 from lit_defect.errors import UserError
 from lit_defect.metrics.classification import evaluate
-from lit_defect.metrics.intervals import Interval, McNemar
-from lit_defect.reporting.seeds import Spread
-from lit_defect.reporting.study import main, markdown, verdict
-from lit_defect.reporting.study_runs import FIGURES, Compared, compare, read_results
-from lit_defect.reporting.zheng_nagata import ACCURACY, BEST, PICTURES, published_difference
+from lit_defect.reporting import study_runs
+from lit_defect.reporting.study import main, markdown
+from lit_defect.reporting.study_runs import FIGURES, Judged, StudyRun, compare, judge, read_results
+from lit_defect.reporting.study_verdict import verdict
+from lit_defect.reporting.zheng_nagata import ACCURACY, BEST, published_difference
+from lit_defect.runs import RunFolder
 from lit_defect.study_file import read_study
 
 PICTURES_TESTED = 40  # the second half is defective
@@ -162,29 +163,123 @@ def test_only_seeds_and_pictures_that_both_arms_have_are_compared(study):
     assert "**Unfinished: no results yet of B/s2.**" in markdown(read_study(study), results)
 
 
-def pair_of(seeds: tuple[float, float], pictures: tuple[float, float], count: int = 3) -> Compared:
-    spread = Spread(sum(seeds) / 2, 0.01, *seeds, count)
-    interval = Interval(sum(pictures) / 2, *pictures)
-    return Compared({"accuracy": spread}, {"accuracy": interval}, {}, McNemar(0, 0, 1.0), 40)
+def test_seeds_and_pictures_move_a_difference_together(study):
+    write_all()
+    results = read_results(read_study(study))
+    level = 0.99
+    found = judge(results["A"], results["B"], "test", "accuracy", level)
+    differences = compare(results["A"], results["B"], "test").by_seed["accuracy"]
+    over_seeds = stats.t.isf((1 - level) / 2, 2) * differences.sd / np.sqrt(3)
+    wrong = {arm: np.stack([np.isin(np.arange(PICTURES_TESTED), w) for w in WRONG[arm]]).mean(0) for arm in "AB"}
+    over_pictures = stats.norm.isf((1 - level) / 2) * (wrong["A"] - wrong["B"]).std() / np.sqrt(PICTURES_TESTED)
+    assert found.value == pytest.approx(7 / 120)
+    assert found.high - found.value == pytest.approx(np.hypot(over_seeds, over_pictures), rel=0.15)
+    assert found.value - found.low == pytest.approx(np.hypot(over_seeds, over_pictures), rel=0.15)
+    assert found.value - found.low > over_seeds
+    assert (found.seeds, found.pictures, found.parts) == (3, 40, 40)
+
+
+def test_noise_of_both_kinds_is_seldom_called_a_difference():
+    """Seeds and pictures move the difference by chance alone: few intervals of 95 % may leave out 0."""
+    rng, called = np.random.default_rng(0), 0
+    names = [f"p{k}" for k in range(60)]
+    for _ in range(200):
+        shift = rng.normal(0, 0.08, 60)  # of the pictures, for all seeds
+        runs: list[dict[int, Any]] = [{}, {}]
+        for seed in range(5):
+            chance = rng.normal(0, 0.05)
+            for arm, runs_of in enumerate(runs):
+                right = rng.random(60) < 0.7 + arm * (shift + chance)
+                tested = study_runs.Tested({key: float(right.mean()) for key in FIGURES}, {}, names, np.arange(60) % 2, right,
+                                np.zeros(60), None, names)  # fmt: skip
+                runs_of[seed] = StudyRun(RunFolder(Path("x")), {"test": tested}, {}, {}, "")
+        found = judge(runs[0], runs[1], "test", "accuracy", 0.95)
+        called += found.low > 0 or found.high < 0
+    assert called <= 12
 
 
 @pytest.mark.parametrize(
-    ("seeds", "pictures", "said"),
+    ("low", "high", "said"),
     [
-        ((0.01, 0.03), (0.005, 0.04), "better on these data, by both intervals"),
-        ((-0.03, -0.01), (-0.04, -0.01), "worse on these data, by both intervals"),
-        ((0.01, 0.03), (-0.01, 0.05), "no difference is shown, since the interval over test pictures holds 0"),
-        ((-0.01, 0.05), (0.01, 0.03), "no difference is shown, since the interval over seeds holds 0"),
-        ((-0.02, 0.03), (-0.01, 0.02), "none is excluded within these limits either"),
+        (0.01, 0.03, ": better on these data"),
+        (-0.03, -0.01, ": worse on these data"),
+        (-0.02, 0.03, "none is excluded"),
     ],
 )
-def test_the_conclusion_follows_from_the_intervals(seeds, pictures, said):
-    assert said in verdict(pair_of(seeds, pictures), "accuracy", "accuracy")
+def test_the_conclusion_follows_from_the_interval(low, high, said):
+    assert said in verdict(Judged((low + high) / 2, low, high, 3, 40, 40), "accuracy", 0.95)
 
 
-def test_no_conclusion_from_one_seed_or_no_shared_pictures():
-    assert "no conclusion" in verdict(pair_of((0.01, 0.02), (0.01, 0.02), count=1), "accuracy", "accuracy")
-    assert "no conclusion" in verdict(pair_of((0.01, 0.02), (np.nan, np.nan)), "accuracy", "accuracy")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": 1}, "from 1 seed(s)"),
+        ({"low": np.nan}, "no conclusion on accuracy"),
+        ({"parts": 19}, "40 shared test pictures of 19 parts"),
+    ],
+)
+def test_no_conclusion_from_one_seed_no_limits_or_few_parts(changes, said):
+    found = verdict(Judged(**{"value": 0.02, "low": 0.01, "high": 0.03, "seeds": 3, "pictures": 40, "parts": 40} | changes),
+                    "accuracy", 0.95)  # fmt: skip
+    assert said in found
+    assert "no conclusion" in found
+
+
+def test_parts_are_counted_and_several_arms_share_the_doubt(study):
+    write_all(group=lambda k: f"part{k // 4}")
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert "no conclusion on accuracy from 3 seed(s) and 40 shared test pictures of 10 parts" in text
+    pictures = text[text.index("points, over pictures |") :]
+    assert cells(pictures, "B")[-2:] == ["40", "10"]
+    assert "at 95 %, so that 95 % hold" in text
+    said = yaml.safe_load(study.read_text())
+    study.write_text(yaml.safe_dump(said | {"arms": said["arms"] | {"C": {}}}))
+    assert "at 97.5 %, so that 95 % hold for all 2 arms" in markdown(read_study(study), read_results(read_study(study)))
+
+
+def test_what_one_generation_leaves_open_is_told(study):
+    write_all()
+    said = yaml.safe_load(study.read_text())
+    steps: dict[str, Any] = {"base": {"config": "c.yaml"}, "made": {"config": "c.yaml", "options": {"m": "{base}"}}}
+    said["arms"]["B"]["options"] = {"data.synthetic.path": "{made}/edited"}
+    note = "the pictures of one generation, since {} ran once for all seeds"
+    study.write_text(yaml.safe_dump(said | {"steps": steps}))
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert f"B: {note.format('base, made')}" in text
+    steps = {name: {**step, "each_seed": True} for name, step in steps.items()}
+    study.write_text(yaml.safe_dump(said | {"steps": steps}))
+    assert "one generation" not in markdown(read_study(study), read_results(read_study(study)))
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (None, "chosen before the runs is written down nowhere"),
+        ({"judged_by": "accuracy", "written": "2026-01-02T03:04:05"}, "at 2026-01-02T03:04:05, before the first"),
+        ({"judged_by": "accuracy", "written": "2026-01-02T13:04:05"}, "some of these runs had begun (at 2026-01-02T12"),
+        ({"judged_by": "auroc", "written": "2026-01-02T03:04:05"}, "although auroc was written down at 2026-01-02"),
+    ],
+)
+def test_when_the_judge_was_chosen_is_told(study, told, said):
+    (write_run("A", 0, []) / "run.json").write_text(json.dumps({"started": "2026-01-02T12:00:00"}))
+    if told:
+        Path("runs/toy").mkdir()
+        Path("runs/toy/judged_by.json").write_text(json.dumps(told))
+    assert said in markdown(read_study(study), read_results(read_study(study)))
+
+
+def test_arms_without_hold_out_are_told(study):
+    write_all(stage="mirrored")
+    write_run("A", 0, [0])
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert "B (and edits) against A: no conclusion, since it has results on mirrored training pictures only" in text
+    Path("runs/toy_A/s0/test_metrics.json").unlink()
+    write_run("B", 1, [0])
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert "No conclusion: the baseline A has no results on the hold-out" in text
+    write_run("A", 0, [0])
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert "none of its seeds has been tested in the baseline" in text
 
 
 def test_near_duplicates_are_counted_and_left_out(study):
@@ -218,9 +313,10 @@ def test_the_papers_figures_are_the_papers():
     first = np.array(BEST[0].counts)
     assert round(100 * first.trace() / first.sum(), 2) == 96.81 == max(ACCURACY["CNN A, originals"])
     second = np.array(BEST[1].counts)
-    assert second.sum() == sum(PICTURES.values()) - 2
-    assert round(100 * 340 / sum(PICTURES.values()), 2) == 98.55 == max(ACCURACY["CNN B, and generated"])
-    assert first.sum(1).tolist() == [PICTURES["good"], PICTURES["defective"]]  # NG first: swapped
+    good, defective = 149, 196  # of sets A and C, as the text counts them
+    assert second.sum() == good + defective - 2
+    assert round(100 * 340 / (good + defective), 2) == 98.55 == max(ACCURACY["CNN B, and generated"])
+    assert first.sum(1).tolist() == [good, defective]  # NG first: swapped
     assert published_difference().startswith("+1.28 (+0.")
 
 
@@ -231,6 +327,13 @@ def test_the_papers_tables_have_ours_beside(study):
     assert cells(text, "1")[:2] == ["96.52", "97.10"]
     assert cells(text, "1")[2:] == ["87.50", "95.00", "87.50", "95.00"]
     assert cells(text, "4")[2:] == ["-"] * 4
+    assert "ours A, mirrored, seeds 0, 1, 2" in text
+    assert "Ours on mirrored pictures stand beside them" in text
+    for file in Path("runs").rglob("mirrored_metrics.json"):
+        file.unlink()
+    beside = markdown(read_study(study), read_results(read_study(study)))
+    assert "Ours on mirrored pictures stand beside them" not in beside
+    assert "Ours have no mirrored pictures: none of them compares with these figures" in beside
     assert "| true NG (149) | 143 | 6 |" in text
     assert "| ours, best A, seed 1, hold-out | called good (22) | called defective (18) |" in text
     assert "| true defective (20) | 3 | 17 |" in text
@@ -261,6 +364,27 @@ def test_the_program_writes_report_tables_and_picture(study, capsys):
         lines = {(row["configuration"], row["figure"]): row for row in csv.DictReader(file)}
     assert float(lines["B less A, over seeds", "accuracy"]["mean"]) == pytest.approx(7 / 120)
     assert float(lines["B less A, over pictures", "accuracy"]["mean"]) == pytest.approx(7 / 120)
+
+
+def test_files_that_are_missing_beside_the_metrics_are_named(study):
+    folder = write_run("A", 0, [])
+    whole = (folder / "test_predictions.csv").read_text()
+    (folder / "test_predictions.csv").write_text("".join(whole.splitlines(True)[:-3]))
+    with pytest.raises(UserError, match=r"test_predictions\.csv has 37 pictures, .*test_metrics\.json 40"):
+        read_results(read_study(study))
+    (folder / "test_predictions.csv").unlink()
+    with pytest.raises(UserError, match=r"test_predictions\.csv has 0 pictures"):
+        read_results(read_study(study))
+    (folder / "test_predictions.csv").write_text(whole)
+    (folder / "splits.csv").unlink()
+    with pytest.raises(UserError, match=r"splits\.csv is missing"):
+        read_results(read_study(study))
+
+
+def test_an_output_that_can_be_no_folder(study, capsys):
+    write_run("A", 0, [])
+    assert main([str(study), "--output", "c.yaml/report"]) == 2
+    assert "c.yaml/report: Not a directory" in capsys.readouterr().err
 
 
 def test_what_cannot_be_reported_is_said(study, capsys):

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,12 @@ def test_a_shared_step_has_an_experiment_of_its_own(write):
             },
             "needs a, which has a run for each seed",
         ),
+        ({"steps": {"a": {"config": "tiny.yaml", "seed": "abc"}}}, "steps.a.seed is abc: expected a whole number"),
+        ({"arms": {"A": {"needs": 5}}}, "arms.A.needs is 5: expected names of steps"),
+        ({"steps": {"a": {"config": "tiny.yaml", "verb": "predict", "of": "b"}, "b": "x"}}, "steps.b is no mapping"),
+        ({"arms": {"A": {"options": {"x": date(2026, 1, 2)}}}}, "arms.A.options.x is 2026-01-02.*into quotes"),
+        ({"steps": {"type": {"config": "tiny.yaml"}}}, "steps.type needs a name .*none of seed, category, type, cap"),
+        ({"steps": {"caption": {"config": "tiny.yaml"}}}, "steps.caption needs a name"),
     ],
 )
 def test_mistakes_in_the_file_are_named(write, entries, message):
@@ -182,6 +189,44 @@ def test_a_file_that_is_none(write, tmp_path):
     broken.write_text("a: [")
     with pytest.raises(UserError, match="is no YAML"):
         read_study(broken)
+    broken.write_bytes("question: größer".encode("latin-1"))
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        read_study(broken)
+    broken.write_text("study: toy\narms:\n  A: {title: a}\n  A: {title: b}\n")
+    with pytest.raises(UserError, match=r"A stands twice[^$]*line 4"):
+        read_study(broken)
+    broken.write_text("study: toy\nx: &x {title: a}\narms:\n  A: {<<: *x, title: b}\n")
+    with pytest.raises(UserError, match="x is unknown"):  # what is merged may be overruled
+        read_study(broken)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"x": {"config": "tiny.yaml", "experiment": "toy_A"}}, "x and A/s0 would both write runs/toy_A/s0"),
+        (
+            {"x": {"config": "tiny.yaml"}, "y": {"verb": "predict", "config": "tiny.yaml", "experiment": "toy_x"}},
+            "x and y would both write",
+        ),
+        (
+            {
+                "y": {"verb": "predict", "of": "x", "config": "tiny.yaml"},
+                "x": {"config": "tiny.yaml"},
+                "z": {"verb": "predict", "of": "x", "config": "tiny.yaml"},
+            },
+            "y and z would both write",
+        ),
+    ],
+)
+def test_no_two_jobs_write_one_folder(write, steps, message):
+    with pytest.raises(UserError, match=message):
+        jobs(write(steps=steps, arms={"A": {}}))
+
+
+def test_a_predict_may_stand_before_its_fit(write):
+    steps = {"y": {"verb": "predict", "of": "x", "config": "tiny.yaml"}, "x": {"config": "tiny.yaml"}}
+    found = jobs(write(steps=steps, arms={"A": {}}))
+    assert found["y"].run == found["x"].run
 
 
 # --- running: commands are played by a quick program that leaves what the real one leaves ---
@@ -200,6 +245,7 @@ if told["--experiment"] in Path("failing.txt").read_text().split():
     sys.exit(3)
 if verb == "fit":
     (run / "run.json").write_text(json.dumps({"status": "finished"}))
+    (run / "config.yaml").write_text("lr: 1")
 if verb == "test" or "--test_after_fit" in told:
     name = "mirrored" if "--data.test" in told else "test"
     (run / f"{name}_metrics.json").write_text("{}")
@@ -212,7 +258,7 @@ def play(write, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     Path("play.py").write_text(PLAY)
     Path("failing.txt").write_text("")
     monkeypatch.setattr(study_plan.Job, "line", staticmethod(lambda *words: [sys.executable, "play.py", *words]))
-    monkeypatch.setattr(program, "parsed", lambda commands: {name: {} for name in commands})
+    monkeypatch.setattr(program, "parsed", lambda commands: {name: {"lr": 1} for name in commands})
     monkeypatch.setattr(program, "_report", lambda study: None)
 
     def run(file: Path, *arguments: str, status: int = 0) -> list[str]:
@@ -236,6 +282,15 @@ def test_everything_runs_once_and_what_is_finished_is_skipped(write, play, capsy
     ]
     assert play(file) == []
     assert "[6/6] B/s1: finished before" in capsys.readouterr().out
+
+
+def test_what_judges_is_written_down_before_the_first_run_and_never_again(write, play):
+    Path("failing.txt").write_text("toy_base toy_A")
+    play(write(judged_by="auroc"), status=1)
+    written = Path("runs/toy/judged_by.json")
+    assert json.loads(written.read_text())["judged_by"] == "auroc"
+    play(write(judged_by="accuracy"), status=1)
+    assert json.loads(written.read_text())["judged_by"] == "auroc"
 
 
 def test_an_unfinished_run_goes_on_and_an_untested_one_is_tested(write, play):
@@ -279,6 +334,8 @@ def test_one_job_one_stage_one_arm_one_seed(write, play, capsys):
     assert play(file, "--stage", "1") == ["predict toy_edits s0"]
     assert play(file, "--only", "B", "--seeds", "1") == ["fit toy_B s1"]
     assert play(file, "--job", "9", status=2) == []
+    assert play(file, "--job", "0", "--only", "A", status=2) == []
+    assert play(file, "--job", "0", "--seeds", "1", status=2) == []
     assert play(file, "--only", "Q", status=2) == []
     assert play(file, "--seeds", "7", status=2) == []
     assert "the arms are A, B" in capsys.readouterr().err
@@ -321,14 +378,90 @@ def test_a_finished_run_of_other_options_is_no_part_of_the_study(write, play, mo
     now(lr=0.2)
     assert play(file, status=2) == []
     assert "model.init_args.lr: 0.1 -> 0.2" in capsys.readouterr().err
+    assert play(file, "--job", "1", status=2) == []
     now(synthetic={"path": "edits"})
     assert play(file, status=2) == []
 
 
-def test_a_finished_predict_of_other_options_is_refused(write, play):
-    play(write())
+def test_a_run_that_was_only_begun_counts_as_well(write, play, monkeypatch, capsys):
+    file = write(steps=None, arms={"A": {}}, seeds=[0])
+    play(file)
+    monkeypatch.setattr(program, "parsed", lambda commands: {name: {"lr": 2} for name in commands})
+    Path("runs/toy_A/s0/test_metrics.json").unlink()
+    assert play(file, status=2) == []
+    write_json(Path("runs/toy_A/s0/run.json"), {"status": "interrupted"})
+    assert play(file, status=2) == []
+    assert "lr: 1 -> 2" in capsys.readouterr().err
+    Path("runs/toy_A/s0/config.yaml").write_text("")
+    assert play(file, status=2) == []
+    assert "config.yaml has no options" in capsys.readouterr().err
+
+
+def test_an_option_of_a_later_version_counts_where_the_study_sets_it(write, play, monkeypatch, capsys):
+    def study(**options: Any) -> Path:
+        return write(steps=None, arms={"A": {}}, seeds=[0], options=options)
+
+    config = {"model": {"init_args": {"lr": 1, "added": 3, "maker": {"class_path": "M", "init_args": {"size": 2}}}}}
+    play(study())
+    Path("runs/toy_A/s0/config.yaml").write_text("model: {init_args: {lr: 1}}")
+    monkeypatch.setattr(program, "parsed", lambda commands: dict.fromkeys(commands, config))
+    assert play(study()) == []
+    assert play(study(**{"model.lr": 1})) == []
+    assert play(study(**{"model.added": 3}), status=2) == []
+    assert "model.init_args.added: None -> 3" in capsys.readouterr().err
+    assert play(study(**{"model.maker": "M"}), status=2) == []
+    assert play(study(), "--options=--model.added=3", status=2) == []
+    Path("tiny.yaml").write_text("model: {init_args: {maker: {class_path: M}}}")
+    assert play(study(), status=2) == []
+
+
+def test_a_finished_predict_of_other_options_is_refused(write, play, monkeypatch, capsys):
+    file = write()
+    play(file)
+    monkeypatch.setattr(
+        program,
+        "parsed",
+        lambda commands: {name: {"lr": 2 if name == "edits" else 1} for name in commands},  # the YAML has changed
+    )
+    assert play(file, status=2) == []
+    assert "edits: runs/toy_edits/s0 was made with other options (lr: 1 -> 2)" in capsys.readouterr().err
+
+
+def test_a_predict_that_is_marked_by_its_words_alone_goes_by_them(write, play, monkeypatch):
+    file = write()
+    play(file)
+    mark = Path("runs/toy_edits/s0/study_edits.json")
+    write_json(mark, {"command": json.loads(mark.read_text())["command"]})
+    assert play(file) == []
     other = {"base": {"config": "tiny.yaml"}, "edits": {**BASIC["steps"]["edits"], "options": {"model.base": "{base}"}}}
     assert play(write(steps=other), status=2) == []
+
+
+def test_another_spelling_of_the_folder_is_no_other_option(write, play, monkeypatch):
+    """Of `model.base`, which names a run folder."""
+    monkeypatch.setattr(
+        program,
+        "parsed",
+        lambda commands: {
+            name: {
+                "lr": 1,
+                "base": words[words.index("--runs_dir") + 1],
+                "lora": [words[words.index("--runs_dir") + 1]],
+            }
+            for name, words in commands.items()
+        },
+    )
+    Path("play.py").write_text(
+        PLAY.replace('"lr: 1"', "json.dumps({'lr': 1, 'base': told['--runs_dir'], 'lora': [told['--runs_dir']]})")
+    )
+    file = write()
+    play(file)
+    assert play(file, "--runs_dir", str(Path("runs").absolute())) == []
+    mark = Path("runs/toy_edits/s0/study_edits.json")
+    write_json(mark, {"command": json.loads(mark.read_text())["command"]})
+    assert play(file, "--runs_dir", str(Path("runs").absolute())) == []
+    Path("other").symlink_to("runs")
+    assert play(file, "--runs_dir", "other") == []
 
 
 def test_a_stop_is_handed_on_and_the_study_goes_on_later(write, play, monkeypatch):
@@ -393,3 +526,11 @@ def test_every_study_among_the_experiments_has_options_that_there_are(monkeypatc
     monkeypatch.setenv("PYTHONPATH", str(EXPERIMENTS.parent))
     found = {f"{file.stem}: {job.name}": [job.verb, *job.words] for file in STUDIES for job in plan(read_study(file))}
     assert len(parsed(found)) == len(found)
+
+
+@pytest.mark.skipif(not STUDIES, reason="no study among the experiments")
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_title_tells_of_pseudo_anomalies_that_unbalance_the_batches(file):
+    arms = yaml.safe_load(file.read_text())["arms"].values()
+    titles = [arm["title"] for arm in arms if "model.anomaly" in arm.get("options", {})]
+    assert all("a quarter of the batch" in title for title in titles)

@@ -26,13 +26,16 @@ from lit_defect.reporting.seeds import Line, Spread, difference
 from lit_defect.reporting.study_runs import (
     FIGURES,
     HOLD_OUT,
+    OVER_PICTURES,
     Compared,
     Results,
     StudyRun,
     compare,
+    has_stage,
     read_results,
     spread,
 )
+from lit_defect.reporting.study_verdict import conclusions
 from lit_defect.reporting.tables import markdown_table
 from lit_defect.runs import MIRRORED
 from lit_defect.study_file import Study, read_study
@@ -54,7 +57,7 @@ def write_report(study: Study, folder: Path | None = None) -> Path:
     from lit_defect.reporting.style import save_figure
 
     results, folder = read_results(study), folder or study.folder
-    stage = HOLD_OUT if _has(results, HOLD_OUT) else MIRRORED
+    stage = HOLD_OUT if has_stage(results, HOLD_OUT) else MIRRORED
     titles = {arm: study.arms[arm].title for arm in results}
     title = study.name if stage == HOLD_OUT else f"{study.name}, {_NAMES[stage]}"
     save_figure(arms_figure(results, titles, study.baseline, title, stage), folder / "arms.png")
@@ -67,14 +70,12 @@ def write_report(study: Study, folder: Path | None = None) -> Path:
 
 def markdown(study: Study, results: Results) -> str:
     """The whole report."""
-    stages = [stage for stage in _NAMES if _has(results, stage)]
-    main = stages[0]
-    compared = _compared(study, results, main)
+    stages = [stage for stage in _NAMES if has_stage(results, stage)]
     text = f"# Study {study.name}\n\n"
     text += f"{study.question}\n\n" if study.question else ""
     if missing := [f"{a}/s{s}" for a in study.arms for s in study.seeds if s not in results.get(a, {})]:
         text += f"**Unfinished: no results yet of {', '.join(missing)}.**\n\n"
-    text += "".join(f"{sentence}\n\n" for sentence in conclusions(study, results, compared))
+    text += "".join(f"{sentence}\n\n" for sentence in conclusions(study, results))
     text += "![arms](arms.png)\n\n## Arms\n\n" + arms_table(study, results) + "\n"
     for stage in stages:
         text += f"## On the {_NAMES[stage]}\n\n" + figures_table(results, stage) + "\n"
@@ -102,7 +103,7 @@ _MIRRORED_NOTE = (
 _NOTES = (
     "Means over seeds ± standard deviation; intervals are 95 %. Over seeds (Student's t) an interval tells how a mean "
     "would move with other seeds on these test pictures; over pictures (bootstrap, whole parts where they are known) "
-    "how it would move with other test pictures and these networks.",
+    "how it would move with other test pictures and these networks; it is too narrow where the parts are few.",
     "The class with the highest probability is taken; defects found and false alarms count at that.",
     "McNemar's exact test compares two networks on the same pictures, which it takes for independent. The sums over "
     "the seeds hold each picture once for each seed: their p-value is too small and only describes.",
@@ -154,9 +155,10 @@ def pictures_table(found: Mapping[str, Compared], baseline: str) -> str:
     """The same differences with their intervals over test pictures."""
     body = []
     for arm, pair in found.items():
-        cells = [_interval(pair.over_pictures.get(key)) for key in ("accuracy", "balanced_accuracy", "auroc")]
-        body.append([arm, *cells, str(pair.pictures)])
-    head = (f"less {baseline}, points, over pictures", "accuracy", "balanced accuracy", "AUROC", "pictures")
+        cells = [_interval(pair.over_pictures.get(key)) for key in OVER_PICTURES]
+        body.append([arm, *cells, str(pair.pictures), str(pair.parts)])
+    names = [FIGURES[key] for key in OVER_PICTURES]
+    head = (f"less {baseline}, points, over pictures", *names, "pictures", "parts")
     return markdown_table(head, body)
 
 
@@ -208,48 +210,6 @@ def both_table(results: Results) -> str:
     return markdown_table(head, body)
 
 
-def conclusions(study: Study, results: Results, found: Mapping[str, Compared]) -> Iterator[str]:
-    """A sentence for each arm, by rule, from the figure that the study named beforehand.
-
-    An arm is better or worse where both intervals of its difference leave out 0, over the seeds and over the test
-    pictures; else nothing is shown, and the wider range says what is still possible.
-    """
-    figure = FIGURES[study.judged_by]
-    if not _has(results, HOLD_OUT):
-        yield "**No conclusion: there is no hold-out, only mirrored training pictures.**"
-        return
-    if not found:
-        yield f"**No conclusion: no arm has runs of the same seeds as {study.baseline}.**"
-        return
-    for arm, pair in found.items():
-        yield f"**{arm} ({study.arms[arm].title}) against {study.baseline}: {verdict(pair, study.judged_by, figure)}**"
-    if len(found) > 1:
-        yield (
-            f"With {len(found)} arms held against one, each at 95 %, one difference in twenty leaves out 0 by chance "
-            "where nothing differs."
-        )
-
-
-def verdict(pair: Compared, key: str, figure: str) -> str:
-    """What the difference of a figure allows to say."""
-    seeds_of, pictures = pair.by_seed[key], pair.over_pictures.get(key)
-    if seeds_of.seeds < 2 or pictures is None or not math.isfinite(pictures.low):
-        why = f" ({pictures.reason})" if pictures is not None and pictures.reason else ""
-        return f"no conclusion on {figure} from {seeds_of.seeds} seed(s) and {pair.pictures} shared test pictures{why}."
-    text = (
-        f"{figure} {100 * seeds_of.mean:+.1f} points ({100 * seeds_of.low:+.1f} to {100 * seeds_of.high:+.1f} over "
-        f"{seeds_of.seeds} seeds, {100 * pictures.low:+.1f} to {100 * pictures.high:+.1f} over {pair.pictures} "
-        "pictures): "
-    )
-    signs = [_sign(seeds_of.low, seeds_of.high), _sign(pictures.low, pictures.high)]
-    if 0 not in signs and signs[0] == signs[1]:
-        return text + f"{'better' if signs[0] > 0 else 'worse'} on these data, by both intervals."
-    if signs == [0, 0]:
-        return text + "no difference is shown; none is excluded within these limits either."
-    over = "seeds" if signs[0] == 0 else "test pictures"
-    return text + f"no difference is shown, since the interval over {over} holds 0."
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report and say where; returns the exit status, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m lit_defect.reporting.study", description="The report of a study.")
@@ -262,6 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"report  {write_report(study, options.output)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
@@ -299,10 +262,6 @@ def _runs_csv(results: Results) -> str:
     return text.getvalue()
 
 
-def _has(results: Results, stage: str) -> bool:
-    return any(stage in run.tested for runs in results.values() for run in runs.values())
-
-
 def _unchecked(run: StudyRun) -> bool:
     data = run.folder.config().get("data") or {}
     return str((data.get("init_args") or {}).get("leakage")) in ("off", "False")
@@ -334,11 +293,6 @@ def _interval(found: Interval | None) -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _sign(low: float, high: float) -> int:
-    """Of an interval: 0 where it holds 0."""
-    return 1 if low > 0 else -1 if high < 0 else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A paired difference has two sources of doubt, and each has an interval of its own: over the seeds (Student's t of the
 differences seed by seed, the test pictures given) and over the test pictures (bootstrap of the mean over the seeds,
-the trained networks given; photographs of one part are drawn together).
+the trained networks given; photographs of one part are drawn together). What is concluded rests on both at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lit_defect.errors import UserError
 from lit_defect.metrics import weighted
 from lit_defect.metrics.bootstrap import Floats, paired_bootstrap
-from lit_defect.metrics.intervals import Interval, McNemar, mcnemar
+from lit_defect.metrics.intervals import Interval, McNemar, mcnemar, t_interval
 from lit_defect.reporting.seeds import Spread
 from lit_defect.runs import MIRRORED, RunFolder
 from lit_defect.study_file import Study
@@ -37,6 +37,8 @@ FIGURES = {
     "false_alarms": "false alarms",
 }
 """The last two: share of the defective pictures that are called by any defect's name, and of the good ones."""
+OVER_PICTURES = ("accuracy", "balanced_accuracy", "auroc")
+"""Figures that have an interval over test pictures."""
 HOLD_OUT = "test"
 
 
@@ -83,6 +85,27 @@ class StudyRun:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Difference of one figure between an arm and the baseline, with both sources of doubt in one interval.
+
+    Attributes:
+        value: mean of the differences seed by seed.
+        low, high: `value` less, and plus, the root of the summed squares of the two intervals' arms on that side: seeds
+            and pictures move it independently. nan where either interval has no limits.
+        seeds, pictures, parts: that it rests on.
+        reason: why there are no limits, if so.
+    """
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+    pictures: int
+    parts: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Compared:
     """An arm against the baseline on one test set.
 
@@ -92,6 +115,7 @@ class Compared:
         discordant: by seed, pictures that only the one or the other has right, with the exact p-value.
         summed: the same of all seeds together, in which each picture counts once for each seed.
         pictures: that all these seeds tested.
+        parts: that these pictures show.
     """
 
     by_seed: Mapping[str, Spread]
@@ -99,6 +123,7 @@ class Compared:
     discordant: Mapping[int, McNemar]
     summed: McNemar
     pictures: int
+    parts: int
 
 
 Results = Mapping[str, Mapping[int, StudyRun]]
@@ -109,7 +134,7 @@ def read_results(study: Study) -> dict[str, dict[int, StudyRun]]:
     """The tested runs of a study.
 
     Raises:
-        UserError: none at all, or results of something else than a classifier.
+        UserError: none at all, results of something else than a classifier, or files that are missing.
     """
     found: dict[str, dict[int, StudyRun]] = {}
     for arm in study.arms:
@@ -123,6 +148,11 @@ def read_results(study: Study) -> dict[str, dict[int, StudyRun]]:
     return found
 
 
+def has_stage(results: Results, stage: str) -> bool:
+    """Whether any run has been tested so."""
+    return any(stage in run.tested for runs in results.values() for run in runs.values())
+
+
 def spread(runs: Mapping[int, StudyRun], stage: str, figure: str) -> Spread:
     """Of a figure over the seeds of an arm."""
     return Spread.of(run.tested[stage].figures[figure] for run in runs.values() if stage in run.tested)
@@ -130,59 +160,88 @@ def spread(runs: Mapping[int, StudyRun], stage: str, figure: str) -> Spread:
 
 def compare(first: Mapping[int, StudyRun], other: Mapping[int, StudyRun], stage: str) -> Compared | None:
     """`other` less `first`, over the seeds that both have; None where there are none."""
-    pairs = {
+    if not (pairs := _pairs(first, other, stage)):
+        return None
+    by_seed = {key: Spread.of(_differences(pairs, key)) for key in FIGURES}
+    tests = {seed: mcnemar(*_right(a, b)) for seed, (a, b) in pairs.items()}
+    everything = [np.concatenate(part) for part in zip(*(_right(a, b) for a, b in pairs.values()), strict=True)]
+    shared = _SharedPictures(list(pairs.values()))
+    intervals = {key: found for key in OVER_PICTURES if (found := shared.interval(key)) is not None}
+    return Compared(by_seed, intervals, tests, mcnemar(*everything), len(shared.names), shared.parts)
+
+
+def judge(
+    first: Mapping[int, StudyRun], other: Mapping[int, StudyRun], stage: str, key: str, level: float
+) -> Judged | None:
+    """`other` less `first` in one of `OVER_PICTURES`, with one interval of a level; None where no seed has both."""
+    if not (pairs := _pairs(first, other, stage)):
+        return None
+    differences = [value for value in _differences(pairs, key) if math.isfinite(value)]
+    shared = _SharedPictures(list(pairs.values()))
+    seeds = t_interval(differences, level)
+    pictures = shared.interval(key, level) or Interval(math.nan, reason="not defined on these pictures")
+    low = seeds.value - math.hypot(seeds.value - seeds.low, pictures.value - pictures.low)
+    high = seeds.value + math.hypot(seeds.high - seeds.value, pictures.high - pictures.value)
+    reason = seeds.reason or pictures.reason
+    return Judged(seeds.value, low, high, len(differences), len(shared.names), shared.parts, reason)
+
+
+def _pairs(
+    first: Mapping[int, StudyRun], other: Mapping[int, StudyRun], stage: str
+) -> dict[int, tuple[Tested, Tested]]:
+    """By the seeds that both have tested."""
+    return {
         seed: (first[seed].tested[stage], other[seed].tested[stage])
         for seed in first
         if seed in other and stage in first[seed].tested and stage in other[seed].tested
     }
-    if not pairs:
-        return None
-    by_seed = {key: Spread.of(b.figures[key] - a.figures[key] for a, b in pairs.values()) for key in FIGURES}
-    tests = {seed: _mcnemar(a, b) for seed, (a, b) in pairs.items()}
-    everything = [np.concatenate(part) for part in zip(*(_right(a, b) for a, b in pairs.values()), strict=True)]
-    interval, pictures = _over_pictures(list(pairs.values()))
-    return Compared(by_seed, interval, tests, mcnemar(*everything), pictures)
 
 
-def _over_pictures(pairs: Sequence[tuple[Tested, Tested]]) -> tuple[dict[str, Interval], int]:
-    """Bootstrap intervals of the mean over seeds, on the pictures that all of them tested; and how many these are."""
-    shared = sorted(set.intersection(*(set(tested.names) for pair in pairs for tested in pair)))
-    if not shared:
-        return {}, 0
-    rows = [tuple(_rows(tested, shared) for tested in pair) for pair in pairs]
-    one, place = pairs[0][0], rows[0][0]
-    labels, classes = one.labels[place], len(one.result["class_names"])
-    groups = [one.groups[row] for row in place]
+def _differences(pairs: Mapping[int, tuple[Tested, Tested]], key: str) -> list[float]:
+    return [b.figures[key] - a.figures[key] for a, b in pairs.values()]
 
-    def stacked(side: int, name: str) -> NDArray[Any]:
+
+class _SharedPictures:
+    """The pictures that all of these pairs tested, `names`, and how many `parts` they show."""
+
+    def __init__(self, pairs: Sequence[tuple[Tested, Tested]]) -> None:
+        self.pairs = pairs
+        self.names = sorted(set.intersection(*(set(tested.names) for pair in pairs for tested in pair)))
+        self._rows = [tuple(_rows(tested, self.names) for tested in pair) for pair in pairs]
+        one, place = pairs[0][0], self._rows[0][0]
+        self.labels = one.labels[place]
+        self.defective = None if one.defective is None else one.defective[place]
+        self.groups = [one.groups[row] for row in place]
+        self.parts = len(set(self.groups))
+
+    def interval(self, key: str, level: float = 0.95) -> Interval | None:
+        """Bootstrap of the mean difference over the seeds, whole parts drawn; None where it is undefined."""
+        if not self.names or (key == "auroc" and self.defective is None):
+            return None
+        statistics = {"accuracy": self._accuracy, "balanced_accuracy": self._balanced, "auroc": self._area}
+        name = "score" if key == "auroc" else "right"
+        arms = [self._stacked(side, name) for side in (0, 1)]
+        return paired_bootstrap(statistics[key], [arms[0]], [arms[1]], groups=self.groups, level=level)
+
+    def _stacked(self, side: int, name: str) -> Floats:
         """(n, seeds) of one arm."""
-        return np.stack([getattr(pair[side], name)[row[side]] for pair, row in zip(pairs, rows, strict=True)], axis=1)
+        found = [getattr(pair[side], name)[row[side]] for pair, row in zip(self.pairs, self._rows, strict=True)]
+        return np.stack(found, axis=1).astype(np.float64)
 
-    def accuracy(weights: Floats, right: NDArray[Any]) -> Floats:
+    def _accuracy(self, weights: Floats, right: Floats) -> Floats:
         return weighted.mean(weights, right.mean(axis=1))
 
-    def balanced(weights: Floats, right: NDArray[Any]) -> Floats:
+    def _balanced(self, weights: Floats, right: Floats) -> Floats:
         share, recalls = right.mean(axis=1), []
-        for label in range(classes):
+        for label in np.unique(self.labels):
             with np.errstate(invalid="ignore", divide="ignore"):
-                recalls.append(weights @ (share * (labels == label)) / (weights @ (labels == label)))
-        present = [recall for label, recall in enumerate(recalls) if (labels == label).any()]
-        return np.mean(present, axis=0)
+                recalls.append(weights @ (share * (self.labels == label)) / (weights @ (self.labels == label)))
+        return np.mean(recalls, axis=0)
 
-    def area(weights: Floats, score: NDArray[Any]) -> Floats:
-        assert one.defective is not None
-        truth = one.defective[place]
-        return np.mean([weighted.auroc(weights, truth, score[:, k]) for k in range(score.shape[1])], axis=0)
-
-    right = [stacked(side, "right").astype(np.float64) for side in (0, 1)]
-    found = {
-        "accuracy": paired_bootstrap(accuracy, [right[0]], [right[1]], groups=groups),
-        "balanced_accuracy": paired_bootstrap(balanced, [right[0]], [right[1]], groups=groups),
-    }
-    if one.defective is not None:
-        scores = [stacked(side, "score") for side in (0, 1)]
-        found["auroc"] = paired_bootstrap(area, [scores[0]], [scores[1]], groups=groups)
-    return found, len(shared)
+    def _area(self, weights: Floats, score: Floats) -> Floats:
+        assert self.defective is not None
+        areas = [weighted.auroc(weights, self.defective, score[:, k]) for k in range(score.shape[1])]
+        return np.mean(areas, axis=0)
 
 
 def _rows(tested: Tested, names: Sequence[str]) -> NDArray[np.int64]:
@@ -196,12 +255,12 @@ def _right(a: Tested, b: Tested) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     return a.right[_rows(a, shared)], b.right[_rows(b, shared)]
 
 
-def _mcnemar(a: Tested, b: Tested) -> McNemar:
-    return mcnemar(*_right(a, b))
-
-
 def _read_run(run: RunFolder, stages: Sequence[str]) -> StudyRun:
-    parts = _csv(run.path / "splits.csv")
+    if not (parts := _csv(run.path / "splits.csv")):
+        raise UserError(
+            f"{run.path / 'splits.csv'} is missing, which says what trained and which photographs show one part: put "
+            "it back, or remove that folder and run the study again"
+        )
     group_of = {row["name"]: row.get("group") or row["name"] for row in parts}
     tested = {stage: _read_tested(run, stage, group_of) for stage in stages}
     names = next(iter(tested.values())).result["class_names"]
@@ -228,6 +287,11 @@ def _read_tested(run: RunFolder, stage: str, group_of: Mapping[str, str]) -> Tes
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} does not hold the metrics of a classifier, which a study compares") from None
     lines = _csv(run.path / f"{stage}_predictions.csv")
+    if len(lines) != result["n"]:
+        raise UserError(
+            f"{run.path / f'{stage}_predictions.csv'} has {len(lines)} pictures, {file} {result['n']}: remove both, "
+            "and the study tests that run again"
+        )
     labels = np.array([names.index(line["label"]) for line in lines])
     figures |= _errors(confusion, normal)
     return Tested(
