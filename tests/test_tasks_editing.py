@@ -116,7 +116,7 @@ def test_an_unmasked_new_defect_is_marked_where_the_network_has_changed_the_pict
     def hole(opened: Any, requests: Any, edit: Any) -> Result:  # the autoencoder's picture with a square hole
         same = opened.decode(opened.encode(torch.stack([request.picture for request in requests])))
         same[:, :, 8:20, 8:22] = (same[:, :, 8:20, 8:22] - 0.4).clamp(0, 1)
-        return Result(same, [False] * len(requests))
+        return Result(same, *[[False] * len(requests)] * 2)
 
     monkeypatch.setattr(edit_making, "run", hole)
     task = editor(given.base, "img2img", result="hole", repair=True, least_change=3.0, least_contrast=0.0, count=2)
@@ -132,7 +132,7 @@ def test_an_unmasked_new_defect_is_marked_where_the_network_has_changed_the_pict
 
 def test_what_changes_more_than_real_defects_cover_is_refused(given, tmp_path, monkeypatch):
     def all_over(opened: Any, requests: Any, edit: Any) -> Result:
-        return Result(torch.stack([1 - request.picture for request in requests]), [False] * len(requests))
+        return Result(torch.stack([1 - request.picture for request in requests]), *[[False] * len(requests)] * 2)
 
     monkeypatch.setattr(edit_making, "run", all_over)
     task = editor(given.base, "img2img", result="hole", repair=True, least_contrast=0.0, count=1)
@@ -158,7 +158,7 @@ def test_own_masks_are_where_variants_change(given, tmp_path):
 def test_changes_are_added_to_the_photograph_s_own_grain(given, tmp_path, monkeypatch):
     def nothing(opened: Any, requests: Any, edit: Any) -> Result:  # a network that changes nothing
         same = opened.decode(opened.encode(torch.stack([request.picture for request in requests])))
-        return Result(same, [False] * len(requests), [False] * len(requests))
+        return Result(same, *[[False] * len(requests)] * 2)
 
     monkeypatch.setattr(edit_making, "run", nothing)
     change = {}
@@ -183,7 +183,7 @@ def test_candidates_are_judged_and_the_rejected_kept_apart(given, tmp_path):
 def test_a_place_that_stood_out_before_is_no_new_defect(given, tmp_path, monkeypatch):
     def faint(opened: Any, requests: Any, edit: Any) -> Result:  # darker within the mask, by 8 grey levels
         dark = torch.stack([request.picture - 8 / 255 * request.mask for request in requests])
-        return Result(dark.clamp(0, 1), [False] * len(requests))
+        return Result(dark.clamp(0, 1), *[[False] * len(requests)] * 2)
 
     monkeypatch.setattr(edit_making, "run", faint)
     data = parts(given.root)
@@ -296,7 +296,7 @@ def test_command_line_edits_without_a_checkpoint(given, tmp_path, lit_defect, ca
         ({"sources": ["crak"]}, "Did you mean crack"),
         ({"result": "hole", "strength": {"bad": 0.5}}, "strength has none for good"),
         ({"masks": "nowhere"}, "expected none, own, random, augmented"),
-        ({"masks": "own", "result": "hole"}, "has no mask"),
+        ({"masks": "own", "result": "hole"}, "none of the 6 pictures"),
         ({"prompt": {"hole": "a hole"}, "result": "crack"}, "prompt"),
         ({"prompt": "{caption} with a hole", "result": "hole"}, "captioner"),
         ({"size": (30, 32), "result": "hole"}, "multiple"),

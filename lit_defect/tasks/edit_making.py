@@ -41,7 +41,7 @@ from lit_defect.tasks.editing_plan import EditJob
 
 UNFIT = "picture or mask unfit"  # the reason of candidates that were not even tried
 _MEASURED = ("change_inside", "change_outside", "covered", "contrast", "likeness", "area", "most_outside",
-             "share_changed", "seam")  # fmt: skip
+             "most_after", "share_changed", "seam")  # fmt: skip
 _SAMPLE = 2  # its random stream; those of masks, prompts and references have other numbers
 
 
