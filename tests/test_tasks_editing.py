@@ -296,7 +296,7 @@ def test_command_line_edits_without_a_checkpoint(given, tmp_path, lit_defect, ca
         ({"sources": ["crak"]}, "Did you mean crack"),
         ({"result": "hole", "strength": {"bad": 0.5}}, "strength has none for good"),
         ({"masks": "nowhere"}, "expected none, own, random, augmented"),
-        ({"masks": "own", "result": "hole"}, "none of the 6 pictures"),
+        ({"masks": "own", "result": "hole"}, "none of the 6 pictures to edit has a mask"),
         ({"prompt": {"hole": "a hole"}, "result": "crack"}, "prompt"),
         ({"prompt": "{caption} with a hole", "result": "hole"}, "captioner"),
         ({"size": (30, 32), "result": "hole"}, "multiple"),

@@ -197,14 +197,14 @@ def with_masks(path: Path, names: Iterable[str]) -> set[str]:
     Raises:
         DataError: neither a list of boxes nor a folder; or the list has no box of any of them.
     """
-    path, names = Path(path), set(names)
+    path, asked = Path(path), set(names)
     if path.suffix.lower() == ".csv":
         boxes = Boxes(path)
-        if not (found := names & boxes.boxes.keys()):
-            boxes.check(min(names))
+        if not (found := asked & boxes.boxes.keys()):
+            boxes.check(min(asked))
         return found
     folder = DrawnMasks(path).folder
-    return {name for name in names if mask_file(folder, name).is_file()} or names
+    return {name for name in asked if mask_file(folder, name).is_file()} or asked
 
 
 def read_placed(
