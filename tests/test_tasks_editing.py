@@ -323,3 +323,26 @@ def test_other_pictures_need_a_type(given, tmp_path):
     rows = edited(editor(given.base, result="hole"), parts(given.root, predict_root=str(folder)), tmp_path / "set")
     assert len(rows) == 6
     assert {row["category"] for row in rows} == {"tile"}
+
+
+@pytest.mark.parametrize("blur", [0.0, 3.0])
+def test_a_blur_takes_nothing_from_the_mask_and_widens_its_box(given, tmp_path, monkeypatch, blur):
+    seen: list[tuple[Any, Any]] = []
+
+    def look(opened: Any, requests: Any, edit: Any) -> Result:
+        seen.extend((request.picture.shape, request.mask) for request in requests)
+        return Result(torch.stack([request.picture for request in requests]), *[[False] * len(requests)] * 2)
+
+    monkeypatch.setattr(edit_making, "run", look)
+    task = editor(given.base, result="crack", area="only_masked", padding=0, mask_blur=blur, count=1)
+    edited(task, parts(given.root), tmp_path / "set")
+    area = marked(tmp_path / "set" / "areas" / "00000.png")
+    rows, columns = (np.flatnonzero(area.any(axis=axis)) for axis in (1, 0))
+    reach = int(2.5 * blur + 0.5)
+    sides = [min(found[-1] + reach + 1, side) - max(0, found[0] - reach)
+             for found, side in zip((rows, columns), area.shape, strict=True)]  # fmt: skip
+    (_, *shape), mask = seen[0]
+    assert shape == [-(-side // 4) * 4 for side in sides]
+    top, left = (found[0] - max(0, found[0] - reach) for found in (rows, columns))
+    cut = area[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    assert mask[0].numpy()[top : top + cut.shape[0], left : left + cut.shape[1]][cut].all()

@@ -89,7 +89,8 @@ class Edit:
         mask_area: of `random` masks, least and largest share of the object.
         foreground: where defects may lie: `auto` (estimated), `all`, or a folder of object masks.
         content: what stands in the mask at first.
-        mask_blur: standard deviation of the mask's blur for the network, pixels of the working size.
+        mask_blur: standard deviation of the mask's blur, pixels of the picture: it widens the box of `only_masked`, and
+            the network draws where the mask is or its blur covers by half. The paste stays within the mask.
         area: whether the `whole` picture goes through the network or `only_masked`, the box of the mask.
         padding: pixels of the picture around that box, before it is enlarged to `size`.
         size: working (height, width); null takes that of the picture (or of the box), padded to what fits.

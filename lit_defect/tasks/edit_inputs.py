@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_defect.data.inspection import pictures_below
 from lit_defect.editing.captioner import Captioner
+from lit_defect.editing.content import blurred
 from lit_defect.editing.frames import Frame
 from lit_defect.editing.options import KEY, NO_MASK, Edit
 from lit_defect.editing.prompts import Prompts
@@ -105,11 +106,11 @@ class EditInputs:
         return drawn.mask, drawn
 
     def frame(self, picture: Picture, mask: Bools | None) -> Frame:
-        """What of a picture with a mask goes through the network."""
+        """What of a picture with a mask goes through the network; the box is that of the blurred mask."""
         edit = self.edit
         return Frame.of(
             picture.shape[:2],
-            mask,
+            None if mask is None else blurred(mask, edit.mask_blur) > 0,
             area=edit.area,
             padding=edit.padding,
             size=edit.size,

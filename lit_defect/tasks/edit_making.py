@@ -204,9 +204,7 @@ class EditMaking:
         requests = [
             Request(
                 picture=one.pixels,
-                mask=torch.from_numpy(blurred(one.frame.cut_mask(one.mask), edit.mask_blur))[None]
-                if one.drawn
-                else None,
+                mask=self._marks(one) if one.drawn else None,
                 prompt=one.prompt,
                 negative_prompt=edit.negative_prompt,
                 words=(*one.job.seed, _SAMPLE, number),
@@ -222,6 +220,11 @@ class EditMaking:
             if one.job.number not in self.done:
                 retried = sum(made.retried[row * count : (row + 1) * count])
                 self._write(one, pictures[row], retried)
+
+    def _marks(self, one: Ready) -> Tensor:
+        """(1, h, w): where the network may draw: the mask, and what its blur covers by half, as between two parts."""
+        soft = blurred(one.mask, self.edit.mask_blur) >= 0.5
+        return torch.from_numpy(one.frame.cut_mask(one.mask | soft).astype(np.float32))[None]
 
     def _write(self, one: Ready, pictures: Tensor, retried: int) -> None:
         """Judge the candidates (N, 3, h, w) of a job and write the best."""
