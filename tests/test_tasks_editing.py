@@ -346,3 +346,23 @@ def test_a_blur_takes_nothing_from_the_mask_and_widens_its_box(given, tmp_path, 
     top, left = (found[0] - max(0, found[0] - reach) for found in (rows, columns))
     cut = area[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     assert mask[0].numpy()[top : top + cut.shape[0], left : left + cut.shape[1]][cut].all()
+
+
+def test_black_pictures_are_rejected_as_such(given, tmp_path, monkeypatch):
+    def black(opened: Any, requests: Any, edit: Any) -> Result:
+        pictures = torch.stack([request.picture for request in requests])
+        pictures[0] = 0
+        return Result(pictures, [False] * len(requests), [number == 0 for number in range(len(requests))])
+
+    monkeypatch.setattr(edit_making, "run", black)
+    rows = edited(editor(given.base, result="crack", candidates=2, count=1), parts(given.root), tmp_path / "set")
+    assert rows[0]["accepted"] == "1"
+    assert json.loads(rows[0]["rejected"]) == {"black": 1}
+
+
+def test_words_that_the_encoder_does_not_see_are_told(given, tmp_path):
+    long = " ".join(["hole"] * 40)
+    with pytest.warns(UserWarning, match=r"edit\.prompt: .* does not fit and is cut off"):
+        edited(editor(given.base, result="crack", prompt=long, count=1), parts(given.root), tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"edit\.negative_prompt: .* does not fit and is cut off"):
+        edited(editor(given.base, result="crack", negative_prompt=long, count=1), parts(given.root), tmp_path / "b")

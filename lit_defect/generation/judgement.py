@@ -39,6 +39,7 @@ class Measures:
         mask_fault: what rule the repaired label breaks, if any.
         contrast: of the label against what is around it, grey levels; infinite where nothing is around it.
         seam: step across the mask's border, beyond that of the source, grey levels.
+        black: whether the network has given nothing but black for a picture that is not.
     """
 
     change_inside: float
@@ -48,6 +49,7 @@ class Measures:
     mask_fault: str | None = None
     contrast: float = math.inf
     seam: float = 0.0
+    black: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class EditRule(Rule):
 
     def objection(self, candidate: Measures) -> str | None:
         """Why a candidate is rejected; None if it may be taken."""
+        if candidate.black:
+            return "black"
         if reason := super().objection(candidate):
             return reason
         if self.most_change is not None and candidate.change_inside > self.most_change:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -218,20 +219,21 @@ class EditMaking:
         pictures = made.pictures.unflatten(0, (len(bucket), count))
         for row, one in enumerate(bucket):
             if one.job.number not in self.done:
-                retried = sum(made.retried[row * count : (row + 1) * count])
-                self._write(one, pictures[row], retried)
+                own = slice(row * count, (row + 1) * count)
+                self._write(one, pictures[row], made.spoilt[own], sum(made.retried[own]))
 
     def _marks(self, one: Ready) -> Tensor:
         """(1, h, w): where the network may draw: the mask, and what its blur covers by half, as between two parts."""
         soft = blurred(one.mask, self.edit.mask_blur) >= 0.5
         return torch.from_numpy(one.frame.cut_mask(one.mask | soft).astype(np.float32))[None]
 
-    def _write(self, one: Ready, pictures: Tensor, retried: int) -> None:
-        """Judge the candidates (N, 3, h, w) of a job and write the best."""
+    def _write(self, one: Ready, pictures: Tensor, black: Sequence[bool], retried: int) -> None:
+        """Judge the candidates (N, 3, h, w) of a job, of which some may be black, and write the best."""
         unchanged = self._unchanged(one)
         place = Place(one.picture, one.mask, self.edit.feather, unchanged if self.edit.paste == "change" else None)
         candidates = [self._candidate(one, place, unchanged, picture) for picture in pictures]
-        verdict = self.rules[one.job.pair].judge([candidate.measures for candidate in candidates])
+        measured = [replace(c.measures, black=spoilt) for c, spoilt in zip(candidates, black, strict=True)]
+        verdict = self.rules[one.job.pair].judge(measured)
         told = verdict.chosen if verdict.chosen is not None else _most_changed(candidates)
         shown, taken = candidates[told], verdict.chosen is not None
         kept = {}
