@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_defect.editing.content import blurred
 from lit_defect.editing.options import KEY, NO_MASK, Edit
 from lit_defect.editing.pipelines import open_pipeline
-from lit_defect.editing.running import Request, run
+from lit_defect.editing.running import Request, reconstruct, run
 from lit_defect.editing.samplers import warn_of_content
 from lit_defect.errors import UserError
 from lit_defect.generation.files import Bools, Picture
@@ -167,7 +167,7 @@ class EditMaking:
 
     def _make(self, bucket: Sequence[Ready]) -> None:
         """Make candidates for jobs of one size and strength, and write the best of each."""
-        edit, count, device = self.edit, self.edit.candidates, self.task.device
+        edit, count = self.edit, self.edit.candidates
         strength = edit.strength_of(bucket[0].job.kind)
         requests = [
             Request(
@@ -188,7 +188,7 @@ class EditMaking:
         pictures = made.pictures.unflatten(0, (len(bucket), count))
         before: Any = [None] * len(bucket)
         if edit.paste == "change":
-            before = (self.opened.decode(self.opened.encode(one.pixels[None].to(device)))[0] for one in bucket)
+            before = (reconstruct(self.opened, one.pixels) for one in bucket)
         for row, (one, same) in enumerate(zip(bucket, before, strict=True)):
             if one.job.number not in self.done:
                 retried = sum(made.retried[row * count : (row + 1) * count])
