@@ -31,7 +31,14 @@ def edited(task: Any, data: Any, root: Path, seed: int = 0, **trainer: Any) -> l
     return lines(root / "manifest.csv")
 
 
-def write_config(path: Path, base: Path, data: dict[str, Any], mode: str = "inpaint", **edit: Any) -> Path:
+def write_config(
+    path: Path,
+    base: Path,
+    data: dict[str, Any],
+    mode: str = "inpaint",
+    network: dict[str, Any] | None = None,
+    **edit: Any,
+) -> Path:
     """A configuration of the same for the command line; gives its path."""
     masks = {"masks": "augmented"} if mode == "inpaint" else {}
     content = {
@@ -40,7 +47,12 @@ def write_config(path: Path, base: Path, data: dict[str, Any], mode: str = "inpa
         "trainer": {"accelerator": "cpu"},
         "model": {
             "class_path": "StableDiffusionEditor",
-            "init_args": {"base": str(base), "mode": mode, "edit": {**QUICK, **masks, **edit}},
+            "init_args": {
+                "base": str(base),
+                "mode": mode,
+                "edit": {**QUICK, **masks, **edit},
+                "network": network or {},
+            },
         },
         "data": data,
     }

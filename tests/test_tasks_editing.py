@@ -308,6 +308,13 @@ def test_mistakes_are_named(given, tmp_path, options, told):
         edited(editor(given.base, **options), parts(given.root), tmp_path / "set")
 
 
+@pytest.mark.parametrize("masks", ["own", "augmented"])
+def test_masks_of_pictures_that_are_used_without_are_named(given, tmp_path, masks):
+    task = editor(given.base, sources=["hole"], masks=masks)
+    with pytest.raises(UserError, match=rf"masks = {masks}: .* without masks \(data\.init_args\.with_masks\)"):
+        edited(task, parts(given.root, with_masks=False), tmp_path / "set")
+
+
 def test_modes_that_follow_pictures_want_some(given):
     with pytest.raises(UserError, match="references is missing"):
         editor(given.base, "reference_only")

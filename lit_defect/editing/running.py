@@ -129,6 +129,15 @@ def _told(opened: Opened, strength: float, edit: Edit) -> float:
     return told_strength(edit.steps, strength, edit.steps_convention, rounds_up=not opened.has_unet)
 
 
+def reconstruct(opened: Opened, picture: Tensor) -> Tensor:
+    """A picture (3, h, w) in [0, 1] through the autoencoder and back; in float32 where half precision spoils it."""
+    made = opened.decode(opened.encode(picture[None]))[0].cpu()
+    if opened.dtype != torch.float32 and _is_spoilt(made, picture):
+        with opened.in_float32():
+            made = opened.decode(opened.encode(picture[None]))[0].cpu()
+    return made
+
+
 def _check(opened: Opened, requests: Sequence[Request], edit: Edit) -> None:
     """Raises what `run` says."""
     shape = requests[0].picture.shape

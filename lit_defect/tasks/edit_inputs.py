@@ -156,9 +156,9 @@ class EditInputs:
         named = self.edit.masks
         if named == NO_MASK:
             return None
+        if named in ("own", "augmented") and not self.data.with_masks:
+            raise UserError(f"{KEY}.masks = {named}: this data set is used without masks (data.init_args.with_masks)")
         if named == "own":
-            if not self.data.with_masks:
-                raise UserError(f"{KEY}.masks = own: this data set is used without masks (data.init_args.with_masks)")
             places = {sample.name: i for i, sample in enumerate(self.data.samples[self.sources])}
             return OwnMasks(lambda name: self._own_mask(self.sources, places[name]))
         if named == "random":

@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_defect.editing.content import blurred
 from lit_defect.editing.options import KEY, NO_MASK, Edit
 from lit_defect.editing.pipelines import open_pipeline
-from lit_defect.editing.running import Request, check_steps, run
+from lit_defect.editing.running import Request, check_steps, reconstruct, run
 from lit_defect.editing.samplers import warn_of_content
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture
@@ -255,8 +255,7 @@ class EditMaking:
         """(H, W, 3) in [0, 1], the source as the autoencoder gives it back; None where nothing asks for it."""
         if self.edit.paste != "change" and (one.drawn or not self._repairs(one)):
             return None
-        same = self.opened.decode(self.opened.encode(one.pixels[None].to(self.task.device)))[0]
-        return _within(one, one.frame.back(_plain(same)))
+        return _within(one, one.frame.back(_plain(reconstruct(self.opened, one.pixels))))
 
     def _candidate(self, one: Ready, place: Place, unchanged: Any, generated: Tensor) -> Candidate:
         """Paste a picture (3, h, w) of the network back, and measure what it has changed."""
