@@ -177,16 +177,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if options.job is None and options.stage is None:
-        _report(runner.study)
+        _report(runner.study, checked=not options.only and not options.seeds)
     return 1 if unfinished else 0
 
 
-def _report(study: Study) -> None:
+def _report(study: Study, *, checked: bool) -> None:
     """Written from what there is."""
     from lit_defect.reporting.study import write_report
 
     try:
-        _say(f"report  {write_report(study)}")
+        _say(f"report  {write_report(study, checked=checked)}")
     except UserError as error:
         _say(f"no report: {error}")
 

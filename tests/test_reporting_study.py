@@ -15,12 +15,12 @@ from scipy import stats
 
 from lit_defect.errors import UserError
 from lit_defect.metrics.classification import evaluate
-from lit_defect.reporting import study_runs
+from lit_defect.reporting import study_alike, study_runs
 from lit_defect.reporting.study import main, markdown
 from lit_defect.reporting.study_runs import FIGURES, Judged, StudyRun, compare, judge, read_results
 from lit_defect.reporting.study_verdict import verdict
 from lit_defect.reporting.zheng_nagata import ACCURACY, BEST, published_difference
-from lit_defect.runs import RunFolder
+from lit_defect.runs import RunFolder, write_json
 from lit_defect.study_file import read_study
 
 PICTURES_TESTED = 40  # the second half is defective
@@ -32,6 +32,7 @@ Make = Callable[..., Path]
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a study with the arms A and B, and no runs yet."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_alike, "parsed", lambda commands: {name: {} for name in commands})
     Path("c.yaml").write_text("{}")
     said = {"study": "toy", "question": "Does it help?", "seeds": [0, 1, 2], "config": "c.yaml", "mirrored": True}
     arms = {"A": {"title": "originals"}, "B": {"title": "and edits", "options": {"data.synthetic.path": "x"}}}
@@ -339,15 +340,56 @@ def test_the_papers_tables_have_ours_beside(study):
     assert "| true defective (20) | 3 | 17 |" in text
 
 
-def test_arms_name_their_own_options_and_their_training_pictures(study):
+def test_arms_name_the_options_of_their_runs(study):
     write_all()
+    for arm, synthetic in (("A", None), ("B", "made/edited")):
+        for seed in range(3):
+            config = {"model": {"init_args": {"lr": 0.1 if arm == "A" or seed else 0.2}}, "seed_everything": seed}
+            config["data"] = {"init_args": {"synthetic": synthetic, "batch_size": 8}}
+            Path(f"runs/toy_{arm}/s{seed}/config.yaml").write_text(yaml.safe_dump(config))
+    said = yaml.safe_load(study.read_text())
+    study.write_text(yaml.safe_dump(said | {"arms": said["arms"] | {"C": {"options": {"lr": 5}}}}))
     text = markdown(read_study(study), read_results(read_study(study)))
-    assert cells(text, "A") == ["originals", "c.yaml", "-", "good 7, defective 3", "-"]
+    own = "`--model.lr 0.1 --data.synthetic None`"
+    assert cells(text, "A") == ["originals", "c.yaml", own, "good 7, defective 3", "-"]
     assert cells(text, "B")[2:] == [
-        "`--data.synthetic.path x`",
+        "`--model.lr 0.2 or 0.1 --data.synthetic made/edited`",
         "good 7, defective 3",
         "crack 2 by StableDiffusionEditor",
     ]
+    assert cells(text, "C")[2] == "no run yet"
+
+
+def test_a_file_that_says_otherwise_by_now_is_told(study, monkeypatch):
+    write_all()
+    for arm, runs in WRONG.items():
+        for seed in range(len(runs)):
+            write_json(Path(f"runs/toy_{arm}/s{seed}/run.json"), {"status": "finished"})
+            Path(f"runs/toy_{arm}/s{seed}/config.yaml").write_text("lr: 1")
+    monkeypatch.setattr(
+        study_alike, "parsed", lambda commands: {name: {"lr": 1 + (name[0] == "B")} for name in commands}
+    )
+    said = read_study(study)
+    (note,) = study_alike.changed_since(said, read_results(said))
+    assert note == "**B: its runs were made with other options than the file has now: lr: 1 -> 2.**"
+    assert note in markdown(said, read_results(said), [note])
+    main([str(study)])
+    assert note in Path("runs/toy/report.md").read_text()
+
+
+def test_runs_on_other_machines_or_data_are_told(study):
+    write_all()
+    for seed in range(3):
+        folder = Path(f"runs/toy_B/s{seed}")
+        write_json(folder / "run.json", {"devices": 1 + (seed == 2)})
+        (folder / "config.yaml").write_text(
+            f"data: {{init_args: {{root: data{min(seed, 1)}}}}}\ntrainer: {{num_nodes: 1}}"
+        )
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert "B: its runs differ in devices (1: s0, s1; 2: s2)" in text
+    assert "B: its runs differ in data.root (data0: s0; data1: s1, s2)" in text
+    assert "differ in nodes" not in text
+    assert "A: its runs" not in text
 
 
 def test_the_program_writes_report_tables_and_picture(study, capsys):

@@ -259,7 +259,7 @@ def play(write, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     Path("failing.txt").write_text("")
     monkeypatch.setattr(study_plan.Job, "line", staticmethod(lambda *words: [sys.executable, "play.py", *words]))
     monkeypatch.setattr(program, "parsed", lambda commands: {name: {"lr": 1} for name in commands})
-    monkeypatch.setattr(program, "_report", lambda study: None)
+    monkeypatch.setattr(program, "_report", lambda study, checked: None)
 
     def run(file: Path, *arguments: str, status: int = 0) -> list[str]:
         Path("calls.txt").write_text("")

@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lit_defect.errors import UserError
@@ -23,6 +22,7 @@ from lit_defect.metrics.intervals import Interval
 from lit_defect.reporting import seeds
 from lit_defect.reporting.files import whole_file
 from lit_defect.reporting.seeds import Line, Spread, difference
+from lit_defect.reporting.study_alike import changed_since, unlike
 from lit_defect.reporting.study_runs import (
     FIGURES,
     HOLD_OUT,
@@ -43,12 +43,13 @@ from lit_defect.study_file import Study, read_study
 _NAMES = {HOLD_OUT: "hold-out", MIRRORED: "mirrored training pictures"}
 
 
-def write_report(study: Study, folder: Path | None = None) -> Path:
+def write_report(study: Study, folder: Path | None = None, *, checked: bool = False) -> Path:
     """Write the report with its tables and picture; returns the Markdown file.
 
     Args:
         study: what was studied.
         folder: where it goes; None takes the study's own.
+        checked: whether the runs are known to have the options of the file; else that is looked at, for some seconds.
 
     Raises:
         UserError: there is no tested run yet.
@@ -57,25 +58,27 @@ def write_report(study: Study, folder: Path | None = None) -> Path:
     from lit_defect.reporting.style import save_figure
 
     results, folder = read_results(study), folder or study.folder
+    text = markdown(study, results, () if checked else changed_since(study, results))
     stage = HOLD_OUT if has_stage(results, HOLD_OUT) else MIRRORED
     titles = {arm: study.arms[arm].title for arm in results}
     title = study.name if stage == HOLD_OUT else f"{study.name}, {_NAMES[stage]}"
     save_figure(arms_figure(results, titles, study.baseline, title, stage), folder / "arms.png")
     seeds.write_lines(_lines(study, results), folder / "figures.csv")
-    for name, text in (("runs.csv", _runs_csv(results)), ("report.md", markdown(study, results))):
+    for name, content in (("runs.csv", _runs_csv(results)), ("report.md", text)):
         with whole_file(folder / name) as file:
-            file.write(text.encode())
+            file.write(content.encode())
     return folder / "report.md"
 
 
-def markdown(study: Study, results: Results) -> str:
-    """The whole report."""
+def markdown(study: Study, results: Results, changes: Iterable[str] = ()) -> str:
+    """The whole report; `changes` say where the runs are not what the file says."""
     stages = [stage for stage in _NAMES if has_stage(results, stage)]
     text = f"# Study {study.name}\n\n"
     text += f"{study.question}\n\n" if study.question else ""
     if missing := [f"{a}/s{s}" for a in study.arms for s in study.seeds if s not in results.get(a, {})]:
         text += f"**Unfinished: no results yet of {', '.join(missing)}.**\n\n"
     text += "".join(f"{sentence}\n\n" for sentence in conclusions(study, results))
+    text += "".join(f"{note}\n\n" for note in (*changes, *unlike(results)))
     text += "![arms](arms.png)\n\n## Arms\n\n" + arms_table(study, results) + "\n"
     for stage in stages:
         text += f"## On the {_NAMES[stage]}\n\n" + figures_table(results, stage) + "\n"
@@ -111,26 +114,27 @@ _NOTES = (
 
 
 def arms_table(study: Study, results: Results) -> str:
-    """What each arm is: its options, its seeds, and how many real and generated pictures it trained on."""
-    told = {
-        name: {
-            f"--{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in arm.options.items()
-        }
-        for name, arm in study.arms.items()
-    }
-    shared = set.intersection(*told.values())
+    """What each arm is: options in which its runs differ from other arms', and the pictures that they trained on."""
+    told = {arm: _options_of(runs) for arm, runs in results.items()}
+    shared = set.intersection(*map(set, told.values()))
     body = []
     for name, arm in study.arms.items():
         runs = results.get(name, {}).values()
         made = sorted({run.generator for run in runs if run.generator})
         generated = _counts([run.generated for run in runs]) + (f" by {', '.join(made)}" if made else "")
-        own = " ".join(sorted(told[name] - shared))
-        body.append(
-            [name, arm.title, arm.config, f"`{own}`" if own else "-", _counts([run.real for run in runs]), generated]
-        )
-    head = ("arm", "title", "configuration", "options of its own", "real training pictures", "generated")
-    text = f"Options of all arms: `{' '.join(sorted(shared))}`\n\n" if shared else ""
-    return text + markdown_table(head, body)
+        own = " ".join(option for option in told.get(name, []) if option not in shared)
+        own = "no run yet" if name not in told else f"`{own}`" if own else "-"
+        body.append([name, arm.title, arm.config, own, _counts([run.real for run in runs]), generated])
+    head = ("arm", "title", "configuration", "options, where arms differ", "real training pictures", "generated")
+    return markdown_table(head, body)
+
+
+def _options_of(runs: Mapping[int, StudyRun]) -> list[str]:
+    """`--key value` of all that decides what is computed, as the runs have written it."""
+    found = [seeds.learning_options(run.folder.path) for run in runs.values()]
+    keys = dict.fromkeys(key for options in found for key in options)
+    values = {key: " or ".join(dict.fromkeys(options.get(key, "-") for options in found)) for key in keys}
+    return [f"--{key.replace('.init_args', '')} {value}" for key, value in values.items()]
 
 
 def figures_table(results: Results, stage: str) -> str:
