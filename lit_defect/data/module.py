@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.data import guard
 from lit_defect.data.inspection import CheckResult, Problem, check, joined, list_pictures, summary
+from lit_defect.data.known_files import KnownFiles
 from lit_defect.data.leakage import Leak
 from lit_defect.data.samples import REAL, SPLITS, Sample
 from lit_defect.data.serving import Serving
@@ -35,7 +36,7 @@ from lit_defect.errors import UserError
 AUTO = "auto"
 
 
-class DefectDataModule(Serving):
+class DefectDataModule(KnownFiles, Serving):
     """Samples of one data set, checked, split and served in batches.
 
     Args:
@@ -208,11 +209,6 @@ class DefectDataModule(Serving):
         self._own = (self.eval_batch_size, self.samples)
         self.eval_batch_size, self.samples = 1, {**self.samples, **splits}
         self.serve_images = False
-
-    @property
-    def divided(self) -> list[Sample]:
-        """After `setup`, the data set's own samples with their splits; those that no split takes, too."""
-        return self._divided
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Number of samples by split and class name, for the splits that have any.

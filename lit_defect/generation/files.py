@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -94,3 +95,15 @@ def read_grey(path: Path) -> NDArray[Any]:
     if values.ndim == 3:
         values = values[..., : 1 if values.shape[2] == 2 else 3].max(axis=2)
     return values * np.uint8(255) if values.dtype == np.bool_ else values
+
+
+def contents(path: Path) -> str:
+    """Hash of a file, or of all files in a folder with their names; hidden ones do not count."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        name = file.relative_to(path).as_posix()
+        if not any(part.startswith(".") for part in Path(name).parts):
+            with file.open("rb") as stream:
+                digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]

@@ -12,22 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_defect.data.inspection import pictures_below
 from lit_defect.editing.captioner import Captioner
 from lit_defect.editing.content import blurred
 from lit_defect.editing.frames import Frame
 from lit_defect.editing.options import KEY, NO_MASK, Edit
 from lit_defect.editing.prompts import Prompts
 from lit_defect.errors import DataError, UserError
-from lit_defect.generation.files import Bools, Picture, read_picture
+from lit_defect.generation.files import Bools, Picture, contents, read_picture
 from lit_defect.generation.foreground import Foreground
 from lit_defect.generation.judgement import stands_out
 from lit_defect.generation.mask_rules import MaskRules
 from lit_defect.generation.mask_sources import AugmentedMasks, Drawn, MaskSource, rules_of
 from lit_defect.generation.placed_masks import OwnMasks, PlacedMasks, RandomMasks, read_placed
-from lit_defect.tasks.edit_files import contents, learnt_from
 from lit_defect.tasks.editing_plan import EditJob
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 _MASK, _PROMPT, _REFERENCE = 1, 3, 4  # every kind of draw of a job has its own random stream
 
 
@@ -168,7 +167,7 @@ class EditInputs:
             return AugmentedMasks(masks, rules_of(masks))
         path = Path(named).expanduser()
         if path.is_dir():
-            self.followed |= learnt_from(self.data, path, f"{KEY}.masks")
+            self.followed |= self.data.learnt_from(path, f"{KEY}.masks")
         names = {sample.name for sample in self.data.samples[self.sources]}
         return read_placed(path, names, pairs, self.mask_rules(pairs), self.edit.mask_threshold)
 
@@ -220,10 +219,10 @@ class EditInputs:
         if not folder.is_dir():
             kinds = sorted({sample.defect_type for sample in self.data.samples["train"]})
             raise UserError(f"{KEY}.references = {named}: no type that trains, and no folder: {', '.join(kinds)}")
-        files = [path for path in pictures_below(folder) if path.parent == folder]
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.name[0] != ".")
         if not files:
             raise DataError(f"{folder} has no pictures to follow ({KEY}.references)")
-        self.followed |= learnt_from(self.data, folder, f"{KEY}.references")
+        self.followed |= self.data.learnt_from(folder, f"{KEY}.references")
         return {"": [(read_picture(path), None) for path in files]}
 
     def looks(self, pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -23,7 +23,6 @@ from lit_defect.errors import UserError
 from lit_defect.generation.placed_masks import with_masks
 from lit_defect.generation.store import count
 from lit_defect.tasks.base import Batch
-from lit_defect.tasks.edit_files import of_data_set
 from lit_defect.tasks.edit_making import EditMaking
 from lit_defect.tasks.edit_report import write_edited
 from lit_defect.tasks.editing_plan import EditJob, plan_edits
@@ -154,7 +153,7 @@ class StableDiffusionEditor(SetMaker):
 
     def _check_foreign(self, chosen: list[Any]) -> None:
         """Refuse pictures of the data set: what is made of those that are evaluated must not pass for foreign."""
-        if own := of_data_set(self.data, [Path(sample.path) for sample in chosen]):
+        if own := self.data.samples_of(Path(sample.path) for sample in chosen):
             raise UserError(
                 f"data.predict_root: {own[0].name} is a picture of the data set itself; leave predict_root out to edit "
                 "training pictures, or name a folder of others"
