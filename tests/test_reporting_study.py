@@ -436,3 +436,20 @@ def test_what_cannot_be_reported_is_said(study, capsys):
     (folder / "test_metrics.json").write_text('{"methods": {}}')
     with pytest.raises(UserError, match="does not hold the metrics of a classifier"):
         read_results(read_study(study))
+
+
+def test_the_report_shows_what_the_steps_have_made(study, capsys):
+    said = yaml.safe_load(study.read_text())
+    said["steps"] = {"made": {"verb": "predict", "config": "c.yaml"}, "base": {"config": "c.yaml"}}
+    study.write_text(yaml.safe_dump(said))
+    for arm in "AB":
+        for seed in range(3):
+            write_run(arm, seed, [seed])
+    assert main([str(study)]) == 0
+    assert "What was made" not in Path("runs/toy/report.md").read_text()
+    sheet = Path("runs/toy_made/s0/figures/edits.png")
+    sheet.parent.mkdir(parents=True)
+    sheet.write_bytes(b"a sheet")
+    assert main([str(study)]) == 0
+    assert "![made](made.png)" in Path("runs/toy/report.md").read_text()
+    assert Path("runs/toy/made.png").read_bytes() == b"a sheet"

@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import math
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ from lit_defect.reporting.study_verdict import conclusions
 from lit_defect.reporting.tables import markdown_table
 from lit_defect.runs import MIRRORED
 from lit_defect.study_file import Study, read_study
+from lit_defect.study_plan import step_run
 
 _NAMES = {HOLD_OUT: "hold-out", MIRRORED: "mirrored training pictures"}
 
@@ -64,6 +66,7 @@ def write_report(study: Study, folder: Path | None = None, *, checked: bool = Fa
     title = study.name if stage == HOLD_OUT else f"{study.name}, {_NAMES[stage]}"
     save_figure(arms_figure(results, titles, study.baseline, title, stage), folder / "arms.png")
     seeds.write_lines(_lines(study, results), folder / "figures.csv")
+    text += _pictures(study, folder)
     for name, content in (("runs.csv", _runs_csv(results)), ("report.md", text)):
         with whole_file(folder / name) as file:
             file.write(content.encode())
@@ -99,6 +102,19 @@ def markdown(study: Study, results: Results, changes: Iterable[str] = ()) -> str
     return text
 
 
+def _pictures(study: Study, folder: Path) -> str:
+    """The sheets of what the steps have made, copied beside the report; of the first seed where each has its own."""
+    text = ""
+    for name, step in study.steps.items():
+        run = step_run(study, name, study.seeds[0])
+        sheet = next((run.figures / f"{kind}.png" for kind in _SHEETS if (run.figures / f"{kind}.png").is_file()), None)
+        if step.verb == "predict" and sheet is not None:
+            shutil.copyfile(sheet, folder / f"{name}.png")
+            text += f"### {name}\n\n![{name}]({name}.png)\n\n"
+    return f"\n## What was made\n\n{text}" if text else ""
+
+
+_SHEETS = ("edits", "generated")  # figures of the tasks that make pictures
 _MIRRORED_NOTE = (
     "These pictures were trained on, and mirrored for the test: a leak by design. The figures say how well a network "
     "remembers, not how well it judges new parts, and no conclusion rests on them."
