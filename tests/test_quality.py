@@ -97,7 +97,7 @@ def made(number: int, kind: str, accepted: bool, category: str = "tile") -> Made
         "sampler": "ddim", "steps": 5, "strength": 0.9, "guidance": 1.0, "reweight": "off", "mask_source": "real",
         "candidates": 1, "rejected": {} if accepted else {"nothing changed": 1}, "change_inside": 9.0,
         "change_outside": 0.0, "covered": 1.0, "contrast": 9.0, "likeness": 0.0, "area": 0.1, "accepted": accepted,
-        "reason": "" if accepted else "nothing changed", "mode": "", "most_outside": 0.0, "share_changed": 0.1,
+        "reason": "" if accepted else "nothing changed", "mode": "", "most_outside": 0.0, "most_after": 0.0, "share_changed": 0.1,
         "seam": 0.0, "retried": 0,
     }  # fmt: skip
 
