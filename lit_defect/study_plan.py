@@ -64,7 +64,8 @@ class Job:
         if self.mirrored and own != runs.MIRRORED and not has_results(self.run, runs.MIRRORED):
             strict = ((config.get("data") or {}).get("init_args") or {}).get("leakage") == "error"
             leaking = ("--data.leakage", "warn") if strict else ()  # by design
-            commands.append(self.line("test", *of_this, "--data.test", runs.MIRRORED_TRAIN, *leaking))
+            split = ("--data.split_file", str(self.run.path / "splits.csv"))  # else what is held out would train there
+            commands.append(self.line("test", *of_this, "--data.test", runs.MIRRORED_TRAIN, *split, *leaking))
         return commands
 
     @staticmethod

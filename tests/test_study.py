@@ -309,7 +309,8 @@ def test_mirrored_pictures_are_tested_beside_the_hold_out(write, play):
     (run.path / "mirrored_metrics.json").unlink()
     (run.path / "config.yaml").write_text("data: {init_args: {leakage: error}}")
     (command,) = jobs(file)["A/s0"].test_commands()
-    assert command[-4:] == ["--data.test", "mirrored_train", "--data.leakage", "warn"]
+    own_split = ["--data.split_file", "runs/toy_A/s0/splits.csv"]  # else what is held out would count as training
+    assert command[-6:] == ["--data.test", "mirrored_train", *own_split, "--data.leakage", "warn"]
     (run.path / "config.yaml").write_text("data: {init_args: {test: mirrored_train}}")  # its own protocol
     assert len(jobs(file)["A/s0"].test_commands()) == 1
     assert "mirrored_train" not in jobs(file)["A/s0"].test_commands()[0]
