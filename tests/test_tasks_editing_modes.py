@@ -354,8 +354,8 @@ def test_a_lora_changes_pictures_and_tells_what_it_learnt_from(given, edit, tmp_
     monkeypatch.setattr("lit_defect.tasks.prompt_samples._STEPS", 1)
     task = StableDiffusionLoRA(str(given.base), rank=2, lr=0.05, augment="flip", warmup=0.0)
     fit(task, parts(given.root, setting=setting, batches_per_epoch=3), default_root_dir=tmp_path / "learnt")
-    plain = edited(editor(given.base, "img2img", result="hole", count=2), parts(given.root), tmp_path / "plain")
-    made = edit("img2img", network={"lora": [str(tmp_path / "learnt")]}, result="hole", count=2)
+    plain = edited(editor(given.base, result="hole", count=2), parts(given.root), tmp_path / "plain")
+    made = edit("inpaint", network={"lora": [str(tmp_path / "learnt")]}, result="hole", count=2)
     for row, other in zip(made.rows, plain, strict=True):
         assert row["source"] == other["source"]
         assert row["base"] != other["base"]
