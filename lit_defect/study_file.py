@@ -49,7 +49,7 @@ _STUDY_KEYS = (
 _STEP_KEYS = ("verb", "config", "options", "needs", "of", "each_seed", "seed", "experiment")
 _ARM_KEYS = ("title", "config", "options", "needs")
 _OURS = ("config", "experiment", "run_id", "runs_dir", "resume", "ckpt_path", "seed_everything", "test_after_fit")
-_TAKEN = ("seed", "category", "type", "caption")  # words in braces that mean something else, here and in prompts
+_TAKEN = ("seed", "category", "type", "caption", "arms")  # words in braces that mean something else; a figure's name
 PLACE = re.compile(r"\{(\w+)\}")
 
 

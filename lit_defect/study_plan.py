@@ -64,7 +64,9 @@ class Job:
         if self.mirrored and own != runs.MIRRORED and not has_results(self.run, runs.MIRRORED):
             strict = ((config.get("data") or {}).get("init_args") or {}).get("leakage") == "error"
             leaking = ("--data.leakage", "warn") if strict else ()  # by design
-            split = ("--data.split_file", str(self.run.path / "splits.csv"))  # else what is held out would train there
+            split = ["--data.split_file", str(self.run.path / "splits.csv")]  # else what is held out would train there
+            drawn = ((config.get("data") or {}).get("init_args") or {}).keys() & {"folds", "shots"}
+            split += [word for key in sorted(drawn) for word in (f"--data.{key}", "null")]  # which exclude a file
             commands.append(self.line("test", *of_this, "--data.test", runs.MIRRORED_TRAIN, *split, *leaking))
         return commands
 

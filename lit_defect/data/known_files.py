@@ -34,13 +34,18 @@ class KnownFiles:
                 samples[Path(file).resolve()].append(sample)
         return [sample for file in files for sample in samples.get(file.resolve(), ())]
 
-    def learnt_from(self, folder: Path, key: str) -> set[tuple[str, str]]:
+    def learnt_from(self, folder: Path, key: str, files: Iterable[Path] | None = None) -> set[tuple[str, str]]:
         """Name and group of every picture of the data set of which a folder holds the file or the mask.
 
+        Args:
+            folder: of pictures or masks.
+            key: the option that names it.
+            files: those of them that are used; None for all below the folder.
+
         Raises:
-            DataError: one of them validates or tests; the option `key` has named it.
+            DataError: one of them validates or tests.
         """
-        found = self.samples_of(pictures_below(folder))
+        found = self.samples_of(pictures_below(folder) if files is None else files)
         if evaluated := [f"{sample.name} ({sample.split})" for sample in found if sample.split in ("val", "test")]:
             raise DataError(
                 f"{key} = {folder}: {len(evaluated)} pictures or masks there are of this data set and evaluated "

@@ -108,7 +108,8 @@ class Edit:
             surroundings than an edit has to, where masks are known; 0 lets every candidate pass.
         most_seam: how far the step across the mask's border may exceed the source's own there, grey levels; null for
             no limit.
-        repair: whether the label of a new defect is where the picture changed within the mask, not all of it.
+        repair: whether the label of a new defect is where the picture changed within the mask, not all of it; of no
+            effect where the data set is used without masks.
         keep_rejected: whether rejected candidates are written, too.
         batch: pictures that go through the network together; each candidate is one.
         output: folder of the data set; null for `edited` in the run's folder.

@@ -2,9 +2,10 @@
 
 A candidate is rejected if any of its figures is not a number, if nothing changed inside the mask, if most of its label
 was lost because the change covers too little of it, if what is left of the label breaks a rule of its type, or if the
-defect stands out from its surroundings less than nearly all real ones do; an edit also if so much changed that it is
-another picture, or if the border of its mask shows. Of the others the one most like the real training defects is taken;
-of equals, as where there are none to compare with, the one whose border shows least, and of these the first.
+defect stands out from its surroundings less than nearly all real ones do; an edit also if it is black, if so much
+changed that it is another picture, or if the border of its mask shows. Of the others the one most like the real
+training defects is taken; of equals, as where there are none to compare with, the one whose border shows least, and of
+these the first.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def feathered(mask: Bools, feather: float) -> NDArray[np.float64]:
     Where the mask is too thin for that, weights rise faster, so that its middle has 1 everywhere: of a crack of two
     pixels no less remains than of a large stain. The picture's frame is no border.
     """
-    if feather <= 0:
+    if feather <= 0 or mask.all():
         return mask.astype(np.float64)
     weights = np.zeros(mask.shape)
     box = _around(mask)

@@ -173,7 +173,7 @@ def _text(made: Line, key: str, digits: int = 1) -> str:
 def _verdict(tile: EditTile) -> Words:
     if tile.made.get("accepted", True):
         return Words("accepted", GOOD)
-    return Words(f"rejected: {tile.made.get('reason', '')}", DEFECTIVE)
+    return Words(f"rejected: {tile.made.get('reason', '')}", DEFECTIVE, shrink=True)
 
 
 def _window(first: int, last: int, side: int, length: int) -> slice:

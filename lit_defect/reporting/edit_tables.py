@@ -18,12 +18,16 @@ TAKEN, SPARE = "taken", "as good, not the best"
 _REASONS = tuple(colour for colour in PALETTE if colour != GOOD)
 
 
+_MASKS = "mask drawn again"  # of masks, not of candidates
+
+
 def outcomes(rows: Iterable[Line]) -> dict[str, int]:
     """Candidates by what became of them: `TAKEN`, `SPARE`, and the reasons that spoke against them, frequent first."""
     taken, spare = 0, 0
     reasons: dict[str, int] = {}
     for row in rows:
-        rejected: dict[str, int] = row.get("rejected") or {}
+        counted: dict[str, int] = row.get("rejected") or {}
+        rejected = {reason: times for reason, times in counted.items() if not reason.startswith(_MASKS)}
         taken += bool(row["accepted"])
         spare += max(0, int(row["candidates"]) - sum(rejected.values()) - bool(row["accepted"]))
         for reason, times in rejected.items():

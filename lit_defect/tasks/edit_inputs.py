@@ -173,7 +173,8 @@ class EditInputs:
 
     def _real_masks(self, pair: tuple[str, str]) -> list[tuple[str, Bools]]:
         """Of the real training defects of a category and type; none where the data set is used without masks."""
-        found = [(sample.name, self._own_mask("train", position)) for position, sample in self.defects(pair)]
+        defects = self.defects(pair) if self.data.with_masks else []
+        found = [(sample.name, self._own_mask("train", position)) for position, sample in defects]
         return [(name, mask) for name, mask in found if mask is not None and mask.any()]
 
     def defects(self, pair: tuple[str, str]) -> list[tuple[int, Any]]:
@@ -185,8 +186,9 @@ class EditInputs:
         ]
 
     def mask_rules(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], MaskRules]:
-        """Of each category and type that has two real training masks."""
-        return rules_of({pair: found for pair in pairs if len(found := self._real_masks(pair)) > 1})
+        """Of each category and type that has two real training masks, but for those of all of a picture."""
+        masks = {pair: [(name, mask) for name, mask in self._real_masks(pair) if not mask.all()] for pair in pairs}
+        return rules_of({pair: found for pair, found in masks.items() if len(found) > 1})
 
     def contrasts(self, pair: tuple[str, str]) -> list[float]:
         """How the real training defects of a category and type stand out, in grey levels; none without masks."""
@@ -222,12 +224,13 @@ class EditInputs:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.name[0] != ".")
         if not files:
             raise DataError(f"{folder} has no pictures to follow ({KEY}.references)")
-        self.followed |= self.data.learnt_from(folder, f"{KEY}.references")
+        self.followed |= self.data.learnt_from(folder, f"{KEY}.references", files)
         return {"": [(read_picture(path), None) for path in files]}
 
     def looks(self, pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
         """Name and group of every training picture whose look or mask goes into others, or is compared with them."""
-        looks = {(sample.name, sample.group) for pair in pairs for _, sample in self.defects(pair)}
+        compared = pairs if self.data.with_masks else ()
+        looks = {(sample.name, sample.group) for pair in compared for _, sample in self.defects(pair)}
         return looks | self.followed | (self.masks.learnt_from if self.masks else set())
 
     def files(self) -> dict[str, str]:

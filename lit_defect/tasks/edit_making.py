@@ -39,6 +39,7 @@ from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.tasks.descriptors import descriptor
 from lit_defect.tasks.edit_inputs import EditInputs, Ready
 from lit_defect.tasks.editing_plan import EditJob
+from lit_defect.tasks.processes import joined_by_key
 
 UNFIT = "picture or mask unfit"  # the reason of candidates that were not even tried
 _MEASURED = ("change_inside", "change_outside", "covered", "contrast", "likeness", "area", "most_outside",
@@ -152,6 +153,9 @@ class EditMaking:
 
     def _described(self, pixels: Tensor, mask: Any) -> Any:
         latents = self.opened.encode(pixels[None].to(self.task.device)).float().cpu()
+        if not latents.isfinite().all():  # half precision has overflowed
+            with self.opened.in_float32():
+                latents = self.opened.encode(pixels[None].to(self.task.device)).cpu()
         small = torch.from_numpy(np.asarray(mask, dtype=np.float32))[None, None]
         return descriptor(latents, small).numpy()
 
@@ -175,20 +179,23 @@ class EditMaking:
             self._make(bucket)
 
     def finish(self) -> None:
-        """Write a rejected line for each picture that could not be edited; another run does not try it again.
+        """Write a rejected line for each picture that no process could edit; another run does not try it again.
 
         Raises:
             DataError: there is no other picture, so it is an option that is wrong.
         """
-        unfit = {job: problem for job, problem in self.unfit.items() if job.number not in self.done}
-        if unfit and not self.store.done():
-            raise DataError(f"no picture could be edited: {next(iter(unfit.values()))}")
-        for job, problem in unfit.items():
+        unfit = {job.number: (job, str(problem)) for job, problem in self.unfit.items()}
+        if self.task.trainer.world_size > 1:
+            unfit = joined_by_key(unfit)
+        done = self.store.done()
+        left = [unfit[number] for number in sorted(unfit.keys() - done)]
+        if left and not done:  # on all processes alike: none has written a line
+            raise DataError(f"no picture could be edited: {left[0][1]}")
+        for job, problem in left if self.task.trainer.is_global_zero else ():
             name = self.data.samples[self.sources][job.source].name
             warnings.warn(f"{name} is not edited: {problem}", stacklevel=2)
-            line: Any = {**self._asked(job), "rejected": {UNFIT: self.edit.candidates}, "reason": str(problem)}
+            line: Any = {**self._asked(job), "rejected": {UNFIT: self.edit.candidates}, "reason": problem}
             self.store.add(line)
-            self.done.add(job.number)
 
     def _warn_of_cut(self, prompt: str, key: str = "prompt") -> None:
         """Once for each: the words that the text encoder does not see."""
@@ -202,17 +209,18 @@ class EditMaking:
         """Make candidates for jobs of one size and strength, and write the best of each."""
         edit, count = self.edit, self.edit.candidates
         strength = edit.strength_of(bucket[0].job.kind)
+        marks = [self._marks(one) if one.drawn else None for one in bucket]
         requests = [
             Request(
                 picture=one.pixels,
-                mask=self._marks(one) if one.drawn else None,
+                mask=mark,
                 prompt=one.prompt,
                 negative_prompt=edit.negative_prompt,
                 words=(*one.job.seed, _SAMPLE, number),
                 strength=strength,
                 reference=one.reference,
             )
-            for one in bucket
+            for one, mark in zip(bucket, marks, strict=True)
             for number in range(count)
         ]
         made = run(self.opened, requests, edit)
@@ -263,26 +271,28 @@ class EditMaking:
         whole = _within(one, one.frame.back(_plain(generated)))  # (H, W, 3) in [0, 1]
         raw = _pixels(whole)
         result = raw if edit.paste == "none" else place.blended(place.enlarged(whole))
-        label = self._label(one, result, raw, unchanged)
-        repairs = label is not None and self._repairs(one)
-        if label is not None and repairs and edit.paste != "none":
-            result = np.where(label[..., None], result, native)  # what changed too little to be marked, has not
-        spilt = outside(native, raw, one.mask)
-        looked_at = label if label is not None and repairs and not one.drawn else one.mask
-        inside, _ = change(native / 255.0, result / 255.0, looked_at)
+        edited = self._edited(one, result, raw, unchanged)
+        repairs = edited is not None and self._repairs(one)
+        if edited is not None and repairs and edit.paste != "none":
+            result = np.where(edited[..., None], result, native)  # what changed too little to be marked, has not
+        looked_at = edited if edited is not None and repairs and not one.drawn else one.mask
+        box = _wider(one.frame.box, looked_at.shape)  # nothing changes elsewhere
+        inside, _ = change(native[box] / 255.0, result[box] / 255.0, looked_at[box])
+        spilt = _of_whole(outside(native[box], raw[box], one.mask[box]), one.mask[box], one.mask)
         real = self.real.get(one.job.pair)
         alike = 0.0
-        if real is not None and label is not None and label.any() and not label.all():
-            alike = likeness(self._described(generated.cpu(), one.frame.cut_mask(label))[0], real)
+        if real is not None and edited is not None and edited.any() and not edited.all():
+            alike = likeness(self._described(generated.cpu(), one.frame.cut_mask(edited))[0], real)
         measures = Measures(
             change_inside=inside,
             change_outside=spilt.mean,
-            covered=covered(one.mask, label) if label is not None and repairs and one.drawn else 1.0,
-            seam=seam(result, one.mask, native),
+            covered=covered(one.mask, edited) if edited is not None and repairs and one.drawn else 1.0,
+            seam=seam(result[box], looked_at[box], native[box]),
             likeness=alike,
-            contrast=self._contrast(one, result, label),
-            mask_fault=self._fault(one, label) if repairs else None,
+            contrast=self._contrast(one, result, edited),
+            mask_fault=self._fault(one, edited) if repairs else None,
         )
+        label = edited if edited is None or one.own is None else edited | one.own
         return Candidate(result, label, measures, spilt)
 
     def _contrast(self, one: Ready, result: Picture, label: Bools | None) -> float:
@@ -290,33 +300,35 @@ class EditMaking:
         if label is None:
             return math.inf
         found = stands_out(result, label)
-        before = 0.0 if one.own is not None and one.own.any() else stands_out(one.picture, label)
+        before = 0.0 if self._is_variant(one) else stands_out(one.picture, label)
         return min(abs(found), abs(found - before)) if math.isfinite(found) else math.inf
 
     def _repairs(self, one: Ready) -> bool:
         """Whether the label of a defect is looked for in what has changed: not that of a variant in its own place."""
-        kept = one.job.kind == one.job.pair[1] and self.edit.masks in (NO_MASK, "own")
-        return self.edit.repair and self.data.with_masks and one.job.pair not in self.normal and not kept
+        looks = self.edit.repair and self.data.with_masks
+        return looks and one.job.pair not in self.normal and not self._is_variant(one)
 
-    def _label(self, one: Ready, result: Picture, raw: Picture, unchanged: Any) -> Bools | None:
-        """Where the defects of a result are, (H, W); None for normal pictures, and where that is not known.
+    def _is_variant(self, one: Ready) -> bool:
+        """Whether a defect is edited where it is, and stays what it is."""
+        return one.job.kind == one.job.pair[1] and self.edit.masks in (NO_MASK, "own")
+
+    def _edited(self, one: Ready, result: Picture, raw: Picture, unchanged: Any) -> Bools | None:
+        """Where the defect is that was edited, (H, W); None for normal pictures, and where that is not known.
 
         A variant in its own place keeps the mask of its source. An edit of all of a picture is looked for in what the
         network made (`raw`) against what the autoencoder makes of the source, whose loss is everywhere.
         """
         if one.job.pair in self.normal:
             return None
-        own = one.own if one.own is not None and one.own.any() else None
-        if one.job.kind == one.job.pair[1] and self.edit.masks in (NO_MASK, "own"):
-            return None if self.task.mode == "variation" else own  # a variation is another picture
+        if self._is_variant(one):
+            another = self.task.mode == "variation" and not one.drawn  # whose defect lies anywhere
+            return None if another or one.own is None or not one.own.any() else one.own
         least = self.edit.least_change
         if one.drawn:
-            new = repair_label(one.picture, result, one.mask, least) if self._repairs(one) else one.mask
-        elif unchanged is not None and self._repairs(one):
-            new = repair_label(_pixels(unchanged), raw, one.mask, least)
-        else:
-            return None
-        return new if own is None else new | own
+            return repair_label(one.picture, result, one.mask, least) if self._repairs(one) else one.mask
+        if unchanged is not None and self._repairs(one):
+            return repair_label(_pixels(unchanged), raw, one.mask, least)
+        return None
 
     def _fault(self, one: Ready, label: Bools | None) -> str | None:
         """What rule of the real masks the label of an unmasked edit breaks; masks that were asked for are as asked."""
@@ -388,6 +400,18 @@ def _most_changed(candidates: Sequence[Candidate]) -> int:
     """Which candidate to tell of when none is taken."""
     figures = [c.measures.change_inside for c in candidates]
     return int(np.argmax([-math.inf if math.isnan(figure) else figure for figure in figures]))
+
+
+def _wider(box: tuple[slice, slice], shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """A box with a pixel more on each side where the picture goes on."""
+    rows, columns = (slice(max(0, s.start - 1), min(side, s.stop + 1)) for s, side in zip(box, shape, strict=True))
+    return rows, columns
+
+
+def _of_whole(found: Outside, part: Bools, whole: Bools) -> Outside:
+    """What was measured outside a mask in a part of a picture, the rest of which is as it was."""
+    share = float((~part).sum()) / max(1, int((~whole).sum()))
+    return Outside(found.mean * share, found.most, found.share * share)
 
 
 def _within(one: Ready, part: Any) -> Any:

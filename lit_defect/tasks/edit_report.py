@@ -42,22 +42,22 @@ def write_edited(
 def _tiles(task: Any, sources: str, root: Path, rows: Sequence[Mapping[str, Any]]) -> list[EditTile]:
     """Some accepted and some rejected edits of each type, with their sources."""
     data, places = task.data, {s.name: i for i, s in enumerate(task.data.samples[sources])}
-    alike: defaultdict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    alike: defaultdict[Any, list[tuple[Mapping[str, Any], Path]]] = defaultdict(list)
     for row in rows:
-        if row["source"] in places:
+        file = root / row["image"] if row["accepted"] else _kept(root, row)
+        if row["source"] in places and file is not None:
             kind = data.samples[sources][places[row["source"]]].defect_type
-            alike[row["category"], kind, row["defect_type"], row["accepted"]].append(row)
+            alike[row["category"], kind, row["defect_type"], row["accepted"]].append((row, file))
     tiles = []
     for same in alike.values():
-        for row in same[:: max(1, len(same) // _SHOWN)][:_SHOWN]:
-            file = root / row["image"] if row["accepted"] else _kept(root, row)
-            if file is not None:
-                source = data.original(sources, places[row["source"]])[0]
-                tiles.append(EditTile(source, read_picture(file), read_area(root, row), row))
+        for row, file in same[:: max(1, len(same) // _SHOWN)][:_SHOWN]:
+            source = data.original(sources, places[row["source"]])[0]
+            tiles.append(EditTile(source, read_picture(file), read_area(root, row), row))
     return tiles
 
 
 def _kept(root: Path, row: Mapping[str, Any]) -> Path | None:
     """The first rejected candidate that was kept."""
     folder = root / REJECTED / place(row["category"], row["defect_type"])
-    return next(iter(sorted(folder.glob(f"{row['number']:05d}_*.png"))), None)
+    kept = folder.glob(f"{row['number']:05d}_*.png")
+    return min(kept, key=lambda path: (len(path.name), path.name), default=None)

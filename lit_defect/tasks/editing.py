@@ -203,7 +203,7 @@ class StableDiffusionEditor(SetMaker):
         return groups
 
     def on_predict_epoch_end(self) -> None:
-        """As above; what could not be edited is written down first."""
+        """Join what the processes have written; what could not be edited is written down first."""
         assert self._making is not None
         self.trainer.strategy.barrier("all is tried")
         self._making.finish()
