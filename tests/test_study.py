@@ -311,6 +311,9 @@ def test_mirrored_pictures_are_tested_beside_the_hold_out(write, play):
     (command,) = jobs(file)["A/s0"].test_commands()
     own_split = ["--data.split_file", "runs/toy_A/s0/splits.csv"]  # else what is held out would count as training
     assert command[-6:] == ["--data.test", "mirrored_train", *own_split, "--data.leakage", "warn"]
+    (run.path / "config.yaml").write_text("data: {init_args: {shots: 5}}")
+    (command,) = jobs(file)["A/s0"].test_commands()
+    assert command[-4:] == [*own_split, "--data.shots", "null"]  # which a split file excludes
     (run.path / "config.yaml").write_text("data: {init_args: {test: mirrored_train}}")  # its own protocol
     assert len(jobs(file)["A/s0"].test_commands()) == 1
     assert "mirrored_train" not in jobs(file)["A/s0"].test_commands()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,6 +146,33 @@ def test_a_variation_is_another_picture_whose_defect_lies_anywhere(given, tmp_pa
     monkeypatch.setattr(edit_making, "open_pipeline", lambda base, mode, *rest: open_pipeline(base, "img2img", *rest))
     row = edited(task, parts(given.root), tmp_path / "set")[0]
     assert (row["accepted"], row["mask"]) == ("1", "")
+    task.edit = replace(task.edit, masks="own")  # held to the picture outside of it
+    row = edited(task, parts(given.root), tmp_path / "own")[0]
+    own = given.root / row["source"].replace("/test/", "/ground_truth/").replace(".png", "_mask.png")
+    assert (marked(tmp_path / "own" / row["mask"]) == marked(own)).all()
+
+
+def test_a_second_defect_is_judged_by_itself_and_marked_beside_the_first(given, tmp_path, monkeypatch):
+    def nothing(opened: Any, requests: Any, edit: Any) -> Result:
+        return Result(torch.stack([request.picture for request in requests]), *[[False] * len(requests)] * 2)
+
+    monkeypatch.setattr(edit_making, "run", nothing)
+    task = editor(given.base, sources=["hole"], result="crack", count=2, feather=0.0, least_contrast=0.1)
+    for row in edited(task, parts(given.root), tmp_path / "set"):  # the hole stands out, the crack is not there
+        assert row["reason"] == "fainter than real ones"
+    task = editor(given.base, sources=["hole"], result="crack", count=1, feather=0.0)
+    row = edited(task, parts(given.root), tmp_path / "both")[0]
+    own = given.root / row["source"].replace("/test/", "/ground_truth/").replace(".png", "_mask.png")
+    area = marked(tmp_path / "both" / "areas" / "00000.png")
+    assert (marked(tmp_path / "both" / row["mask"]) == (area | marked(own))).all()
+
+
+def test_a_mask_of_all_of_a_picture_is_no_rule_for_others(given, tmp_path):
+    root = tmp_path / "parts"
+    shutil.copytree(given.root, root)
+    mask = next(iter(sorted((root / "tile" / "ground_truth" / "crack").glob("*.png"))))
+    Image.fromarray(np.full(NATIVE, 255, np.uint8)).save(mask)
+    assert len(edited(editor(given.base, result="crack", masks="random", count=1), parts(root), tmp_path / "set")) == 1
 
 
 def test_own_masks_are_where_variants_change(given, tmp_path):
