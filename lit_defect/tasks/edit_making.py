@@ -38,6 +38,7 @@ from lit_defect.generation.pasting import Place, repair_label
 from lit_defect.generation.store import About, GeneratedStore
 from lit_defect.tasks.descriptors import descriptor
 from lit_defect.tasks.edit_inputs import EditInputs, Ready
+from lit_defect.tasks.edit_pixels import of_whole, plain, to_bytes, wider, within
 from lit_defect.tasks.editing_plan import EditJob
 from lit_defect.tasks.processes import joined_by_key
 
@@ -263,22 +264,22 @@ class EditMaking:
         """(H, W, 3) in [0, 1], the source as the autoencoder gives it back; None where nothing asks for it."""
         if self.edit.paste != "change" and (one.drawn or not self._repairs(one)):
             return None
-        return _within(one, one.frame.back(_plain(reconstruct(self.opened, one.pixels))))
+        return within(one, one.frame.back(plain(reconstruct(self.opened, one.pixels))))
 
     def _candidate(self, one: Ready, place: Place, unchanged: Any, generated: Tensor) -> Candidate:
         """Paste a picture (3, h, w) of the network back, and measure what it has changed."""
         edit, native = self.edit, one.picture
-        whole = _within(one, one.frame.back(_plain(generated)))  # (H, W, 3) in [0, 1]
-        raw = _pixels(whole)
+        whole = within(one, one.frame.back(plain(generated)))  # (H, W, 3) in [0, 1]
+        raw = to_bytes(whole)
         result = raw if edit.paste == "none" else place.blended(place.enlarged(whole))
         edited = self._edited(one, result, raw, unchanged)
         repairs = edited is not None and self._repairs(one)
         if edited is not None and repairs and edit.paste != "none":
             result = np.where(edited[..., None], result, native)  # what changed too little to be marked, has not
         looked_at = edited if edited is not None and repairs and not one.drawn else one.mask
-        box = _wider(one.frame.box, looked_at.shape)  # nothing changes elsewhere
+        box = wider(one.frame.box, looked_at.shape)  # nothing changes elsewhere
         inside, _ = change(native[box] / 255.0, result[box] / 255.0, looked_at[box])
-        spilt = _of_whole(outside(native[box], raw[box], one.mask[box]), one.mask[box], one.mask)
+        spilt = of_whole(outside(native[box], raw[box], one.mask[box]), one.mask[box], one.mask)
         real = self.real.get(one.job.pair)
         alike = 0.0
         if real is not None and edited is not None and edited.any() and not edited.all():
@@ -327,7 +328,7 @@ class EditMaking:
         if one.drawn:
             return repair_label(one.picture, result, one.mask, least) if self._repairs(one) else one.mask
         if unchanged is not None and self._repairs(one):
-            return repair_label(_pixels(unchanged), raw, one.mask, least)
+            return repair_label(to_bytes(unchanged), raw, one.mask, least)
         return None
 
     def _fault(self, one: Ready, label: Bools | None) -> str | None:
@@ -400,31 +401,3 @@ def _most_changed(candidates: Sequence[Candidate]) -> int:
     """Which candidate to tell of when none is taken."""
     figures = [c.measures.change_inside for c in candidates]
     return int(np.argmax([-math.inf if math.isnan(figure) else figure for figure in figures]))
-
-
-def _wider(box: tuple[slice, slice], shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """A box with a pixel more on each side where the picture goes on."""
-    rows, columns = (slice(max(0, s.start - 1), min(side, s.stop + 1)) for s, side in zip(box, shape, strict=True))
-    return rows, columns
-
-
-def _of_whole(found: Outside, part: Bools, whole: Bools) -> Outside:
-    """What was measured outside a mask in a part of a picture, the rest of which is as it was."""
-    share = float((~part).sum()) / max(1, int((~whole).sum()))
-    return Outside(found.mean * share, found.most, found.share * share)
-
-
-def _within(one: Ready, part: Any) -> Any:
-    """The source with another part in its frame's box, (H, W, 3) in [0, 1]."""
-    whole = one.picture / np.float32(255)
-    whole[one.frame.box] = part
-    return whole
-
-
-def _pixels(picture: Any) -> Picture:
-    """(H, W, 3) in [0, 1] -> uint8."""
-    return np.asarray(np.rint(255 * picture.clip(0, 1)), dtype=np.uint8)
-
-
-def _plain(picture: Tensor) -> Any:
-    return picture.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
