@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -139,6 +141,26 @@ def test_one_error_tells_all_that_is_wrong(tmp_path, maps):
     assert "not of 3 classes: 1 of 11: flat (2 x 4 x 6 instead of 3 x height x width)" in text
     assert "good" not in text
     assert "probabilities.json" in text
+
+
+def test_the_threads_that_check_open_one_array_at_a_time(tmp_path, maps, monkeypatch):
+    """Python before 3.11.8 parses the headers of two arrays wrongly when two threads do so at once."""
+    names = [f"{number}.png" for number in range(24)]
+    write_header(tmp_path, NAMES)
+    for name in names:
+        write_probabilities(tmp_path, name, maps)
+    alone, load = threading.Lock(), np.load
+
+    def watched(*args, **kwargs):
+        assert alone.acquire(blocking=False), "two threads open an array at once"
+        try:
+            time.sleep(0.002)
+            return load(*args, **kwargs)
+        finally:
+            alone.release()
+
+    monkeypatch.setattr(np, "load", watched)
+    ProbabilityMaps(tmp_path, NAMES).check(names)
 
 
 def test_without_sizes_any_size_will_do(tmp_path, maps):

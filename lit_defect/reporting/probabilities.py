@@ -20,6 +20,7 @@ level per channel in integers; `read` takes that out.
 from __future__ import annotations
 
 import json
+import threading
 import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ VERSION = 1
 TOLERANCE = 0.01  # of a sum
 _ROUNDING = 0.001  # how far below 0 a program may round a probability
 _NAMED = 5  # pictures of each problem that a message names
+# numpy parses an array's header as Python; until 3.11.8 and 3.12.1 that failed in threads at times (python/cpython#106905).
+_PARSER = threading.Lock()
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
@@ -170,13 +173,14 @@ class ProbabilityMaps:
         if file is None:
             raise _MapError("no file", f"({name}.npy or .npz)")
         try:
-            stored = np.load(file, allow_pickle=False)
-            if isinstance(stored, np.ndarray):
-                return stored
-            with stored:
-                if len(stored.files) != 1:
-                    raise _MapError("not one array in the .npz", f"(it has {', '.join(stored.files) or 'none'})")
-                return stored[stored.files[0]]
+            with _PARSER:
+                stored = np.load(file, allow_pickle=False)
+                if isinstance(stored, np.ndarray):
+                    return stored
+                with stored:
+                    if len(stored.files) != 1:
+                        raise _MapError("not one array in the .npz", f"(it has {', '.join(stored.files) or 'none'})")
+                    return stored[stored.files[0]]
         except _UNREADABLE as error:
             raise _MapError("unreadable", f"({error})") from None
 
