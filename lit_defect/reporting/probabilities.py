@@ -43,7 +43,7 @@ VERSION = 1
 TOLERANCE = 0.01  # of a sum
 _ROUNDING = 0.001  # how far below 0 a program may round a probability
 _NAMED = 5  # pictures of each problem that a message names
-# numpy parses an array's header as Python; until 3.11.8 and 3.12.1 that failed in threads at times (python/cpython#106905).
+# numpy parses a header as Python does, which fails in threads at times before 3.11.8 (python/cpython#106905).
 _PARSER = threading.Lock()
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
