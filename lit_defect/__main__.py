@@ -8,7 +8,7 @@ import sys
 OWN_VERBS = {
     "sweep": (
         "lit_defect.sweep",
-        "Search hyper-parameters: on line by W&B, off line by Optuna; any number of workers.",
+        "Search hyper-parameters with any number of workers: W&B on line, Optuna off line.",
     ),
     "report": ("lit_defect.report", "Runs as one HTML file, tables (CSV, LaTeX) and a W&B report."),
     "export": ("lit_defect.export", "A trained model with its preprocessing as ONNX or torch.export, for the factory."),
