@@ -6,12 +6,16 @@ checkpoints by name (`--ckpt_path best`), and errors of one or two lines that na
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import signal
+import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +23,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import lit_defect.data
@@ -32,10 +36,12 @@ from lit_defect.callbacks.storage import keep_files_whole
 from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, wandb_logger
 from lit_defect.errors import UserError
 from lit_defect.spelling import explain, unknown_environment
+from lit_defect.stopping import STOP, Stopped, end_process, take_over
 from lit_defect.tasks.base import DefectTask
 
 PROGRAM = "lit_defect"
 ENVIRONMENT_PREFIX = "LIT_DEFECT"
+_PATIENCE = 10.0  # seconds that the other processes of a run that ends early have to end by themselves
 _NOTHING = (
     "nothing to resume: a new run starts in {}\n  (a run of another configuration goes on when --run_id names it)"
 )
@@ -219,6 +225,7 @@ class CLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"trainer: {error}") from error
         keep_files_whole(trainer)
+        take_over(trainer)
         return trainer
 
     def _check_test(self, checkpoints: bool) -> None:
@@ -247,6 +254,17 @@ class CLI(LightningCLI):
         tracking = wandb_logger(self.config_dump.get("wandb", "auto"), run, self.config_dump)
         return [MetricsCSV(run.path), *([tracking] if tracking else [])]
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; what stops this process for good stops those that it has started, too."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            if STOP.number is not None and not isinstance(error, Stopped):
+                error = Stopped(STOP.number)  # another process was quicker, so that this one has lost its connection
+            if (launcher := self.trainer.strategy.launcher) is not None and hasattr(launcher, "kill"):
+                _end_all(getattr(launcher, "procs", ()))
+            raise error
+
     def after_fit(self) -> None:
         """Test the best checkpoint when `--test_after_fit` says so."""
         if self.run is None or not self._get(self.config, "test_after_fit") or self.trainer.interrupted:
@@ -265,37 +283,55 @@ def main(args: list[str] | None = None) -> CLI:
         SystemExit: with 2 and a message on standard error for what the user can mend.
     """
     _quiet()
-    try:
-        return CLI(
-            model_class=LightningModule,
-            datamodule_class=LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=Parser,
-            parser_kwargs={
-                "prog": PROGRAM,
-                "description": lit_defect.__doc__,
-                "default_env": True,
-                "env_prefix": ENVIRONMENT_PREFIX,
-            },
-            save_config_callback=None,
-            seed_everything_default=0,
-            trainer_defaults={
-                "use_distributed_sampler": False,
-                "enable_model_summary": False,
-                "log_every_n_steps": 10,
-            },
-            auto_configure_optimizers=False,
-            args=args,
-        )
-    except (UserError, MisconfigurationException) as error:
-        raise SystemExit(_fail(str(error))) from None
-    except ValueError as error:
-        if (own := _user_error_behind(error)) is None:
+    with STOP.heeded():
+        try:
+            return _run(args)
+        except (UserError, MisconfigurationException) as error:
+            raise SystemExit(_fail(str(error))) from None
+        except ValueError as error:
+            if (own := _user_error_behind(error)) is None:
+                raise
+            raise SystemExit(_fail(str(own))) from None
+        except Stopped as stop:
+            end_process(stop)
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise SystemExit(128 + signal.SIGINT) from None  # Lightning says 1, as if the run had failed
             raise
-        raise SystemExit(_fail(str(own))) from None
-    except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None  # for a scheduler or a sweep: this is not finished
+
+
+def _run(args: list[str] | None) -> CLI:
+    return CLI(
+        model_class=LightningModule,
+        datamodule_class=LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        parser_kwargs={
+            "prog": PROGRAM,
+            "description": lit_defect.__doc__,
+            "default_env": True,
+            "env_prefix": ENVIRONMENT_PREFIX,
+        },
+        save_config_callback=None,
+        seed_everything_default=0,
+        trainer_defaults={
+            "use_distributed_sampler": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 10,
+        },
+        auto_configure_optimizers=False,
+        args=args,
+    )
+
+
+def _end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Let processes that Lightning has started end by themselves for a while, then end them."""
+    deadline = time.monotonic() + _PATIENCE
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        process.kill()
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:

@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 
 from lit_defect import runs
 from lit_defect.errors import UserError
+from lit_defect.stopping import SIGNALS, Stopped
 from lit_defect.study_check import changes_since, parsed
 from lit_defect.study_file import Study, read_study
 from lit_defect.study_plan import Job, plan
@@ -168,14 +169,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for command in runner.commands(job):
                 print(shlex.join(command))
         return 0
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = {number: signal.signal(number, _stop) for number in SIGNALS}
     try:
         unfinished = runner.run(jobs)
     except KeyboardInterrupt:
         _say("stopped; the same command goes on")
         return 128 + signal.SIGINT
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if options.job is None and options.stage is None:
         _report(runner.study, checked=not options.only and not options.seeds)
     return 1 if unfinished else 0
@@ -249,14 +251,14 @@ def _run(command: list[str], log: Path) -> int:
         )
         try:
             return process.wait()
-        except BaseException:
-            process.terminate()  # it saves its state and ends
+        except BaseException as stop:
+            process.send_signal(stop.number if isinstance(stop, Stopped) else signal.SIGTERM)  # it saves and ends
             process.wait()
             raise
 
 
 def _stop(number: int, _: Any) -> NoReturn:
-    raise SystemExit(128 + number)
+    raise Stopped(number)
 
 
 def _end_of(log: Path, lines: int = 5) -> str:

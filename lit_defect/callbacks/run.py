@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import time
 from pathlib import Path
@@ -13,11 +12,13 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_defect.callbacks.tracking import MetricsCSV
 from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder, describe_process, keep_previous
+from lit_defect.stopping import STOP, Stopped
+
+_STEPS_BETWEEN = 1000  # at most, until several processes ask each other again whether to stop
 
 
 class RunRecorder(Callback):
@@ -98,10 +99,11 @@ class RunRecorder(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say in `run.json` that the run broke off, and why."""
         if trainer.is_global_zero and self.stage == "fit" and self._begun:
-            stopped = isinstance(exception, KeyboardInterrupt | SystemExit)
+            stopped = isinstance(exception, KeyboardInterrupt | SystemExit) or STOP.number is not None
+            preempted = isinstance(exception, Stopped) and exception.preempted
             with contextlib.suppress(OSError):  # a full disk must not hide what it has caused
                 self.run.update(
-                    status="interrupted" if stopped else "failed",
+                    status="preempted" if preempted else "interrupted" if stopped else "failed",
                     error=f"{type(exception).__name__}: {exception}"[:2000],
                 )
             if stopped:
@@ -152,8 +154,9 @@ class LastCheckpoint(Checkpoint):
 
     Saves after every training epoch and, within long epochs, whenever `every_n_seconds` have passed
     or `every_n_steps` optimizer steps are done. Lightning's ModelCheckpoint takes one trigger only.
-    On SIGTERM, as schedulers send it to some or all processes, it saves after the batch and stops: the
-    processes agree first, where Lightning's own handler communicates within the handler and may hang.
+    When a signal asks the run to stop (`lit_defect.stopping`), on all processes or on one, it saves after the batch
+    and stops; in a validation, after it. Several processes look for that about once a second: they reduce a
+    few numbers, among them after how many steps they do it again.
 
     Args:
         path: the file; it is replaced atomically. None takes `checkpoints/last.ckpt` in the trainer's root.
@@ -172,23 +175,21 @@ class LastCheckpoint(Checkpoint):
         self.every_n_seconds = every_n_seconds
         self._seen_step = 0
         self._saved_at = time.monotonic()
-        self._terminated = False
-
-    def _terminate(self, *_: Any) -> None:
-        self._terminated = True
+        self._agreed_at = (0, time.monotonic())  # step and time of the last agreement
+        self._agrees_from = 0  # step of the next one
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count time and steps from here; note a SIGTERM instead of acting on it at once."""
-        with contextlib.suppress(ValueError):  # only the main thread may ask for signals
-            signal.signal(signal.SIGTERM, self._terminate)  # Lightning puts the former handler back in the end
+        """Count time and steps from here; note a signal instead of acting on it at once."""
+        STOP.defer()
         self._saved_at = time.monotonic()
         self._seen_step = trainer.global_step
+        self._agreed_at, self._agrees_from = (trainer.global_step, time.monotonic()), 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save within an epoch when it is due; stop when told so.
 
         Raises:
-            SIGTERMException: on all processes, after the state is saved.
+            Stopped: on all processes, after the state is saved.
         """
         step = trainer.global_step
         if step == self._seen_step:
@@ -196,31 +197,52 @@ class LastCheckpoint(Checkpoint):
         self._seen_step = step
         if trainer.is_last_batch:
             return  # the epoch's own save follows, with its validation done
-        due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
-        due |= self.every_n_seconds is not None and time.monotonic() - self._saved_at > self.every_n_seconds
-        due, stop = self._agree(trainer, [due, self._terminated])
-        if (due or stop) and not getattr(trainer, "fast_dev_run", False):
+        due, number = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0, 0
+        if step >= self._agrees_from or trainer.world_size == 1:
+            late = self.every_n_seconds is not None and time.monotonic() - self._saved_at > self.every_n_seconds
+            late, number = self._agree(trainer, late)
+            due |= late
+        if (due or number) and not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
-        if stop:
-            raise SIGTERMException
+        if number:
+            raise Stopped(number)
 
-    @staticmethod
-    def _agree(trainer: Trainer, flags: list[bool]) -> list[bool]:
-        """Each flag, raised on all processes when it is raised on one."""
+    def _agree(self, trainer: Trainer, late: bool = False) -> tuple[bool, int]:
+        """Whether a save is due and which signal asks to stop (0 for none), of any process, on all of them."""
+        number = STOP.number or 0
         if trainer.world_size == 1:
-            return flags
-        raised = torch.tensor(flags, dtype=torch.int32, device=trainer.strategy.root_device)
-        return [bool(flag) for flag in trainer.strategy.reduce(raised, reduce_op="max")]  # type: ignore[union-attr]
+            return late, number
+        step, now = trainer.global_step, time.monotonic()
+        seen_step, seen_at = self._agreed_at
+        pace = (step - seen_step) / max(now - seen_at, 1e-3)  # steps a second
+        told = torch.tensor([int(late), number, int(pace)], dtype=torch.int32, device=trainer.strategy.root_device)
+        late, number, pace = trainer.strategy.reduce(told, reduce_op="max").tolist()  # type: ignore[union-attr]
+        self._agreed_at, self._agrees_from = (step, now), step + max(1, min(pace, _STEPS_BETWEEN))
+        return bool(late), number
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the epoch and its validation, with what the task adds at the end; stop when told so."""
+        """Save after the epoch and its validation, with what the task adds at the end; stop when told so.
+
+        Raises:
+            Stopped: on all processes.
+        """
         complete = getattr(pl_module, "complete", None)
         if complete is not None:
             complete()  # EarlyStopping may have ended the training just now, after the task's own hook
         if not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
-        if self._agree(trainer, [self._terminated])[0]:
-            raise SIGTERMException
+        if number := self._agree(trainer)[1]:
+            raise Stopped(number)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All is saved: from here on a signal stops the run at once.
+
+        Raises:
+            Stopped: on all processes, where one came since the last epoch's end.
+        """
+        if number := self._agree(trainer)[1]:
+            raise Stopped(number)
+        STOP.at_once()
 
     def _save(self, trainer: Trainer) -> None:
         path = self.path or Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_defect.data.samples import Sample
 from lit_defect.errors import DataError
+from lit_defect.stopping import shield_worker
 
 Batch = dict[str, Any]
 TEXT_FIELDS = ("path", "name", "category", "defect_type", "group", "source")
@@ -281,6 +282,7 @@ class BatchLoader:
             collate_fn=_as_is,
             pin_memory=self.pin_memory and decodes,
             persistent_workers=workers > 0,
+            worker_init_fn=shield_worker,
             generator=torch.Generator().manual_seed(0),  # otherwise every epoch draws from the global one
         )
 

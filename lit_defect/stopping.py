@@ -1,0 +1,167 @@
+"""How a run ends when a scheduler, a sweep or its user wants the machine back: in good order, with its state saved.
+
+SIGTERM asks to stop, SIGUSR1 to stop and be put back into the queue. While a model trains the signal is only noted:
+`LastCheckpoint` lets the processes agree, saves and stops. At any other time nothing is lost by stopping at once.
+Lightning's own handlers communicate and save within the handler, which hangs where all processes are signalled.
+
+Exit codes: 143 for SIGTERM, 138 for SIGUSR1 (128 + signal). No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any, NoReturn
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(SystemExit):
+    """The run stops because of a signal; the exit code says which.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+    @property
+    def preempted(self) -> bool:
+        """Whether the run is to go on as soon as the machine is free again."""
+        return self.number == signal.SIGUSR1
+
+
+class StopRequest:
+    """Whether this process was told to stop; there is one, `STOP`, as handlers belong to the process.
+
+    Attributes:
+        number: the signal that was noted; None for none.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._deferred = False
+        self._owner = 0
+        self._former: dict[int, Any] = {}
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Handle the signals in here; outside the main thread, where that is impossible, they stay as they are."""
+        if self._former or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.number, self._deferred, self._owner = None, False, os.getpid()
+        self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in self._former.items():
+                signal.signal(number, handler)
+            self.number, self._deferred, self._former = None, False, {}
+
+    def defer(self) -> None:
+        """From here on only note a signal: the training asks for it.
+
+        Raises:
+            Stopped: there was one, and the exception was lost, as in a destructor.
+        """
+        self.at_once()
+        self._deferred = True
+
+    def at_once(self) -> None:
+        """From here on stop at once.
+
+        Raises:
+            Stopped: a signal was noted meanwhile.
+        """
+        self._deferred = False
+        if self.number is not None:
+            raise Stopped(self.number)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            return  # a worker of a data loader, forked from here: it ends with its parent
+        if self.number is None:
+            self.number = number
+        if not self._deferred:
+            raise Stopped(self.number)
+
+
+STOP = StopRequest()
+
+
+def take_over(trainer: Any) -> None:
+    """Let Lightning handle no signal, and spare each step the broadcast by which it spreads what it has heard.
+
+    Its handlers broadcast and save within the handler: processes that are all signalled wait for each other for ever
+    (Lightning-AI/pytorch-lightning#20806).
+    """
+    for holder, name in (
+        (getattr(trainer, "_signal_connector", None), "register_signal_handlers"),
+        (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
+    ):
+        if hasattr(holder, name):
+            setattr(holder, name, lambda: None)
+
+
+def shield_worker(_: int = 0) -> None:
+    """In a data loader's worker: outlive the signal that a scheduler sends to all processes of a job.
+
+    The batch at hand is still needed. A second SIGTERM ends it, as a parent sends one that must be rid of it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+
+
+def end_process(stop: Stopped, environ: Mapping[str, str] = os.environ) -> NoReturn:
+    """Leave the program after a stop: put the job back into the queue where that was asked for, and exit.
+
+    A process that Lightning's launcher has started tells its parent, whatever it was told itself, and exits with 0:
+    at any other code the launcher would kill the parent, which may still be saving.
+
+    Raises:
+        SystemExit: always.
+    """
+    if "LIT_DEFECT_RUN_ID" in environ and environ.get("LOCAL_RANK", "0") != "0" and not _started_outside(environ):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(os.getppid(), stop.number)
+        raise SystemExit(0)
+    if stop.preempted and environ.get("SLURM_PROCID", "0") == "0":
+        requeue(environ)
+    raise SystemExit(stop.code)
+
+
+def requeue(environ: Mapping[str, str] = os.environ) -> None:
+    """Put this SLURM job, or this task of its array, back into the queue; nothing without SLURM."""
+    if not (job := slurm_job(environ)):
+        return
+    if shutil.which("scontrol") is None:
+        print(f"warning: there is no scontrol here: put job {job} back by `scontrol requeue {job}`", file=sys.stderr)
+        return
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip()
+        print(f"warning: job {job} could not be put back into the queue: {reason}", file=sys.stderr)
+
+
+def slurm_job(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Id of the SLURM job that this process belongs to, `ARRAY_TASK` in an array; None outside of SLURM."""
+    job = environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    return job if re.fullmatch(r"\d+(_\d+)?", job) else None
+
+
+def _started_outside(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun or srun has started every process of the launch."""
+    return "TORCHELASTIC_RUN_ID" in environ or ("SLURM_PROCID" in environ and environ.get("SLURM_NTASKS", "1") != "1")
