@@ -115,12 +115,19 @@ def take_over(trainer: Any) -> None:
 
 
 def shield_worker(_: int = 0) -> None:
-    """In a data loader's worker: outlive the signal that a scheduler sends to all processes of a job.
+    """In a data loader's worker: end when the parent says so, not when a scheduler signals all processes of a job.
 
-    The batch at hand is still needed. A second SIGTERM ends it, as a parent sends one that must be rid of it.
+    The parent still needs the batches at hand, and would fail if a worker were gone.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_heed, args=(os.getppid(),), daemon=True).start()
+
+
+def _heed(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def end_process(stop: Stopped, environ: Mapping[str, str] = os.environ) -> NoReturn:
