@@ -19,6 +19,7 @@ from rich.text import Text
 from lit_defect.errors import UserError
 from lit_defect.runs import write_json
 
+_HERE, _ROOT = Path(__file__).parent, Path(__file__).parent.parent  # of this package, of lit_defect
 State = Literal["ok", "warning", "failed"]
 _SHOWN = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("FAILED", "bold red")}
 
@@ -79,11 +80,13 @@ class Findings(list[Finding]):
                 yield
             finally:
                 for text in dict.fromkeys(str(warning.message) for warning in heard):
-                    self.warn(next((other for other, word in named.items() if word in text), name), text)
+                    subject = next((other for other, word in named.items() if word in text), name)
+                    if not self.failed(subject):  # which has said more
+                        self.warn(subject, text)
 
-    def failed(self) -> bool:
-        """Whether something would stop a run."""
-        return any(finding.state == "failed" for finding in self)
+    def failed(self, name: str | None = None) -> bool:
+        """Whether something, or this, would stop a run."""
+        return any(finding.state == "failed" for finding in self if name in (None, finding.name))
 
     def passes(self, strict: bool = False) -> bool:
         """Whether nothing failed; with `strict`, nor warned."""
@@ -92,7 +95,8 @@ class Findings(list[Finding]):
     def counted(self) -> str:
         """How many of each state, in words."""
         counts = {state: sum(finding.state == state for finding in self) for state in _SHOWN}
-        return f"{counts['ok']} ok, {counts['warning']} warnings, {counts['failed']} failed"
+        plural = "" if counts["warning"] == 1 else "s"
+        return f"{counts['ok']} ok, {counts['warning']} warning{plural}, {counts['failed']} failed"
 
     def show(self, stream: Any = None) -> None:
         """A table on a terminal, else a plain line for each finding, its remedy below."""
@@ -149,7 +153,13 @@ def said(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     places = traceback.extract_tb(error.__traceback__)
-    own = [place for place in places if "lit_defect" in Path(place.filename).parts] or places
+    folders = [Path(place.filename).parent for place in places]
+    own = [
+        place
+        for place, folder in zip(places, folders, strict=True)
+        if _ROOT in (folder, *folder.parents) and folder != _HERE
+    ]
+    own = own or places[-1:]
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     text = str(error).strip() or "without a word"
     return f"{type(error).__name__}: {text}{where}"
@@ -168,7 +178,7 @@ def duration(seconds: float) -> str:
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 100:
-        return f"{seconds:.3g} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 100:
         return f"{minutes} min"

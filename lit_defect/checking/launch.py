@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, Lightning
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_defect.callbacks.startup import describe_machine
 from lit_defect.checking.findings import Findings
 from lit_defect.errors import UserError
 
@@ -75,7 +76,8 @@ class Launch:
         own = [kind for kind in (kinds or _GPUS["gpu"]) if kind.is_available()]
         here = name in ("auto", "cpu") or bool(own)
         count = own[0].auto_device_count() if own and name != "cpu" else CPUAccelerator.auto_device_count()
-        devices, counted = _devices(trainer.get("devices") or "auto", count)
+        asked = trainer.get("devices")
+        devices, counted = _devices("auto" if asked is None else asked, count)
         nodes = trainer.get("num_nodes") or 1
         strategy = trainer.get("strategy") or "auto"
         strategy = strategy if isinstance(strategy, str) else type(strategy).__name__
@@ -104,23 +106,21 @@ def _devices(asked: Any, here: int) -> tuple[int, bool]:
 
 def check_launch(findings: Findings, launch: Launch, trainer: Trainer, asked: Mapping[str, Any]) -> None:
     """Whether there is such a strategy, and what of the rest this machine can try."""
-    known = StrategyRegistry.available_strategies()
-    strategy = asked.get("strategy") or "auto"
-    if isinstance(strategy, str) and strategy != "auto" and strategy not in known:
-        near = difflib.get_close_matches(strategy, known, 2, cutoff=0.4)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        findings.fail("launch", f"trainer.strategy = {strategy}: no such strategy{hint}", "see --help of fit")
     values = {"processes": launch.processes, "processes_per_node": launch.devices, "nodes": launch.nodes}
-    if not launch.here:
-        tried = f"this machine has no {launch.accelerator}: tried on {_machine(trainer)}, with small batches"
-        findings.ok("launch", f"{launch.asked}; {tried}", **values, tried="cpu")
+    known, strategy = StrategyRegistry.available_strategies(), asked.get("strategy") or "auto"
+    if isinstance(strategy, str) and strategy != "auto" and strategy not in known:
+        near = difflib.get_close_matches(strategy, known, 1, cutoff=0.4) or ["ddp"]
+        findings.fail(
+            "launch", f"trainer.strategy = {strategy}: no such strategy", f"--trainer.strategy {near[0]}", **values
+        )
+    elif not launch.here:
+        tried = f"this machine has no {launch.accelerator}: tried on {describe_machine(trainer)}, with small batches"
+        findings.ok("launch", f"{launch.asked}; {tried}", **values)
     elif launch.processes > 1:
-        findings.ok("launch", f"{launch.asked}; tried on {_machine(trainer)}", **values, tried=_kind(trainer))
+        findings.ok("launch", f"{launch.asked}; tried on {describe_machine(trainer)}", **values)
     else:
-        findings.ok("launch", _machine(trainer), **values, tried=_kind(trainer))
-    precision = str(asked.get("precision") or trainer.precision)
-    taken = str(trainer.precision)
-    if precision.startswith("16") and taken != precision and precision not in ("16",):
+        findings.ok("launch", describe_machine(trainer), **values)
+    if (precision := asked.get("precision")) != (taken := _precision(precision, launch)):
         findings.ok("precision", f"{precision} is of GPUs; tried in {taken} here")
 
 
@@ -187,13 +187,3 @@ def _precision(asked: Any, launch: Launch) -> Any:
         if on_cpu
         else asked
     )
-
-
-def _kind(trainer: Trainer) -> str:
-    return type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
-
-
-def _machine(trainer: Trainer) -> str:
-    from lit_defect.callbacks.startup import describe_machine
-
-    return describe_machine(trainer)

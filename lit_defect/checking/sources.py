@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+OF_THE_CHECK = ("--json", "--strict")
+
 
 def sources(words: Sequence[str], environ: Mapping[str, str], prefix: str) -> str:
     """Files, options of the command line and variables of the environment; the later ones win.
@@ -18,7 +20,7 @@ def sources(words: Sequence[str], environ: Mapping[str, str], prefix: str) -> st
         option, _, value = word.partition("=")
         if option in ("--config", "-c"):
             files.append(value or following)
-        elif option.startswith("--"):
+        elif option.startswith("--") and option not in OF_THE_CHECK:
             named.append(option.removeprefix("--"))
     variables = sorted(name for name in environ if name.startswith(prefix))
     listed = {"": files, "environment: ": variables, "command line: ": named}
