@@ -130,6 +130,7 @@ def test_a_check_changes_nothing_that_fit_computes(lit_defect, config, tmp_path,
     alone = weights("alone")
     monkeypatch.setenv("LIT_DEFECT_CACHE", str(tmp_path / "cache-after"))
     lit_defect("check", "--config", config, "--model.transfer", transfer)
+    assert not list((tmp_path / "cache-after").rglob("*.safetensors"))  # features in other batches may differ by a bit
     after = weights("after")
     assert alone.keys() == after.keys()
     assert all(torch.equal(alone[key], after[key]) for key in alone)
@@ -302,6 +303,13 @@ def test_processes_that_are_asked_for(trainer, processes):
     assert Launch.of({"accelerator": "gpu", **trainer}).processes == processes
 
 
+def test_several_processes_of_whatever_there_is_are_of_gpus():
+    here = torch.cuda.is_available() or torch.backends.mps.is_available()
+    assert Launch.of({"devices": 8}).here is here
+    assert Launch.of({"devices": 8, "accelerator": "cpu"}).here
+    assert Launch.of({}).here
+
+
 @pytest.mark.parametrize("trainer", [{"accelerator": "gpuu"}, {"devices": 0}, {"devices": "many"}])
 def test_a_machine_that_cannot_be(trainer):
     with pytest.raises(UserError, match=f"trainer.{next(iter(trainer))}"):
@@ -436,6 +444,16 @@ def test_a_configuration_of_each_system_is_checked(lit_defect, tmp_path, monkeyp
         assert found["verbs"].values["verbs"] == ("predict",)
     else:
         assert found["gradients"].state == "ok", found["gradients"]
+
+
+def test_a_pipeline_that_is_not_there(lit_defect, tmp_path, monkeypatch):
+    path = next(path for path in QUICK if verb(path) == "predict")
+    words = [*tiny(tmp_path, path, monkeypatch), "--model.base", str(tmp_path / "nowhere")]
+    with pytest.raises(SystemExit) as stop:
+        lit_defect("check", "--config", path, *words, "--json", tmp_path / "found.json")
+    assert stop.value.code == 1
+    found = json.loads((tmp_path / "found.json").read_text())["checks"]
+    assert [(one["name"], "nowhere" in one["found"]) for one in found if one["state"] == "failed"] == [("model", True)]
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from lit_defect.checking.findings import Findings
 from lit_defect.errors import UserError
 
 _GPUS = {"gpu": (CUDAAccelerator, MPSAccelerator), "cuda": (CUDAAccelerator,), "mps": (MPSAccelerator,)}
+_OF_GPUS = ("auto", *_GPUS)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Launch:
         """In words."""
         machines = f" on each of {self.nodes} nodes" if self.nodes > 1 else ""
         strategy = "" if self.strategy == "auto" else f", strategy {self.strategy}"
-        return f"accelerator {self.accelerator}, {self.devices} process{'es' * (self.devices > 1)}{machines}{strategy}"
+        count = f"{self.devices} process{'es' * (self.devices > 1)}"
+        count += " (that machine may have more devices)" if self.counted_here and not self.here else ""
+        return f"accelerator {self.accelerator}, {count}{machines}{strategy}"
 
     @classmethod
     def of(cls, trainer: Mapping[str, Any]) -> Launch:
@@ -63,25 +66,26 @@ class Launch:
             UserError: an accelerator, number of devices or nodes that is none.
         """
         asked = trainer.get("accelerator") or "auto"
-        name = asked.lower() if isinstance(asked, str) else type(asked).__name__
-        if (
-            isinstance(asked, str)
-            and name != "auto"
-            and name not in {"gpu", *AcceleratorRegistry.available_accelerators()}
-        ):
-            near = difflib.get_close_matches(name, ["cpu", "gpu", "auto", "cuda", "mps", "tpu"], 1)
+        name = asked.lower() if isinstance(asked, str) else type(asked).__name__.lower().removesuffix("accelerator")
+        known = {"auto", "gpu", *AcceleratorRegistry.available_accelerators()}
+        if isinstance(asked, str) and name not in known:
+            near = difflib.get_close_matches(name, sorted(known), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"trainer.accelerator = {asked}: no such accelerator{hint}")
-        kinds = [] if name in ("auto", "cpu") else list(_GPUS.get(name, ()))
-        own = [kind for kind in (kinds or _GPUS["gpu"]) if kind.is_available()]
-        here = name in ("auto", "cpu") or bool(own)
-        count = own[0].auto_device_count() if own and name != "cpu" else CPUAccelerator.auto_device_count()
-        asked = trainer.get("devices")
-        devices, counted = _devices("auto" if asked is None else asked, count)
-        nodes = trainer.get("num_nodes") or 1
+        own = (
+            [kind for kind in _GPUS["gpu" if name == "auto" else name] if kind.is_available()]
+            if name in _OF_GPUS
+            else []
+        )
+        count = own[0].auto_device_count() if own else CPUAccelerator.auto_device_count()
+        wanted = trainer.get("devices")
+        devices, counted = _devices("auto" if wanted is None else wanted, count)
+        nodes = int(trainer.get("num_nodes") or 1)
         strategy = trainer.get("strategy") or "auto"
         strategy = strategy if isinstance(strategy, str) else type(strategy).__name__
-        return cls(name, devices, int(nodes), strategy, here, counted)
+        # Several processes of "whatever there is" are asked for on a node of GPUs, which a login node may lack.
+        here = name == "cpu" or bool(own) or (name == "auto" and devices * nodes == 1)
+        return cls(name, devices, nodes, strategy, here, counted)
 
 
 def _devices(asked: Any, here: int) -> tuple[int, bool]:
@@ -114,7 +118,8 @@ def check_launch(findings: Findings, launch: Launch, trainer: Trainer, asked: Ma
             "launch", f"trainer.strategy = {strategy}: no such strategy", f"--trainer.strategy {near[0]}", **values
         )
     elif not launch.here:
-        tried = f"this machine has no {launch.accelerator}: tried on {describe_machine(trainer)}, with small batches"
+        missing = "gpu" if launch.accelerator == "auto" else launch.accelerator
+        tried = f"this machine has no {missing}: tried on {describe_machine(trainer)}, with small batches"
         findings.ok("launch", f"{launch.asked}; {tried}", **values)
     elif launch.processes > 1:
         findings.ok("launch", f"{launch.asked}; tried on {describe_machine(trainer)}", **values)

@@ -123,13 +123,15 @@ def _check_verbs(findings: Findings, job: Job, stage: str) -> None:
 
 def _check_setup(findings: Findings, job: Job, stage: str) -> None:
     """What a task that does not train finds wrong with its data and options, and with the files of its pipeline."""
-    trainer: Any = job.trainer
+    trainer, model = job.trainer, job.model
+    trainer.datamodule, model.trainer = job.data, trainer  # type: ignore[attr-defined]
     with findings.hearing(stage), findings.noting(stage):
-        job.data.trainer = trainer  # type: ignore[union-attr]
-        job.model.trainer = trainer
-        trainer._data_connector.attach_datamodule(job.model, datamodule=job.data)
-        job.model.setup(stage)
-        findings.ok(stage, getattr(job.model, "title", type(job.model).__name__))
+        model.setup(stage)
+        findings.ok(stage, str(getattr(model, "title", type(model).__name__)))
+    if (opens := getattr(model, "open", None)) is not None:
+        with findings.hearing("model"), findings.noting("model"):
+            opens()
+            findings.ok("model", "its files are there and open")
 
 
 def _judge_model(findings: Findings, job: Job, seen: Seen) -> None:
