@@ -224,6 +224,17 @@ def test_too_few_samples_for_the_processes(check):
     assert found["batch size"].state == "warning"
 
 
+def test_a_step_that_the_processes_share(check):
+    options = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accumulate_grad_batches", "2")
+    _, alone = check("--data.global_batch_size", "8")
+    code, found = check("--data.global_batch_size", "8", *options)
+    assert code == 0
+    assert found["cost"].values == alone["cost"].values, "as many steps, of as many pictures"
+    code, found = check("--data.global_batch_size", "6", *options)
+    assert (code, failed(found)) == (1, {"batch size"})
+    assert "8 can" in found["batch size"].found
+
+
 def test_a_cache_that_does_not_fit(check, monkeypatch):
     monkeypatch.setattr("lit_defect.checking.pictures.available_memory", lambda: 1000)
     code, found = check("--trainer.devices", "2")

@@ -12,7 +12,8 @@ from lit_defect.checking.findings import Findings, said, size
 from lit_defect.checking.launch import Launch
 from lit_defect.data.cache import available_memory
 from lit_defect.data.module import DefectDataModule
-from lit_defect.errors import DataError
+from lit_defect.data.settings import share_of_step
+from lit_defect.errors import DataError, UserError
 
 
 def check_pictures(findings: Findings, data: LightningDataModule | None, stage: str) -> bool:
@@ -90,16 +91,19 @@ def check_sharing(
     batches: dict[str, int] = {}
     if not isinstance(data, DefectDataModule):
         return batches
+    accumulated = trainer.get("accumulate_grad_batches") or 1
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=0,
         world_size=launch.processes,
         num_devices=launch.devices,
         num_nodes=launch.nodes,
-        accumulate_grad_batches=trainer.get("accumulate_grad_batches") or 1,
+        accumulate_grad_batches=accumulated,
         overfit_batches=trainer.get("overfit_batches") or 0,
         training=False,
     )
     try:
+        if data.global_batch_size is not None:
+            data.batch_size = share_of_step(data.global_batch_size, launch.processes, accumulated)
         for split, make in (
             ("train", data.train_dataloader),
             ("val", data.val_dataloader),
@@ -111,6 +115,8 @@ def check_sharing(
                 batches[split] = len(make())
             except DataError as error:
                 findings.fail(f"{split} shared", f"{launch.processes} processes: {error}")
+    except UserError as error:
+        findings.fail("batch size", str(error))
     finally:
         data.trainer = None
     count, asked = len(data.samples.get("train", ())), data.batch_size * launch.processes

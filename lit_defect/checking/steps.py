@@ -233,7 +233,9 @@ def _batches_of(data: LightningDataModule | None, most: int | None) -> Iterator[
     if not isinstance(data, DefectDataModule):
         yield
         return
-    former = {name: getattr(data, name) for name in ("batch_size", "eval_batch_size", "samples", "cache_dir")}
+    kept = ("batch_size", "global_batch_size", "eval_batch_size", "samples", "cache_dir")
+    former = {name: getattr(data, name) for name in kept}
+    data.global_batch_size = None  # `check_sharing` has put this process's share into `batch_size`
     if most is not None:
         data.batch_size, data.eval_batch_size = min(most, data.batch_size), min(most, data.eval_batch_size)
     try:
