@@ -76,7 +76,7 @@ class Scale:
     def _step(self, count: int) -> float:
         raw = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(raw))
-        return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+        return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.7)
 
     def _decades(self, count: int) -> list[float]:
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))

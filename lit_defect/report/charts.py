@@ -22,7 +22,7 @@ HEIGHT = 300
 _MOST_POINTS = 400  # drawn of a curve
 _MOST_TIPS = 1500  # places with a tooltip in a chart
 _MOST_LABELS = 8  # beside the ends of curves
-_LABEL_HEIGHT = 17
+_LABEL_HEIGHT = 18
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,13 @@ def lines(block: Lines, arms: Arms) -> Markup:
         aria_label=_told(block),
         xmlns="http://www.w3.org/2000/svg",
     )
-    classes = ["chart", "lines"]
-    classes += ["labelled"] if labels else []
-    classes += ["many"] if len(names) > _MOST_LABELS else []
-    return element(
-        "figure",
-        element("figcaption", prose(block.caption)),
-        svg,
-        _legend(names, looks, arms) if len(names) > 1 else None,
-        class_=" ".join(classes),
-    )
+    if len(set(names)) > MOST_TOLD_APART:
+        below = element("p", f"{len(names)} curves; pointing at one tells its name", class_="key")
+        classes = "chart lines many alike"
+    else:
+        below = _legend(names, looks, arms) if len(names) > 1 else Markup()
+        classes = "chart lines many" if len(names) > _MOST_LABELS else "chart lines"
+    return element("figure", element("figcaption", prose(block.caption)), svg, below, class_=classes)
 
 
 def stretched(height: float, *children: str) -> Markup:

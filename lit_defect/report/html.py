@@ -37,6 +37,7 @@ from lit_defect.report.strips import bars, intervals
 from lit_defect.reporting.files import whole_file
 
 _HERE = Path(__file__).parent
+_WIDE = 1200  # pixels of a picture from which a column of the gallery is too narrow for it
 
 
 def write_html(report: Report, path: Path, *, base: Path | None = None, budget: int = BUDGET) -> Path:
@@ -167,7 +168,7 @@ class _Page:
             title=file,
         )
         link = element("a", shown, href=f"#{anchor}", class_="large")  # without the script, the picture grows in place
-        return element("figure", link, caption, id=anchor)
+        return element("figure", link, caption, id=anchor, class_="wide" if embedded.width >= _WIDE else None)
 
 
 def _digest(text: str) -> str:

@@ -67,7 +67,11 @@ def _is_numeric(cells: Iterable[Cell]) -> bool:
 def _head(column: Column, right: bool) -> Markup:
     arrow, meaning = _ARROWS.get(column.better or "", ("", ""))
     tip = ". ".join(part for part in (column.help.replace("`", ""), meaning) if part)
-    mark = element("span", f" {arrow}", element("span", f" ({meaning})", class_="unseen")) if arrow else None
+    mark = (
+        element("span", f"\N{NO-BREAK SPACE}{arrow}", element("span", f" ({meaning})", class_="unseen"))
+        if arrow
+        else None
+    )
     return element(
         "th",
         prose(column.name),

@@ -134,10 +134,10 @@ def _titles(axes: Sequence[str]) -> list[str]:
 
 def _draw_axis(title: str, short: str, axis: Scale | _Choices | None, across: float, height: float) -> Markup:
     x = percent(across)
-    side = "end" if across == 1 else "middle" if across > 0 else "start"
     parts = [element("line", x1=x, x2=x, y1=0, y2=place(height), class_="axis")]
-    head = f"{short} (log)" if isinstance(axis, Scale) and axis.log else short
-    parts.append(element("text", element("title", title), head, x=x, y=-14, class_=f"title {side}"))
+    parts.append(element("text", element("title", title), short, x=x, y=-24, class_="title middle"))
+    if isinstance(axis, Scale) and axis.log:
+        parts.append(element("text", "log", x=x, y=-9, class_="tick middle"))
     if isinstance(axis, _Choices):
         stride = math.ceil(len(axis.words) / _MOST_CHOICES)
         marks = [(axis.share(word), shorten(word, 16), word) for word in axis.words[::stride]]
@@ -148,7 +148,7 @@ def _draw_axis(title: str, short: str, axis: Scale | _Choices | None, across: fl
     for share, label, whole in marks:
         y = place(height * (1 - share))
         if isinstance(axis, Scale):
-            parts.append(element("line", x1=x, x2=x, y1=y, y2=y, class_="notch"))
+            parts.append(element("circle", cx=x, cy=y, r=2.5, class_="notch"))
         tip = element("title", whole) if whole != label else None
         parts.append(element("text", tip, label, x=x, y=y, dx=7, dy="0.35em", class_="tick halo"))
     return element("g", *parts)

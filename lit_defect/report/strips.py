@@ -16,6 +16,7 @@ from lit_defect.report.markup import Markup, element, join, name, prose
 from lit_defect.report.series import Arms, look_classes
 
 _HEIGHT, _MIDDLE = 26, 13
+_SPARE = 8  # by which upright lines reach into the rows above and below, should those be taller
 FOLDED = 40  # rows shown at first
 
 
@@ -39,12 +40,15 @@ def intervals(block: Intervals, arms: Arms) -> Markup:
         )
         for row in block.intervals
     ]
+    bounded = any(math.isfinite(row.low) and math.isfinite(row.high) for row in block.intervals)
     notes = []
     if block.reference is not None:
         notes.append(f"line at {full(block.reference)}")
     notes += [f"dashed: {label} {full(value)}" for label, value in guides]
     notes += ["diamonds: published values"] if ticks else []
-    return _table(block.caption, block.x_name, rows, scale, "; ".join(notes), "mean [interval]")
+    return _table(
+        block.caption, block.x_name, rows, scale, "; ".join(notes), "value [interval]" if bounded else "value"
+    )
 
 
 def bars(block: Bars) -> Markup:
@@ -61,9 +65,9 @@ def _table(caption: str, x_name: str, rows: Sequence[Markup], scale: Scale, note
         "tr",
         element("th", element("span", "name", class_="unseen"), scope="col"),
         element("th", x_name, scope="col", class_="strip"),
-        element("th", element("span", figures, class_="unseen"), scope="col"),
+        element("th", figures, scope="col", class_="number"),
     )
-    axis = element("tr", element("td"), element("td", _axis(scale), class_="strip"), element("td"), class_="axis")
+    axis = element("tr", element("td"), element("td", _axis(scale), class_="strip"), element("td"), class_="foot")
     rest = element("tbody", *rows[FOLDED:], class_="rest") if len(rows) > FOLDED else None
     table = element(
         "table",
@@ -72,7 +76,7 @@ def _table(caption: str, x_name: str, rows: Sequence[Markup], scale: Scale, note
         element("tbody", *rows[:FOLDED]),
         rest,
         element("tfoot", axis, aria_hidden="true"),
-        class_="strips",
+        class_="strips bare" if figures == "value" else "strips",
         data_folds=len(rows) if rest else None,
     )
     return element("figure", table, element("p", notes, class_="key") if notes else None, class_="chart")
@@ -101,7 +105,7 @@ def _lines_through(scale: Scale, reference: float | None, guides: Sequence[tuple
 
 def _upright(scale: Scale, value: float, class_: str, tip: str) -> Markup:
     x = percent(scale.share(value))
-    return element("line", element("title", tip), x1=x, x2=x, y1=0, y2=_HEIGHT, class_=class_)
+    return element("line", element("title", tip), x1=x, x2=x, y1=-_SPARE, y2=_HEIGHT + _SPARE, class_=class_)
 
 
 def _interval(row: Interval, scale: Scale, look: int | None, published: float | None) -> Markup:
