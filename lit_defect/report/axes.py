@@ -99,7 +99,7 @@ def alike(values: Sequence[float], step: float) -> list[str]:
 
 def fixed(value: float, digits: int) -> str:
     """A number with `digits` behind the point and a true minus; a dash for one that is not finite."""
-    return f"{value:.{digits}f}".replace("-", MINUS) if math.isfinite(value) else DASH
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", MINUS) if math.isfinite(value) else DASH
 
 
 def short(value: float) -> str:

@@ -34,13 +34,12 @@ def parallel(block: Parallel) -> Markup:
     """The chart; lines of trials without an objective are grey and dashed, a missing value breaks its line."""
     columns = [[_finite(line[i]) for line in block.lines] for i in range(len(block.axes))]
     axes = [_axis(column, axis in block.log) for axis, column in zip(block.axes, columns, strict=True)]
-    objective = axes[-1] if axes else None
-    if objective is None or not any(value is not None for column in columns for value in column):
+    if not any(value is not None for column in columns for value in column):
         return empty(block.caption)
     choices = max((len(axis.words) for axis in axes if isinstance(axis, _Choices)), default=0)
     height = max(HEIGHT, _ROW * min(choices, _MOST_CHOICES))
     across = [0.5 if len(axes) == 1 else i / (len(axes) - 1) for i in range(len(axes))]
-    ranks = [_quality(value, objective, block.better) for value in columns[-1]]
+    ranks = [_quality(value, axes[-1], block.better) for value in columns[-1]]
     order = sorted(range(len(block.lines)), key=lambda i: -1.0 if ranks[i] is None else ranks[i] or 0.0)  # best on top
     drawn = []
     for i in order:
@@ -105,9 +104,9 @@ def _place(axis: Scale | _Choices | None, value: Value, height: float) -> float 
     return height * (1 - axis.share(number)) if axis.shows(number) else None
 
 
-def _quality(value: Value, axis: Scale | _Choices, better: str) -> float | None:
+def _quality(value: Value, axis: Scale | _Choices | None, better: str) -> float | None:
     """0 for the worst, 1 for the best; None without an objective."""
-    if value is None:
+    if value is None or axis is None:
         return None
     share = axis.share(value) if isinstance(axis, _Choices) else axis.share(float(value))
     return share if better == "larger" else 1 - share
