@@ -373,6 +373,11 @@ def test_interval_without_limits_or_value(tmp_path):
     assert [cell.text for cell in with_class(root, "td", "number")] == ["0.500", "\u2013"]
 
 
+def test_single_values_outside_of_the_interval_stay_on_the_axis(tmp_path):
+    root = body_of(page_of(tmp_path, Intervals("i", "AP", [Interval("a", 0.5, 0.4, 0.6, [0.0, 1.0])])))
+    assert [seed.get("cx") for seed in with_class(root, "circle", "seed")] == ["3.7%", "96.3%"]
+
+
 def test_bars_by_hand(tmp_path):
     root = body_of(page_of(tmp_path, Bars("b", "share", [("a", 0.8), ("b", 0.2), ("c", 0.0), ("d", NAN)])))
     assert [(bar.get("x"), bar.get("width")) for bar in with_class(root, "rect", "bar")] == [
@@ -552,11 +557,11 @@ def test_turned_photograph_is_upright(tmp_path):
     assert not image.getexif()
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "text", "half", "folder"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "half", "half a JPEG", "folder"])
 def test_picture_that_cannot_be_read_leaves_a_note(tmp_path, damage):
     file = tmp_path / "a.png"
-    if damage == "half":
-        data = save(file, (300, 300)).read_bytes()
+    if damage.startswith("half"):
+        data = save(file, (300, 300), format="JPEG" if "JPEG" in damage else "PNG").read_bytes()
         file.write_bytes(data[: len(data) // 2])
     elif damage == "folder":
         file.mkdir()
