@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 LONGEST = 1600  # pixels of the longer side
 BUDGET = 24 * 2**20  # bytes of all pictures of a page
-_JPEG_QUALITY = 86
-_SMALLER = 0.6  # of the PNG's bytes, at which a JPEG is worth its losses
+_QUALITY = 88  # of the JPEG that a larger picture becomes
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Album:
 
 
 def _read(file: Path) -> tuple[str, bytes, int, int] | str:
-    """Kind, bytes, width and height; a PNG or JPEG of a fitting size stays as it is."""
+    """Kind, bytes, width and height; a PNG or JPEG of a fitting size stays as it is, another becomes one."""
     from PIL import Image, ImageOps
 
     try:
@@ -86,12 +85,13 @@ def _read(file: Path) -> tuple[str, bytes, int, int] | str:
     # Pillow's plug-ins raise what they like on damaged files; a report of 200 runs does not end for one of them.
     except Exception as error:
         return f"the file cannot be read as a picture ({type(error).__name__})"
+    encoded = io.BytesIO()
+    if max(picture.size) <= LONGEST:
+        picture.save(encoded, "PNG")
+        return "png", encoded.getvalue(), *picture.size
     picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-    png, jpeg = io.BytesIO(), io.BytesIO()
-    picture.save(png, "PNG", optimize=True)
-    picture.save(jpeg, "JPEG", quality=_JPEG_QUALITY)
-    small = len(jpeg.getvalue()) < _SMALLER * len(png.getvalue())
-    return ("jpeg", jpeg.getvalue(), *picture.size) if small else ("png", png.getvalue(), *picture.size)
+    picture.save(encoded, "JPEG", quality=_QUALITY, subsampling=0)  # full colour resolution: figures have red letters
+    return "jpeg", encoded.getvalue(), *picture.size
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

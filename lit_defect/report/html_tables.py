@@ -11,6 +11,7 @@ from lit_defect.report.charts import segments
 from lit_defect.report.markup import Markup, element, join, name, prose
 from lit_defect.report.series import Arms, swatch
 
+_BRIEF, _LONG = 16, 48  # letters of a cell that does not break, such as 0.91 ± 0.02, and of one that needs width
 _ARROWS = {"larger": ("↑", "larger is better"), "smaller": ("↓", "smaller is better")}
 
 
@@ -91,6 +92,8 @@ def _cell(cell: Cell, column: Column, arms: Arms, *, numeric: bool, whole: bool,
     if strong:
         body = element("strong", body)
     classes = ["number"] if numeric else []
+    if isinstance(cell, str):
+        classes += ["brief"] if len(cell) <= _BRIEF else ["long"] if len(cell) > _LONG else []
     classes += ["none"] if cell is None or text == "nan" else []
     return element(
         "th" if head and isinstance(cell, str) else "td",

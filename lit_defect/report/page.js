@@ -6,7 +6,8 @@ const make = (tag, properties) => Object.assign(document.createElement(tag), pro
 // Tables: sort by a head, filter rows, fold long ones.
 const sortable = (cell) => {
   const text = (cell.dataset.value ?? cell.textContent).trim().replace("−", "-").replace("∞", "Infinity");
-  return text !== "" && !Number.isNaN(Number(text)) ? Number(text) : text;
+  const [number] = text.match(/^[-+]?(Infinity|[\d.]+(e[-+]?\d+)?)(?=$|\s*[±[(%])/i) ?? []; // 0.91 ± 0.02 sorts as 0.91
+  return number === undefined ? text : Number(number);
 };
 const missing = (value) => value === "–" || value === "nan" || value === "";
 function compare(a, b) {
