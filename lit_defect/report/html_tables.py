@@ -11,7 +11,7 @@ from lit_defect.report.charts import segments
 from lit_defect.report.markup import Markup, element, join, name, prose
 from lit_defect.report.series import Arms, swatch
 
-_BRIEF, _LONG = 16, 48  # letters of a cell that does not break, such as 0.91 ± 0.02, and of one that needs width
+_BRIEF, _LONG = 20, 30  # letters of a cell that does not break, such as 0.91 ± 0.02, and of one that needs width
 _ARROWS = {"larger": ("↑", "larger is better"), "smaller": ("↓", "smaller is better")}
 
 

@@ -98,7 +98,6 @@ document.body.append(tip);
 for (const title of all("svg title")) {
   const mark = title.parentNode;
   mark.tipText = title.textContent;
-  mark.setAttribute("aria-label", title.textContent);
   title.remove();
 }
 let near = null;
