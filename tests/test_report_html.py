@@ -492,6 +492,11 @@ def test_long_names_have_their_full_form_in_a_tooltip(tmp_path):
     assert "…" in "".join(bdi.itertext())
 
 
+def test_long_words_break_and_figures_do_not(tmp_path):
+    text = page_of(tmp_path, Text("0.91 of `runs/editing_magnetic_tile/s0`, a.b-c"))
+    assert "<p>0.91 of <code>runs/<wbr/>editing_<wbr/>magnetic_<wbr/>tile/<wbr/>s0</code>, a.b-c</p>" in text
+
+
 def test_two_hundred_runs(tmp_path):
     names = [f"runs/a_rather_long_name_of_a_study/arm_{i}/s{i}" for i in range(200)]
     curves = [Curve(name, range(100), [i + x for x in range(100)]) for i, name in enumerate(names)]

@@ -12,6 +12,7 @@ from lit_defect.report.markup import Markup, element, join, name, prose
 from lit_defect.report.series import Arms, swatch
 
 _BRIEF, _LONG = 20, 30  # letters of a cell that does not break, such as 0.91 ± 0.02, and of one that needs width
+_CROWDED = 12  # columns from which paper needs small print
 _ARROWS = {"larger": ("↑", "larger is better"), "smaller": ("↓", "smaller is better")}
 
 
@@ -36,7 +37,7 @@ def table(block: Table, arms: Arms) -> Markup:
         element("thead", head),
         element("tbody", *rows[:shown]),
         element("tbody", *rows[shown:], class_="rest") if rows[shown:] else None,
-        class_="data",
+        class_="data crowded" if len(block.columns) > _CROWDED else "data",
         data_folds=len(rows) if rows[shown:] else None,
     )
     box = element("div", drawn, class_="scroll", tabindex=0, role="region", aria_label=block.caption or block.name)

@@ -10,7 +10,8 @@ from lit_defect.reporting.palette import shorten
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")  # neither HTML nor XML may hold them
 _EMPTY = {"circle", "img", "input", "line", "meta", "path", "rect", "wbr"}
 _BREAKS = re.compile(r"(?<=[/\\_.,=:-])(?=[^\s/\\_.,=:-])")
-_LONG_WORD, _LONG_CELL = 18, 140
+_LONG_WORD = re.compile(r"(\S{19,})")
+_LONG_CELL = 140
 
 
 class Markup(str):
@@ -50,14 +51,17 @@ def prose(text: str) -> Markup:
     parts = text.split("`")
     if len(parts) % 2 == 0:  # a backtick without its partner stands for itself
         parts[-2:] = ["`".join(parts[-2:])]
-    return join(*(element("code", breakable(part)) if i % 2 else part for i, part in enumerate(parts)))
+    return join(*(element("code", breakable(part)) if i % 2 else breakable(part) for i, part in enumerate(parts)))
 
 
 def breakable(text: str) -> Markup:
     """Text whose long words (paths, keys) may break behind their separators."""
-    if all(len(word) <= _LONG_WORD for word in text.split()):
-        return escape(text)
-    return Markup(element("wbr").join(escape(part) for part in _BREAKS.split(text)))
+    parts = _LONG_WORD.split(text)
+    return join(*(_broken(part) if i % 2 else part for i, part in enumerate(parts)))
+
+
+def _broken(word: str) -> Markup:
+    return Markup(element("wbr").join(escape(part) for part in _BREAKS.split(word)))
 
 
 def name(text: str, length: int = _LONG_CELL) -> Markup:
