@@ -265,6 +265,16 @@ def test_tooltips_hold_full_values_and_bands(tmp_path):
     assert titles == ["a\nstep 10: 0.123456789 (0.1 to 0.2)", "a\nstep 20: 0.9"]
 
 
+def test_values_of_curves_stand_in_a_table(tmp_path):
+    curves = [Curve("a", [0, 10, 20], [0.25, -1.0, NAN]), Curve("lost", [0], [NAN])]
+    root = body_of(page_of(tmp_path, Lines("c", "step", "AP", curves)))
+    rows = [["".join(cell.itertext()) for cell in row] for row in root.findall(".//table[@class='data']/tbody/tr")]
+    assert rows == [
+        ["a", "2", "\u22121.000", "\u22121.000", "10", "0.250", "0"],
+        ["lost", "0", *["\u2013"] * 5],
+    ]
+
+
 def test_log_axis_of_x(tmp_path):
     curve = Curve("a", [0, 1, 10, 100], [9.0, 1.0, 2.0, 3.0])
     root = body_of(page_of(tmp_path, Lines("c", "step", "AP", [curve], log_x=True)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from lit_defect.report.axes import DASH, MINUS, fixed, full, short
+from lit_defect.report.axes import DASH, MINUS, Scale, fixed, full, short
 from lit_defect.report.blocks import Cell, Column, Lines, Table
 from lit_defect.report.charts import segments
 from lit_defect.report.markup import Markup, element, join, name, prose
@@ -48,17 +48,22 @@ def table(block: Table, arms: Arms) -> Markup:
 def values_of(block: Lines) -> Table:
     """A chart's curves in figures, for who wants or needs them so."""
     rows: list[list[Cell]] = []
+    shown = []
     for curve in block.curves:
         points = [point for piece in segments(curve, log_x=block.log_x) for point in piece]
-        if not points:
+        shown += points
+        if points:
+            low, high = min(points, key=lambda point: point.y), max(points, key=lambda point: point.y)
+            rows.append([curve.name, len(points), points[-1].y, low.y, low.x, high.y, high.x])
+        else:
             rows.append([curve.name, 0, None, None, None, None, None])
-            continue
-        low, high = min(points, key=lambda point: point.y), max(points, key=lambda point: point.y)
-        cells = (points[-1].y, low.y, low.x, high.y, high.x)
-        rows.append([curve.name, len(points), *(short(cell) for cell in cells)])
-    x = block.x_name
-    heads = ("curve", "points", "last", "smallest", f"at {x}", "largest", f"at {x}")
-    return Table("values", [Column(head) for head in heads], rows)
+    over, along = Scale.around(point.y for point in shown), Scale.around(point.x for point in shown)
+    digits = over.digits() + 1 if over else 3
+    places = along.digits() if along and any(point.x % 1 for point in shown) else 0
+    y_columns = [Column(head, digits) for head in ("last", "smallest", "largest")]
+    at = Column(f"at {block.x_name}", places)
+    columns = [Column("curve"), Column("points", 0), *y_columns[:2], at, y_columns[2], at]
+    return Table("values", columns, rows)
 
 
 def _is_numeric(cells: Iterable[Cell]) -> bool:
