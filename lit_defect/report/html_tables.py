@@ -130,7 +130,8 @@ def write(cell: Cell, digits: int, *, whole: bool = False) -> tuple[str, str]:
         return text, text
     exact, rounded = full(cell), round(cell, digits)
     if cell and not rounded:
-        return short(float(f"{cell:.1e}")), exact
+        tiny = short(float(f"{abs(cell):.1e}"))
+        return f"{MINUS}{tiny}" if cell < 0 else tiny, exact
     text = fixed(cell, digits)
     return text, text if rounded == float(exact) else exact
 
