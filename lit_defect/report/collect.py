@@ -101,7 +101,7 @@ def find_runs(given: Iterable[Path]) -> list[Path]:
         if not below:
             raise UserError(
                 f"{folder}: no run here, nor up to {DEPTH} folders below: a run folder has a `run.json`; "
-                "give --runs_dir of your experiments, or folders in it"
+                "give the `--runs_dir` of your experiments, or folders in it"
             )
         found |= dict.fromkeys(Path(path).resolve() for path in below)
     return list(found)

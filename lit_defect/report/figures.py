@@ -19,7 +19,7 @@ _COUNTS = (
     "n", "n_groups", "n_defined", "level", "seed", "threshold", "k", "score", "better", "worse", "equal", "undefined",
     "training_seed", "split_seed", "required_recall", "wilcoxon_p", "found", "normal_class",
 )  # fmt: skip
-_NO_RESULTS = ("counts", "parameters", "settings", "training_pictures")
+_NO_RESULTS = frozenset(("counts", "parameters", "settings", "training_pictures"))
 _COSTS = ("training_minutes", "images_per_second", "latency_ms", "ms_per_image", "network_calls")
 _BY_PART = re.compile(r"(?:(.*)_)?by_(?:class|type)$")
 
@@ -82,7 +82,7 @@ def read_measured(result: Mapping[str, Any]) -> Measured:
     costs: dict[str, float] = {}
     score = str(result.get("score"))
     for path, figure in _leaves(result):
-        if path[-1] in _COUNTS or path[0] in _NO_RESULTS or not math.isfinite(figure.value):
+        if path[-1] in _COUNTS or _NO_RESULTS.intersection(path[:-1]) or not math.isfinite(figure.value):
             continue
         if path[0] in _COSTS:
             costs["/".join(path)] = figure.value

@@ -55,7 +55,9 @@ def resolve(key: str, runs: Sequence[RunInfo], option: str) -> Callable[[RunInfo
     for name in full:
         for alias in {name, short(name)}:
             by_short.setdefault(alias, []).append(name)
-    found = by_short.get(key) or [name for name in full if short(name).endswith(f".{key}")]
+    found = by_short.get(key) or [
+        name for name in full if f".{key}" in (name[-len(key) - 1 :], short(name)[-len(key) - 1 :])
+    ]
     if not found:
         near = get_close_matches(key, [*by_short, *_OWN], n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""

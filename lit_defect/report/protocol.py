@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,15 +209,12 @@ def _differences(matter: Matter) -> Iterator[Block]:
         return
     usual = {key: Counter(texts.values()).most_common(1)[0][0] for key, texts in differ.items()}
     if len(arms) <= _SIDE_BY_SIDE:
-        columns = [Column("option"), *(Column(arm.name) for arm in arms)]
-        rows: list[list[Cell]] = [[key, *(_shown(texts[arm.name]) for arm in arms)] for key, texts in differ.items()]
-        strong = [
-            (i, k + 1)
-            for i, (key, texts) in enumerate(differ.items())
-            for k, arm in enumerate(arms)
-            if texts[arm.name] != usual[key] and len(arms) > 2
-        ]
-        yield Table("differences_of_options", columns, rows, "What differs between arms.", strong, folded=20)
+        own = [key for key, texts in differ.items() if _belongs_to_another(key, texts, differ)]
+        main = [key for key in differ if key not in own]
+        yield _side_by_side("differences_of_options", "What differs between arms.", main, matter, usual)
+        if own:
+            table = _side_by_side("options_of_choices", "", own, matter, usual)
+            yield Details("Options that only one of these choices has", [table])
         return
     rows = []
     for arm in arms:
@@ -228,6 +225,24 @@ def _differences(matter: Matter) -> Iterator[Block]:
     usual_rows: list[list[Cell]] = [[key, _shown(value)] for key, value in usual.items()]
     usual_table = Table("usual_options", [Column("option"), Column("usual value")], usual_rows)
     yield Details("The usual values: those that most arms have", [usual_table])
+
+
+def _belongs_to_another(key: str, texts: Mapping[str, str], differ: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether an option has one value, in arms that have made a choice which brings it along."""
+    return len(set(texts.values()) - {"-"}) == 1 and any(key.startswith(f"{parent}.") for parent in differ)
+
+
+def _side_by_side(name: str, caption: str, keys: Sequence[str], matter: Matter, usual: Mapping[str, str]) -> Table:
+    """Options by arms; of more than two arms, what departs from the usual value stands out."""
+    arms, differ = matter.grouped.arms, matter.grouped.differ
+    rows: list[list[Cell]] = [[key, *(_shown(differ[key][arm.name]) for arm in arms)] for key in keys]
+    strong = [
+        (i, k)
+        for i, key in enumerate(keys)
+        for k, arm in enumerate(arms, 1)
+        if differ[key][arm.name] != usual[key] and len(arms) > 2
+    ]
+    return Table(name, [Column("option"), *(Column(arm.name) for arm in arms)], rows, caption, strong, folded=20)
 
 
 def _environment(runs: Sequence[RunInfo]) -> Iterator[Block]:

@@ -13,6 +13,7 @@ from lit_defect.report.figures import better, digits, label
 from lit_defect.report.matter import LOGGED, PAIRED, STAGE_NAMES, Matter
 from lit_defect.report.published import published_values
 from lit_defect.reporting.seeds import SEED_NOTE, Spread
+from lit_defect.reporting.study_verdict import LEAST_PARTS
 
 _VERDICTS = ("better", "worse", "larger", "smaller", "no difference is shown", "no conclusion")
 _ON_CHART = 30
@@ -162,13 +163,13 @@ def _rule(matter: Matter) -> str:
         text += (
             f" Where predictions of the same pictures exist, the conclusion rests on one interval for what other seeds "
             f"and what other pictures (whole parts) would change, at {level:.4g} %, so that 95 % hold for all "
-            f"{len(matter.others)} arms together; nothing is concluded from fewer than two seeds or 20 parts."
+            f"{len(matter.others)} arms together; nothing is concluded from fewer than two seeds or {LEAST_PARTS} "
+            "parts. A point is 0.01."
         )
     elif len(matter.others) > PAIRED:
         text += f" With more than {PAIRED} arms nothing is compared picture by picture; --compare A B does, for two."
     chosen = "by --metric" if matter.asked.metrics else "by the study's file" if matter.study else "by default"
-    text += f" The figure that is judged by, {label(matter.judged)}, was chosen {chosen}; choose it before you look."
-    return text
+    return f"{text} The figure that is judged by, {label(matter.judged)}, was chosen {chosen}."
 
 
 def _overview(matter: Matter) -> Table:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,26 @@ def build(report: Report, experiments: Sequence[str], entity: str = "", name: st
 
 
 def specification(built: Any) -> dict[str, Any]:
-    """What W&B would be sent, as it stands in JSON, after being read back and validated by wandb-workspaces."""
+    """What W&B would be sent, as it stands in JSON, read back and validated by wandb-workspaces."""
+    said: dict[str, Any] = json.loads(built._to_model().model_dump_json(by_alias=True, exclude_none=True))
+    validate(said)
+    return said
+
+
+def validate(said: Mapping[str, Any]) -> None:
+    """Read a specification back.
+
+    Raises:
+        ValueError: wandb-workspaces does not take a part of it for what it says that it is.
+    """
     from wandb_workspaces.reports.v2 import internal
 
-    model = built._to_model()
-    said: dict[str, Any] = json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
-    internal.ReportViewspec.model_validate({**said, "spec": json.dumps(said["spec"])})
-    return said
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # blocks that it cannot read become unknown ones
+        model = internal.ReportViewspec.model_validate({**said, "spec": json.dumps(said["spec"])})
+    for block, given in zip(model.spec.blocks, said["spec"]["blocks"], strict=True):
+        if isinstance(block, internal.UnknownBlock):
+            raise ValueError(f"a block is no {given.get('type')}: {str(given)[:200]}")
 
 
 def write_specification(built: Any, path: Path) -> Path:
