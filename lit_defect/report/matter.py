@@ -113,14 +113,7 @@ def gather(asked: Asked) -> Matter:
     """
     study = read_study(asked.study, asked.runs_dir) if asked.study else None
     sweeps = [read_sweep(asked.sweep)] if asked.sweep else find_sweeps(asked.runs)
-    given = list(asked.runs)
-    paths: list[Path] = []
-    if study and not given:
-        paths = find_runs(folder for arm in study.arms if (folder := study.run(arm, 0).path.parent).is_dir())
-    elif sweeps and not given:
-        paths = [path for sweep in sweeps for path in sweep.run_folders()]
-    elif given:
-        paths = find_runs(given)
+    paths = _paths(asked.runs, study, sweeps)
     if not paths and not sweeps:
         raise UserError("report: no runs; give run folders, or folders of runs, or --study FILE, or --sweep FOLDER")
     found = read_runs(paths)
@@ -135,6 +128,22 @@ def gather(asked: Asked) -> Matter:
     kept = {run.name for run in runs}
     problems = [text for text in found.problems if text.split(":")[0] in kept]
     return Matter(asked, runs, arms, stage, figures, baseline, others, problems, study, sweeps)
+
+
+def _paths(given: Sequence[Path], study: Study | None, sweeps: Sequence[Sweep]) -> list[Path]:
+    """Run folders that were asked for; where none was, those of the study, or of the sweeps."""
+    if study and not given:
+        arms = (study.run(arm, 0).path.parent for arm in study.arms)
+        return find_runs([folder for folder in arms if folder.is_dir()])
+    of_sweeps = {sweep.folder.resolve(): sweep.run_folders() for sweep in sweeps}
+    paths = [path for found in of_sweeps.values() for path in found]
+    for folder in given:
+        try:
+            paths += find_runs([folder])
+        except UserError:
+            if not any(sweep.is_relative_to(folder.resolve()) for sweep in of_sweeps):
+                raise  # the folder of a sweep may hold no runs itself
+    return list(dict.fromkeys(paths))
 
 
 def common_folder(runs: Sequence[RunInfo]) -> str:
