@@ -21,9 +21,9 @@ DEPTH = 3
 STAGES = ("test", "val", "mirrored")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunInfo:
-    """What a run folder says.
+    """What a run folder says; equal to itself only.
 
     Attributes:
         folder: where it lies.

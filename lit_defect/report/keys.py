@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def filtered(runs: Sequence[RunInfo], filters: Iterable[str]) -> list[RunInfo]:
     return kept
 
 
+@lru_cache(maxsize=4096)
 def computing(run: RunInfo) -> dict[str, str]:
     """Options that say what is computed, without seeds, folders and devices.
 
