@@ -90,6 +90,13 @@ def test_examples_stand_side_by_side_and_can_be_left_out(two_arms):
     assert "Examples" not in [section.title for section in without.sections]
 
 
+def test_mixtures_are_named_in_the_first_sentence(two_arms):
+    both = build(gather(Asked(runs=[two_arms], group_by=["trainer.max_epochs"])))
+    assert "mix runs that differ in more than seeds" in both.summary
+    make_run(two_arms, "elpv_c", 0, category="screw")
+    assert "on 2 data sets, whose figures do not compare" in build(gather(Asked(runs=[two_arms]))).summary
+
+
 def test_runs_without_results_are_told_by_what_they_have_logged(tmp_path):
     make_run(tmp_path, "generator", 0, evaluated=False)
     built = build(gather(Asked(runs=[tmp_path])))

@@ -43,13 +43,21 @@ def summary(matter: Matter) -> str:
     else:
         shown = digits([found.mean for found in spreads.values()])
         best, last = (f"{spreads[arm.name].mean:.{shown}f} ({arm.name})" for arm in (first, ranked[-1]))
-        text += f"the means of {len(ranked)} arms reach from {last} to {best}."
+        text += f"the means of {len(ranked)} arms reach from {last} to {best}{_of_several(matter)}."
         text += f" {_verdicts(matter)}"
+    if matter.grouped.mixed:
+        text += " Some arms mix runs that differ in more than seeds: what a difference comes from is open."
     if matter.stage == "mirrored":
         text += " These pictures were trained on: the figures say how well a network remembers, and are no test."
     elif matter.stage == LOGGED:
         text += " No run has been evaluated; these are training logs and no results."
     return text
+
+
+def _of_several(matter: Matter) -> str:
+    """A word of warning where the arms are of several data sets."""
+    data = {run.data for arm in matter.arms for run in arm.runs}
+    return f", on {len(data)} data sets, whose figures do not compare (`--filter data=...`)" if len(data) > 1 else ""
 
 
 def conclusions(matter: Matter) -> Section:
@@ -179,7 +187,7 @@ def _overview(matter: Matter) -> Table:
     strong = []
     for k, figure in enumerate(matter.figures):
         means = [(row[k].mean, i) for i, row in enumerate(spreads) if row[k].seeds]
-        if better(figure) and len(means) > 1:
+        if better(figure) and len(means) > 1 and not _of_several(matter):
             strong.append(((max if better(figure) == "larger" else min)(means)[1], k + 2))
     rows: list[list[Cell]] = [
         [arm.name, max((s.seeds for s in row), default=0), *(s.text(digits=d) for s, d in zip(row, shown, strict=True))]
