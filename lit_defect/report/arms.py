@@ -198,7 +198,7 @@ def _names(options: Sequence[Mapping[str, str]]) -> list[list[str]]:
     names = []
     for found in options:
         own = [key for key in keys if found.get(key) != usual[key]]
-        own = [key for key in own if not any(key.startswith(f"{short(other)}.") for other in own)]
+        own = [key for key in own if not any(short(key).startswith(f"{short(other)}.") for other in own)]
         words = [_word(key, found.get(key, "-")) for key in own]
         names.append([*words[:_NAMED_BY], *(["..."] if len(words) > _NAMED_BY else [])] or ["usual options"])
     seen: Counter[str] = Counter()

@@ -45,7 +45,7 @@ def question(matter: Matter) -> Section:
         said = f"Judged by {name} on {matter.where}."
         if matter.baseline is not None and matter.others:
             chosen = (
-                "by --compare" if asked.compare else "by the study's file" if study else "for its most usual options"
+                "by `--compare`" if asked.compare else "by the study's file" if study else "for its most usual options"
             )
             said += f" Arms are held against `{matter.baseline.name}`, chosen {chosen}."
         blocks.append(Text(said))

@@ -68,8 +68,12 @@ def conclusions(matter: Matter) -> Section:
         blocks += [Text(summary(matter)), Text(f"Nothing is compared, since {few}.", "note")]
         return Section("What it comes to", blocks)
     said = dict(_sentences(matter))
-    base = matter.baseline.name
-    lines: list[Block] = [Text(f"{arm} against {base}: {text}") for arm, text in said.items()]
+    arms_of: dict[str, list[str]] = {}
+    for arm, text in said.items():
+        arms_of.setdefault(text, []).append(arm)
+    order = sorted(arms_of, key=lambda text: _VERDICTS.index(_kind(text)))
+    blocks.append(Text(f"Against `{matter.baseline.name}`:"))
+    lines: list[Block] = [Text(f"{', '.join(arms_of[text])}: {text}") for text in order]
     blocks += lines[:12]
     if len(lines) > 12:
         blocks.append(Details(f"{len(lines) - 12} more arms", lines[12:]))
@@ -154,10 +158,14 @@ def _verdicts(matter: Matter) -> str:
         return ""
     kinds: dict[str, list[str]] = {}
     for arm, text in _sentences(matter):
-        kind = next(kind for kind in reversed(_VERDICTS) if kind in text)
-        kinds.setdefault(kind, []).append(arm)
+        kinds.setdefault(_kind(text), []).append(arm)
     found = (f"{kind}: {_few(kinds[kind])}" for kind in _VERDICTS if kind in kinds)
     return f"Against {matter.baseline.name}, {'; '.join(found)}."
+
+
+def _kind(text: str) -> str:
+    """Which of `_VERDICTS` a sentence comes to."""
+    return next(kind for kind in reversed(_VERDICTS) if kind in text)
 
 
 def _rule(matter: Matter) -> str:
@@ -167,11 +175,12 @@ def _rule(matter: Matter) -> str:
         "together by Holm's procedure; with an adjusted p-value above 0.05 no difference is claimed."
     )
     if matter.pictures:
-        level = 100 * (1 - 0.05 / len(matter.others))
+        level, count = 100 * (1 - 0.05 / len(matter.others)), len(matter.others)
+        together = f", so that 95 % hold for all {count} arms together" if count > 1 else ""
         text += (
             f" Where predictions of the same pictures exist, the conclusion rests on one interval for what other seeds "
-            f"and what other pictures (whole parts) would change, at {level:.4g} %, so that 95 % hold for all "
-            f"{len(matter.others)} arms together; nothing is concluded from fewer than two seeds or {LEAST_PARTS} "
+            f"and what other pictures (whole parts) would change, at {level:.4g} %{together}; "
+            f"nothing is concluded from fewer than two seeds or {LEAST_PARTS} "
             "parts. A point is 0.01."
         )
     elif len(matter.others) > PAIRED:
