@@ -11,6 +11,7 @@ import pytest
 
 from lit_defect import report
 from lit_defect.errors import UserError
+from lit_defect.report import wandb_report
 from lit_defect.report.blocks import Column, Details, Parallel, Pictures, Report, Section, Table, Text
 from lit_defect.report.contents import build
 from lit_defect.report.matter import Asked, gather
@@ -178,8 +179,6 @@ def test_the_document_of_all_tables_names_each():
 
 
 def test_the_wandb_report_is_valid_and_holds_tables_and_curves(two_arms, tmp_path):
-    wandb_report = pytest.importorskip("lit_defect.report.wandb_report")
-    pytest.importorskip("wandb_workspaces")
     built = build(gather(Asked(runs=[two_arms])))
     made = wandb_report.build(built, ["elpv_a", "elpv_b"])
     file = wandb_report.write_specification(made, tmp_path / "spec.json")
@@ -196,8 +195,6 @@ def test_the_wandb_report_is_valid_and_holds_tables_and_curves(two_arms, tmp_pat
 
 
 def test_a_broken_specification_is_noticed(two_arms):
-    wandb_report = pytest.importorskip("lit_defect.report.wandb_report")
-    pytest.importorskip("wandb_workspaces")
     said = wandb_report.specification(wandb_report.build(build(gather(Asked(runs=[two_arms]))), []))
     wandb_report.validate(said)
     next(block for block in said["spec"]["blocks"] if block["type"] == "heading")["children"] = None
@@ -220,7 +217,6 @@ def test_a_broken_specification_is_noticed(two_arms):
     ],
 )
 def test_mistakes_are_told_in_a_line(two_arms, tmp_path, capsys, words, message):
-    pytest.importorskip("lit_defect.report.html")
     words = [str(two_arms) if word == "RUNS" else word for word in words]
     assert report.main([*words, "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -230,7 +226,6 @@ def test_mistakes_are_told_in_a_line(two_arms, tmp_path, capsys, words, message)
 
 
 def test_the_verb_writes_all_three(two_arms, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("lit_defect.report.html")
     monkeypatch.setattr("lit_defect.tracking_login.logged_in", lambda: False)
     out = tmp_path / "out"
     assert report.main([str(two_arms), "-o", str(out), "--compare", "b", "a", "--title", "Über <x>"]) == 0
@@ -244,7 +239,6 @@ def test_the_verb_writes_all_three(two_arms, tmp_path, capsys, monkeypatch):
 
 
 def test_the_verb_imports_no_torch(two_arms, tmp_path):
-    pytest.importorskip("lit_defect.report.html")
     code = (
         "import sys; from lit_defect.report import main\n"
         "assert main(sys.argv[1:]) == 0\n"
