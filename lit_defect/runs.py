@@ -96,9 +96,10 @@ class RunFolder:
         """What `config.yaml` says; empty when there is none or it is unreadable."""
         import yaml
 
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
         try:
-            return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError):
+            return yaml.load((self.path / "config.yaml").read_text(encoding="utf-8"), loader) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
             return {}
 
     def splits(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -201,7 +202,7 @@ def learning_options(path: Path, incidental: tuple[str, ...] = INCIDENTAL) -> di
     given = {key.rpartition(".")[2]: value for key, value in sorted(options.items() - kept.items())}
     folder = given.pop("path", given.pop("synthetic", "None"))  # the folder alone, or one of several options
     words = [f"{name} {value}" for name, value in given.items() if value not in ("None", "0", "0.0")]
-    return kept | {_SYNTHETIC: ", ".join([folder if folder == "None" else _experiment_of(Path(folder)), *words])}
+    return kept | {_SYNTHETIC: ", ".join([folder if folder == "None" else experiment_of(Path(folder)), *words])}
 
 
 def group_runs(runs: Sequence[Run], row: type[AnyRow]) -> list[AnyRow]:
@@ -228,6 +229,15 @@ def group_runs(runs: Sequence[Run], row: type[AnyRow]) -> list[AnyRow]:
                     )
             others.append(run)
     return list(rows.values())
+
+
+@cache
+def experiment_of(made: Path) -> str:
+    """The experiment of the run in whose folder something lies, such as a generated data set; else its path."""
+    for folder in (made, *made.parents):
+        if RunFolder(folder).record():
+            return folder.resolve().parent.name
+    return str(made)
 
 
 def paired(first: Row, other: Row, categories: Sequence[str], figure: str) -> Spread:
@@ -291,14 +301,6 @@ def _by_seed(row: Row, categories: Sequence[str], figure: str) -> dict[tuple[Any
     found = [{run.seeds: run.figures.get(figure, math.nan) for run in row.runs[name]} for name in categories]
     means = {seed: float(np.mean([part.get(seed, math.nan) for part in found])) for seed in found[0]}
     return {seed: mean for seed, mean in means.items() if math.isfinite(mean)}
-
-
-def _experiment_of(generated: Path) -> str:
-    """The experiment of the run in whose folder a generated data set lies; else its path."""
-    for folder in (generated, *generated.parents):
-        if RunFolder(folder).record():
-            return folder.resolve().parent.name
-    return str(generated)
 
 
 def _varied_options(runs: Sequence[Run]) -> list[str]:
