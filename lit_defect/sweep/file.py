@@ -205,8 +205,6 @@ class _Reader:
         if "${program}" in words and not entries.get("program"):
             raise self.wrong("command", "names ${program}, and `program` is not given")
         words = tuple(str(entries["program"]) if word == "${program}" else word for word in words)
-        if "${args}" not in words:
-            raise self.wrong("command", "has no ${args}, where the parameters are put in as --name=value")
         for word in words:
             if found := re.search(r"\$\{(args_\w+)\}", word):
                 raise self.wrong("command", f"has ${{{found[1]}}}: write ${{args}}, which this command line reads")
@@ -214,6 +212,8 @@ class _Reader:
                 raise self.wrong("command", f"has --{option}, which the sweep sets itself; see sweep --help")
             if (found := re.fullmatch(r"\$\{envvar:(\w+)\}", word)) and found[1] not in os.environ:
                 raise self.wrong("command", f"names the environment variable {found[1]}, which is not set")
+        if "${args}" not in words:
+            raise self.wrong("command", "has no ${args}, where the parameters are put in as --name=value")
         return words
 
     def hyperband(self, said: Any) -> Hyperband:
