@@ -143,7 +143,6 @@ def test_pre_empted_is_told_to_wandb_and_ended_early_is_not(tmp_path, monkeypatc
     ours = SimpleNamespace(
         id="x", config={}, log=lambda *_: None, finish=lambda exit_code: None, mark_preempting=lambda: marked.append(1)
     )
-    monkeypatch.setattr(wandb, "init", lambda: SimpleNamespace(__enter__=None))  # replaced below, by a context manager
     from contextlib import nullcontext
 
     monkeypatch.setattr(wandb, "init", lambda: nullcontext(ours))
