@@ -12,7 +12,7 @@ from lit_defect.sweep import main
 from lit_defect.sweep.commands import check, warnings, words
 from lit_defect.sweep.file import Hyperband, read_sweep
 from lit_defect.sweep.online import registration
-from lit_defect.sweep.search import pruner, without_password
+from lit_defect.sweep.search import _first_line, pruner, without_password
 from lit_defect.sweep.space import Parameter, combinations, read_parameters
 from tests.sweeping import sweep_file
 
@@ -216,6 +216,8 @@ def test_passwords_are_not_shown():
     assert without_password("postgresql://me:se@cret@host:5/db") == "postgresql://me:***@host:5/db"
     assert without_password("postgresql://me@host/db") == "postgresql://me@host/db"
     assert without_password("sqlite:///x.db") == "sqlite:///x.db"
+    error = ValueError("cannot reach postgresql://me:se@cret@host\nand more")
+    assert _first_line(error, "postgresql://me:se@cret@host:5/db") == "cannot reach postgresql://me:***@host"
 
 
 def test_lists_and_dry_runs_write_nothing(tmp_path, capsys):
@@ -240,6 +242,7 @@ def real(tmp_path, monkeypatch, **changes):
     return read_sweep(sweep_file(tmp_path, **{"command": [*REAL, "${args}"], "metric": metric, **changes}))
 
 
+@pytest.mark.slow
 def test_options_are_checked_with_every_choice(tmp_path, monkeypatch):
     parameters = {"model.augment": {"values": ["none", "flips", "fips"]}, **LR}
     with pytest.raises(UserError, match=r"(?s)sweep.yaml: with .*fips.*model.augment = fips: expected one of none"):

@@ -35,7 +35,7 @@ def server(monkeypatch):
     return asked
 
 
-def test_a_sweep_is_registered_once_and_joined_by_all(tmp_path, server):
+def test_a_sweep_is_registered_once_and_joined_by_all(tmp_path, server, capsys):
     file = sweep_file(tmp_path, project="tiles", entity="us", lit_defect={"seeds": [0, 1]})
     words = [str(file), "--runs_dir", str(tmp_path / "runs"), "--online", "--count", "2"]
     assert main(words) == main(words) == 0
@@ -45,6 +45,11 @@ def test_a_sweep_is_registered_once_and_joined_by_all(tmp_path, server):
     assert [agent[0] for agent in server.agents] == [("sweep1",), ("sweep1",)]
     assert server.agents[0][1]["count"] == 2
     assert server.agents[0][1]["project"] == "tiles"
+    assert main([*words, "--workers", "2"]) == 2
+    assert main(["status", *words[:3]]) == 2
+    said = capsys.readouterr().err
+    assert "--workers is for off-line sweeps" in said
+    assert "is a sweep at W&B, which shows how it stands: tiles, sweep1" in said
 
 
 def test_workers_that_begin_at_once_register_one(tmp_path, server):

@@ -129,6 +129,8 @@ def _work(sweep: Sweep, options: argparse.Namespace) -> int:
     if is_online(sweep, options):
         from lit_defect.sweep.online import join
 
+        if options.workers > 1:
+            raise UserError("--workers is for off-line sweeps: at W&B, start this command once for each")
         return join(sweep, options.runs_dir, options.count, extra)
     if options.workers > 1:
         return _several(options)
@@ -164,6 +166,8 @@ def _status(sweep: Sweep, options: argparse.Namespace) -> int:
     folder = options.runs_dir / sweep.name
     plan = _plan(sweep, options.runs_dir)
     if plan is None or (not (options.storage or sweep.storage) and not (folder / "journal.log").is_file()):
+        if known := runs.read_json(folder / "wandb_sweep.json"):
+            raise UserError(f"{folder} is a sweep at W&B, which shows how it stands: {known['project']}, {known['id']}")
         raise UserError(f"{folder} has no sweep yet: start it by sweep {sweep.file}")
     study = open_study(sweep, folder, options.storage or sweep.storage, plan["id"], create=False)
     show(sweep, study, Claims(folder / "claims"), Console(highlight=False))
