@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lit_defect.login import logged_in
 from lit_defect.runs import RunFolder
 from lit_defect.tracking_login import logged_in
 
