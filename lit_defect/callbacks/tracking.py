@@ -14,9 +14,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lit_defect.login import logged_in
 from lit_defect.runs import RunFolder
-from lit_defect.tracking_login import logged_in
 
 TrackingMode = Literal["auto", "online", "offline", "off"]
 _LOGIN_TIMEOUT = 20.0  # seconds that W&B may take to answer before the run goes on off line

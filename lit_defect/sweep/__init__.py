@@ -31,12 +31,12 @@ from typing import Any
 
 from lit_defect import runs
 from lit_defect.errors import UserError
-from lit_defect.login import logged_in
 from lit_defect.sweep import commands
 from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.file import SEED, Sweep, read_sweep
 from lit_defect.sweep.space import combinations
 from lit_defect.sweep.training import Stops
+from lit_defect.tracking_login import logged_in
 
 PLAN = "sweep_plan.json"
 
