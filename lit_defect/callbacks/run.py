@@ -73,6 +73,7 @@ class RunRecorder(Callback):
         records = getattr(getattr(pl_module, "data", None), "write_records", None)
         if trainer.is_global_zero and records is not None:
             records(self.run.path)
+        self._describe_data(trainer)
         self._start = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,6 +108,15 @@ class RunRecorder(Callback):
             if stopped:
                 print(f"\nstopped; --resume goes on with {self.run.path}", flush=True)
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Describe the data of a run that only evaluates."""
+        self._describe_data(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, for a run that generates; with `data.predict_root` there is no data set to describe."""
+        if getattr(trainer.datamodule, "predict_root", None) is None:  # type: ignore[attr-defined]
+            self._describe_data(trainer)
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the results of the test split."""
         self._write_results(trainer, pl_module, "test")
@@ -119,6 +129,17 @@ class RunRecorder(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the predictions."""
         self._write_results(trainer, pl_module, "predict")
+
+    def _describe_data(self, trainer: Trainer) -> None:
+        """`data` and `data_fingerprint` of `run.json`; an evaluation leaves those of the training as they are."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if not trainer.is_global_zero or not hasattr(data, "fingerprint"):
+            return
+        record = self.run.record()
+        if self.stage == "fit" or (record.get("status") == "evaluation" and "data" not in record):
+            self.run.update(
+                data={"class": type(data).__name__, "counts": data.counts()}, data_fingerprint=data.fingerprint()
+            )
 
     def _write_results(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         write = getattr(pl_module, "write_results", None)
