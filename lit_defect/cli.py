@@ -25,11 +25,14 @@ from rich.console import Console
 import lit_defect.data
 import lit_defect.tasks  # imported so that the classes are found by their bare names
 from lit_defect import runs
+from lit_defect.callbacks.artifacts import Checkpoints
+from lit_defect.callbacks.results_tracking import ResultsTracking
 from lit_defect.callbacks.run import BestCheckpoint, LastCheckpoint, RunRecorder
 from lit_defect.callbacks.seen import SeenPictures
 from lit_defect.callbacks.startup import EpochLines, StartupSummary
 from lit_defect.callbacks.storage import keep_files_whole
-from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, wandb_logger
+from lit_defect.callbacks.throughput import Throughput
+from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, finishing, wandb_logger
 from lit_defect.errors import UserError
 from lit_defect.spelling import explain, unknown_environment
 from lit_defect.tasks.base import DefectTask
@@ -78,6 +81,12 @@ class CLI(LightningCLI):
             type=TrackingMode,
             default="auto",
             help="Weights & Biases: auto is on line when logged in.",
+        )
+        group.add_argument(
+            "--wandb_checkpoints",
+            type=Checkpoints,
+            default="reference",
+            help="What W&B keeps of checkpoints: where they lie, the best one itself, or nothing.",
         )
         group.add_argument("--test_after_fit", type=bool, default=False, help="Test the best checkpoint after fit.")
 
@@ -213,7 +222,7 @@ class CLI(LightningCLI):
             kwargs["logger"] = self._loggers(self.run, config.get("logger"))
             kwargs["default_root_dir"] = str(self.run.path)
             if self.subcommand == "fit" and kwargs["logger"]:
-                callbacks += [LearningRateMonitor("step")]
+                callbacks += [LearningRateMonitor("step"), Throughput()]
         try:
             trainer = super().instantiate_trainer(callbacks=[*own, *_missing(own, callbacks)], **kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
@@ -231,7 +240,9 @@ class CLI(LightningCLI):
     def _keeping_the_run(self, run: runs.RunFolder, checkpoints: bool) -> list[Callback]:
         """What writes into the run's folder; without `checkpoints` a fit leaves its record only."""
         recorder = RunRecorder(run, str(self.subcommand), self.config_dump, runs.hash_config(self.config_dump))
-        callbacks: list[Callback] = [SeenPictures(run, self.config_dump), recorder]
+        kept = self.config_dump.get("wandb_checkpoints", "reference")
+        tracking = ResultsTracking(run, str(self.subcommand), self.config_dump, kept)
+        callbacks: list[Callback] = [SeenPictures(run, self.config_dump), recorder, tracking]
         if self.subcommand == "fit" and checkpoints:
             watched = getattr(self.model, "monitor", ("val/loss", "min"))
             callbacks += [BestCheckpoint(run.checkpoints, *watched)] if watched else []
@@ -239,13 +250,14 @@ class CLI(LightningCLI):
         return callbacks
 
     def _loggers(self, run: runs.RunFolder, own: Any) -> list[Any] | bool:
-        """CSV always, and the user's own or W&B; none for `--trainer.logger false` and for evaluation."""
-        if own is False or (self.subcommand != "fit" and own in (None, True)):
+        """CSV always while training, and the user's own or W&B; none for `--trainer.logger false`."""
+        if own is False:
             return False
         if own not in (None, True):
             return [MetricsCSV(run.path), *(own if isinstance(own, list) else [own])]
-        tracking = wandb_logger(self.config_dump.get("wandb", "auto"), run, self.config_dump)
-        return [MetricsCSV(run.path), *([tracking] if tracking else [])]
+        tracking = wandb_logger(self.config_dump.get("wandb", "auto"), run, self.config_dump, str(self.subcommand))
+        csv = [MetricsCSV(run.path, every_n_steps=1 if tracking else 50)] if self.subcommand == "fit" else []
+        return [*csv, *([tracking] if tracking else [])] or False
 
     def after_fit(self) -> None:
         """Test the best checkpoint when `--test_after_fit` says so."""
@@ -255,6 +267,7 @@ class CLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(checkpoint), verbose=False)
 
 
+@finishing()
 def main(args: list[str] | None = None) -> CLI:
     """Run the command line; returns the CLI object after the run, for use from Python and in tests.
 

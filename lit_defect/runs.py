@@ -42,6 +42,7 @@ _NOT_THE_EXPERIMENT = (
     "resume",
     "runs_dir",
     "wandb",
+    "wandb_checkpoints",
     "ckpt_path",
     "weights_only",
     "test_after_fit",

@@ -56,7 +56,7 @@ def used_by(config: Mapping[str, Any], run: RunFolder) -> list[str]:
     for value in _texts(flatten({key: config.get(key) for key in ("model", "data", "ckpt_path")}).values()):
         path = Path(value).expanduser()
         try:
-            if not path.is_absolute() and "/" not in value or not path.exists():
+            if "/" not in value or not path.exists():
                 continue
         except (OSError, ValueError):  # a text too long for a path
             continue

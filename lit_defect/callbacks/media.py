@@ -139,7 +139,7 @@ def generated_table(root: Path, rows: Sequence[Row], source: Callable[[str], Any
     for row in rows:
         if row["accepted"] == "1" and row["image"]:
             by_type.setdefault((row["category"], row["defect_type"]), []).append(row)
-    columns = ["source picture", "generated", "type", "category", "prompt", "seed", "area", "source"]
+    columns: list[str | int] = ["source picture", "generated", "type", "category", "prompt", "seed", "area", "source"]
     table = wandb.Table(columns=columns)
     each = max(1, count // max(1, len(by_type)))
     for found in by_type.values():

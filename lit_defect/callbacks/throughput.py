@@ -48,7 +48,7 @@ class Throughput(Callback):
         self._seconds, self._pictures, self._from_step = 0.0, 0, step
         self._waits.seconds = 0.0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Listen to how long the loader takes, in the place of a profiler."""
         if stage == "fit" and isinstance(trainer.profiler, PassThroughProfiler):
             trainer.profiler = self._waits
@@ -96,7 +96,7 @@ class Throughput(Callback):
             self._seconds += self.clock() - self._running_since
             self._running_since = None
 
-    def _log(self, trainer: Trainer, on_step: bool) -> None:
+    def _log(self, trainer: Any, on_step: bool) -> None:
         steps = trainer.global_step - self._from_step
         if steps < 1 or self._seconds <= 0:
             return
@@ -104,8 +104,8 @@ class Throughput(Callback):
         gpu = torch.cuda.max_memory_allocated(device) / _GIB if device.type == "cuda" else 0.0
         slowest = torch.tensor([self._seconds, self._waits.seconds / self._seconds, gpu], device=device)
         pictures = torch.tensor(self._pictures, device=device)
-        seconds, share, gpu = trainer.strategy.reduce(slowest, reduce_op="max").tolist()  # type: ignore[union-attr, arg-type]
-        pictures = trainer.strategy.reduce(pictures, reduce_op="sum")  # type: ignore[arg-type, assignment]
+        seconds, share, gpu = trainer.strategy.reduce(slowest, reduce_op="max").tolist()
+        pictures = trainer.strategy.reduce(pictures, reduce_op="sum")
         values = {"time/step_seconds": seconds / steps, "time/pictures_per_second": float(pictures) / seconds}
         if trainer.profiler is self._waits:
             values["time/data_share"] = share
@@ -115,7 +115,7 @@ class Throughput(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(values, trainer.global_step - 1)
         else:
-            self.log_dict(values, on_step=False, on_epoch=True, rank_zero_only=True)
+            trainer.lightning_module.log_dict(values, on_step=False, on_epoch=True, rank_zero_only=True)
         self._begin(trainer.global_step)
 
 
