@@ -86,7 +86,7 @@ def model_artifact(run: RunFolder, exports: str, policy: Checkpoints, metadata: 
     artifact = wandb.Artifact(model_name(run), "model", metadata=dict(metadata))
     if policy == "upload":
         for path in states[:1]:
-            artifact.add_file(str(path), policy="immutable")
+            artifact.add_file(str(path.resolve()), policy="immutable")
     else:
         for path in states:
             artifact.add_reference(path.resolve().as_uri(), name=path.name)
@@ -94,9 +94,9 @@ def model_artifact(run: RunFolder, exports: str, policy: Checkpoints, metadata: 
         if policy == "reference":
             artifact.add_reference(export.resolve().as_uri(), name=export.name)
         elif export.is_dir():
-            artifact.add_dir(str(export), name=export.name, policy="immutable")
+            artifact.add_dir(str(export.resolve()), name=export.name, policy="immutable")
         else:
-            artifact.add_file(str(export), policy="immutable")
+            artifact.add_file(str(export.resolve()), policy="immutable")
     return artifact if artifact.manifest.entries else None
 
 
@@ -107,7 +107,7 @@ def file_artifact(name: str, kind: str, files: Iterable[Path], metadata: Mapping
     artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
     for path in files:
         if path.is_file():
-            artifact.add_file(str(path), policy="immutable")
+            artifact.add_file(str(path.resolve()), policy="immutable")
     return artifact if artifact.manifest.entries else None
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from lit_defect.errors import DataError
 from lit_defect.reporting.figures import counts_above
 from lit_defect.reporting.maps import colour_scale, overlay
-from lit_defect.reporting.overlays import Overlay, within
+from lit_defect.reporting.overlays import Overlay, framed
 from lit_defect.reporting.sheets import fit
 
 Row = dict[str, str]
@@ -33,7 +33,7 @@ THUMBNAIL = 160  # pixels, longer side
 _SIDE = 3000  # pixels, longer side of a figure
 _POINTS = 200  # of a curve
 _BINS = 32
-_OVERLAY = (256, 768)  # pixels, longer side of a picture with masks
+_OVERLAY = (256, 768)  # pixels, least and most side of a picture with masks
 
 
 def figures(paths: Iterable[Path]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def generated_table(root: Path, rows: Sequence[Row], source: Callable[[str], Any
             )
             table.add_data(
                 None if before is None else _small(before),
-                _masked(within(shown, THUMBNAIL, 2 * THUMBNAIL), caption=""),
+                _masked(framed(shown, 2 * THUMBNAIL), caption=""),
                 *(row[name] for name in ("defect_type", "category", "prompt")),
                 *(_number(row[name]) for name in ("seed", "area")),
                 row["source"],
@@ -166,7 +166,8 @@ def overlays(stage: str, seen: Sequence[Overlay]) -> dict[str, Any]:
     maps = [one.heat for one in seen if one.heat is not None]
     scale = next((one.scale for one in seen if one.scale), None) or colour_scale(maps)
     drawn: dict[str, Any] = {}
-    shown = [within(one, *_OVERLAY) for one in seen]
+    side = int(np.clip(max((max(one.picture.shape[:2]) for one in seen), default=0), *_OVERLAY))
+    shown = [framed(one, side) for one in seen]  # W&B shows pictures of one size together
     if any(one.masks for one in shown):
         drawn[f"{stage}/masks"] = [_masked(one, caption=one.name) for one in shown]
     if maps:

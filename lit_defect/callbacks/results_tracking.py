@@ -58,6 +58,7 @@ class ResultsTracking(Callback):
 
     # --- the run itself ---
 
+    @harmless("describing the run")
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Config, lineage, and that the summary is to hold the best of what is monitored."""
         self._begin(trainer)
@@ -76,6 +77,7 @@ class ResultsTracking(Callback):
         """The same, of one that only predicts or generates."""
         self._begin_evaluation(trainer)
 
+    @harmless("describing the run")
     def _begin_evaluation(self, trainer: Trainer) -> None:
         if self.verb != "fit" and self.run.record().get("status") == "evaluation":
             self._begin(trainer)
@@ -94,10 +96,12 @@ class ResultsTracking(Callback):
 
     # --- while training ---
 
+    @harmless("showing previews")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Previews, such as pseudo-anomalies."""
         self._show_new_figures(trainer)
 
+    @harmless("showing validation")
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pictures of every few epochs of a fit; the results of the verb `validate`."""
         if self.verb == "validate":
@@ -108,10 +112,12 @@ class ResultsTracking(Callback):
 
     # --- results ---
 
+    @harmless("showing results")
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The results of the test split."""
         self._show_results(trainer, pl_module, "test")
 
+    @harmless("showing results")
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predictions, and generated pictures beside their sources."""
         self._show_results(trainer, pl_module, "predict")
@@ -119,6 +125,7 @@ class ResultsTracking(Callback):
         if isinstance(root, Path) and (root / artifacts.MANIFEST).is_file():
             self._show_generated(trainer, root)
 
+    @harmless("logging artifacts")
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """After a fit and its exports: their figures, and the artifacts."""
         if stage != "fit" or not (runs := wandb_runs(trainer)):

@@ -6,7 +6,7 @@ import csv
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ GLOBAL_STEP = "trainer/global_step"
 """The axis of every curve, by Lightning's name for it."""
 _LOGIN_TIMEOUT = 20.0  # seconds that W&B may take to answer before the run goes on off line
 _FINISH_TIMEOUT = 300.0  # seconds that the end of a run may wait for its upload; what is left stays on disk
+_WAITING = "WANDB_DATA_DIR"
 _started: list[tuple[Any, RunFolder]] = []  # W&B's runs that this process has to finish, and their folders
 
 
@@ -144,7 +145,9 @@ def wandb_logger(mode: TrackingMode, run: RunFolder, config: dict[str, Any], ver
     if mode == "online" and not online:
         warnings.warn("W&B: no API key (wandb login, or WANDB_API_KEY); this run is kept off line", stacklevel=2)
     logged = _logged_steps(run) if verb == "fit" and _tracked(run) else None
-    about: dict[str, Any] = {} if of_a_fit else describe(config, verb)
+    about = describe(config, "fit" if of_a_fit else verb, run.record().get("command") if of_a_fit else sys.argv)
+    if not of_a_fit:
+        about["config"] = config
     for offline in [False, True] if online else [True]:
         try:
             return RunWandb(_start_wandb(offline, run, about), logged, evaluates=of_a_fit)
@@ -153,31 +156,32 @@ def wandb_logger(mode: TrackingMode, run: RunFolder, config: dict[str, Any], ver
     return None
 
 
-def describe(config: Mapping[str, Any], verb: str) -> dict[str, Any]:
-    """What W&B is told of a run at its start: configuration, verb, system and data set as tags, command as notes."""
+def describe(config: Mapping[str, Any], verb: str, command: Sequence[str] | None) -> dict[str, Any]:
+    """What W&B is told of a run beside its configuration: the verb, system and data set as tags, the command as notes.
+
+    An evaluation tells what the training has told, so that neither takes the place of the other.
+    """
     classes = [str((config.get(part) or {}).get("class_path", "")).rpartition(".")[2] for part in ("model", "data")]
     return {
-        "config": dict(config),
         "job_type": verb,
         "tags": [name[:64] for name in classes if name],
-        "notes": " ".join(["python -m lit_defect", *sys.argv[1:]]),
+        "notes": " ".join(["python -m lit_defect", *(command or [])[1:]]),
     }
 
 
 def _start_wandb(offline: bool, run: RunFolder, about: dict[str, Any]) -> Any:
     import wandb
 
-    folder = run.path / "wandb"
+    folder = run.path.resolve() / "wandb"  # W&B's own process may have begun in another folder
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.environ.get("WANDB_DATA_DIR") or _started:
-        os.environ["WANDB_DATA_DIR"] = str(folder)  # files to be uploaded wait beside the run, not in the user's home
+    os.environ.setdefault(_WAITING, str(folder))  # files to be uploaded wait beside the run, not in the user's home
     settings: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": _LOGIN_TIMEOUT}
     if "finish_timeout" in wandb.Settings.model_fields:  # younger than the oldest version that serves
         settings["finish_timeout"] = _FINISH_TIMEOUT
     started = wandb.init(
         name=f"{run.experiment}/{run.run_id}",
         id=wandb_id(run),
-        dir=run.path,
+        dir=folder.parent,
         project=os.environ.get("WANDB_PROJECT", "lit_defect"),
         group=run.experiment,
         mode="offline" if offline else "online",
@@ -186,8 +190,9 @@ def _start_wandb(offline: bool, run: RunFolder, about: dict[str, Any]) -> Any:
         **about,
     )
     _started.append((started, run))
-    started.define_metric(GLOBAL_STEP)
-    started.define_metric("*", step_metric=GLOBAL_STEP, step_sync=True)
+    with harmless("naming the axis"):
+        started.define_metric(GLOBAL_STEP)
+        started.define_metric("*", step_metric=GLOBAL_STEP, step_sync=True)
     return started
 
 
@@ -228,6 +233,8 @@ def finishing() -> Iterator[None]:
             with harmless("finishing the run"):
                 started.summary["status"] = run.record().get("status")
                 started.finish(exit_code=code)
+            if os.environ.get(_WAITING) == str(run.path.resolve() / "wandb"):
+                del os.environ[_WAITING]
 
 
 def _exit_code(error: BaseException) -> int:

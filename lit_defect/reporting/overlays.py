@@ -14,6 +14,7 @@ from PIL import Image
 from lit_defect.reporting.maps import Map, Scale
 from lit_defect.reporting.sheets import Picture
 
+_AROUND = 242  # grey level
 Mask = NDArray[np.integer[Any]]
 
 
@@ -40,26 +41,26 @@ class Overlay:
     threshold: float | None = None
 
 
-def within(overlay: Overlay, least: int, most: int) -> Overlay:
-    """The same with its longer side between `least` and `most` pixels; a tiny picture is enlarged by a whole number."""
+def framed(overlay: Overlay, side: int) -> Overlay:
+    """The same, scaled into the middle of a square of `side` pixels; around it is grey, and nothing is marked."""
     height, width = overlay.picture.shape[:2]
-    side = max(height, width)
-    factor = float(-(-least // side)) if side < least else min(1.0, most / side)
-    if factor == 1:
-        return overlay
-    size = max(1, round(width * factor)), max(1, round(height * factor))
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
 
-    def scaled(pixels: Any, method: Image.Resampling) -> Any:
-        return np.asarray(Image.fromarray(pixels).resize(size, method))
+    def placed(pixels: Any, method: Image.Resampling, around: Any) -> Any:
+        canvas = np.full((side, side, *pixels.shape[2:]), around, pixels.dtype)
+        scaled = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, method)
+        canvas[top : top + size[1], left : left + size[0]] = np.asarray(scaled)
+        return canvas
 
     near = Image.Resampling.NEAREST
+    heat = overlay.heat
     return replace(
         overlay,
-        picture=scaled(np.ascontiguousarray(overlay.picture), near if factor > 1 else Image.Resampling.LANCZOS),
-        masks={name: scaled(np.ascontiguousarray(mask, np.uint8), near) for name, mask in overlay.masks.items()},
-        heat=None
-        if overlay.heat is None
-        else scaled(np.ascontiguousarray(overlay.heat, np.float32), Image.Resampling.BILINEAR),
+        picture=placed(overlay.picture, near if scale > 2 else Image.Resampling.LANCZOS, _AROUND),
+        masks={name: placed(np.asarray(mask, np.uint8), near, 0) for name, mask in overlay.masks.items()},
+        heat=None if heat is None else placed(np.float32(heat), Image.Resampling.BILINEAR, np.float32(heat).min()),
     )
 
 
