@@ -17,6 +17,10 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 from lit_defect.cli import main
+from tests.anomaly_diffusion import make_base, make_parts
+from tests.anomaly_diffusion import write_config as generator_config
+from tests.segmentation import make_tiles
+from tests.segmentation import write_config as segmenter_config
 from tests.wandb_files import artifacts, history, launches, off_line, records, told, write_config
 
 STEP = "trainer/global_step"
@@ -166,6 +170,57 @@ def test_an_evaluation_of_an_untracked_training_stays_untracked(place):
     assert not (place / "runs" / "tiny" / "off" / "wandb").exists()
 
 
+# --- other systems ---
+
+
+def config_of(written: Path, **changes: Any) -> Path:
+    """A configuration of another test module, tracked."""
+    config = {**yaml.safe_load(written.read_text()), "wandb": "auto", **changes}
+    written.write_text(yaml.safe_dump(config))
+    return written
+
+
+def test_a_segmenter_shows_the_same_pictures_with_true_and_predicted_masks(tmp_path):
+    root = make_tiles(tmp_path / "data")
+    path = config_of(segmenter_config(tmp_path / "masks.yaml", "Segmenter", root))
+    command(tmp_path, "fit", "--config", path, "--run_id", "a", "--test_after_fit", "true")
+    (folder,) = launches(tmp_path / "runs" / "tiny" / "a")
+    summary = told(folder)["summary"]
+    for stage in ("val", "test"):
+        shown = summary[f"{stage}/masks"]
+        assert shown["captions"] == sorted(shown["captions"], key=shown["captions"].index)
+        masks = shown["all_masks"]
+        assert set(masks[0]) == {"ground_truth", "segmenter"}
+        with Image.open(folder / "files" / masks[0]["ground_truth"]["path"]) as mask:
+            assert set(mask.getdata()) == {0, 1}  # a defect is shown
+            assert mask.size == (shown["width"], shown["height"])
+    result = json.loads((tmp_path / "runs" / "tiny" / "a" / "test_metrics.json").read_text())
+    assert summary["test/iou_low"] == result["methods"]["segmenter"]["iou"]["low"]
+
+
+def test_a_generated_set_names_its_model_and_a_classifier_names_the_set(tmp_path):
+    root, base = make_parts(tmp_path / "data"), make_base(tmp_path / "base")
+    path = config_of(generator_config(tmp_path / "generator.yaml", root, base))
+    command(tmp_path, "fit", "--config", path, "--run_id", "g")
+    command(tmp_path, "predict", "--config", path, "--run_id", "g", "--ckpt_path", "last")
+    run = tmp_path / "runs" / "tiny" / "g"
+    first, second = launches(run)
+    assert "model-tiny-g" in artifacts(first)
+    made = artifacts(second)["generated-tiny-g"]
+    assert {"manifest.csv", "about.json"} <= {entry["path"] for entry in made["manifest"]["contents"]}
+    assert json.loads(made["metadata"])["uses"] == ["model-tiny-g"]
+    assert told(second)["summary"]["generated/pictures"]["nrows"] >= 2
+    classifier = yaml.safe_load(write_config(tmp_path / "tiny.yaml").read_text())
+    classifier["data"] = yaml.safe_load(path.read_text())["data"]  # the same split
+    classifier["data"]["init_args"]["synthetic"] = str(run / "generated")
+    classifier["trainer"]["max_epochs"] = 1
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(classifier))
+    command(tmp_path, "fit", "--config", "tiny.yaml", "--run_id", "c")
+    (folder,) = launches(tmp_path / "runs" / "tiny" / "c")
+    assert told(folder)["config"]["lineage"]["uses"] == ["generated-tiny-g"]
+    assert json.loads(artifacts(folder)["model-tiny-c"]["metadata"])["uses"] == ["generated-tiny-g"]
+
+
 # --- what goes wrong ---
 
 
@@ -215,7 +270,7 @@ def test_calls_of_wandb_that_fail_cost_nothing_but_warnings(breakable, monkeypat
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     assert (run / "checkpoints" / "best.ckpt").is_file()
     said = capsys.readouterr().err
-    for what in ("logging metrics", "logging artifacts", "describing the run", "logging figures"):
+    for what in ("logging metrics", "logging what run.json says", "logging figures", "logging artifacts"):
         assert f"W&B: {what} failed (OSError: disk quota)" in said
 
 
