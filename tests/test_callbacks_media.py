@@ -97,7 +97,7 @@ def test_the_surest_mistakes_come_first_and_the_number_is_capped():
     assert [row[right] for row in table.data] == sorted(row[right] for row in table.data)
     lead = [(row[score] - 0.5) * (1 if row[label] == "bad" else -1) for row in table.data]
     assert lead == sorted(lead)
-    assert (table.data[0][0]._width, table.data[0][0]._height) == (160, 80)
+    assert (table.data[0][0]._width, table.data[0][0]._height) == (224, 112)
 
 
 def test_the_worst_masks_come_first_and_a_lost_file_leaves_a_gap():
@@ -174,7 +174,7 @@ def test_generated_pictures_stand_beside_their_sources(tmp_path):
     rows = [row, {**row, "accepted": "0", "image": ""}, *[{**row, "defect_type": "hole"}] * 30]
     table = media.generated_table(tmp_path, rows, lambda name: picture("", name), 10)["generated/pictures"]
     assert [line[2] for line in table.data] == ["crack", *["hole"] * 5]
-    assert (table.data[0][0]._width, table.data[0][0]._height) == (160, 80)
+    assert {(image._width, image._height) for image in table.data[0][:2]} == {(320, 320)}
     assert table.data[0][1]._masks["mask"]
 
 

@@ -125,7 +125,7 @@ def test_the_table_of_samples_begins_with_the_mistakes_and_holds_pictures(run, s
     assert right == sorted(right)
     picture = content["data"][0][0]
     with Image.open(files[picture["path"]]) as image:
-        assert max(image.size) == 160
+        assert max(image.size) == 224
 
 
 def test_artifacts_name_their_run_and_hold_its_files(run, seen):

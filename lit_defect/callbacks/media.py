@@ -29,7 +29,8 @@ Row = dict[str, str]
 Look = Callable[[str, str], NDArray[np.uint8]]
 """(path, name of a sample) -> picture (H, W, 3)."""
 
-THUMBNAIL = 160  # pixels, longer side
+THUMBNAIL = 224  # pixels, longer side
+_FRAME = 320  # pixels, side of a generated picture and of its source
 _SIDE = 3000  # pixels, longer side of a figure
 _POINTS = 200  # of a curve
 _BINS = 32
@@ -150,8 +151,8 @@ def generated_table(root: Path, rows: Sequence[Row], source: Callable[[str], Any
                 row["image"], made, {"mask": mask.astype(np.uint8)}, {0: "as before", 1: row["defect_type"]}
             )
             table.add_data(
-                None if before is None else _small(before),
-                _masked(framed(shown, 2 * THUMBNAIL), caption=""),
+                None if before is None else _masked(framed(Overlay(row["source"], before), _FRAME), caption=""),
+                _masked(framed(shown, _FRAME), caption=""),
                 *(row[name] for name in ("defect_type", "category", "prompt")),
                 *(_number(row[name]) for name in ("seed", "area")),
                 row["source"],
