@@ -2,7 +2,7 @@
 
 `<runs_dir>/<experiment>/<run id>/` holds
 
-- `config.yaml`: every option, defaults included; `run.json`: status, command, commit, versions;
+- `config.yaml`: every option, defaults included; `run.json`: status, command, commit, versions, data fingerprint;
 - `metrics.csv`: what was logged, step by step;
 - `checkpoints/last.ckpt` and `checkpoints/best.ckpt`;
 - `splits.csv`, `leakage.csv`, `skipped.csv`: which sample went where, and what was found;
