@@ -2,7 +2,7 @@
 
 `<runs_dir>/<experiment>/<run id>/` holds
 
-- `config.yaml`: every option, defaults included; `run.json`: status, command, commit, versions;
+- `config.yaml`: every option, defaults included; `run.json`: status, command, commit, versions, data fingerprint;
 - `metrics.csv`: what was logged, step by step;
 - `checkpoints/last.ckpt` and `checkpoints/best.ckpt`;
 - `splits.csv`, `leakage.csv`, `skipped.csv`: which sample went where, and what was found;
@@ -43,6 +43,7 @@ _NOT_THE_EXPERIMENT = (
     "resume",
     "runs_dir",
     "wandb",
+    "wandb_checkpoints",
     "ckpt_path",
     "weights_only",
     "test_after_fit",
