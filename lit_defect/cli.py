@@ -36,7 +36,7 @@ from lit_defect.callbacks.storage import keep_files_whole
 from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, wandb_logger
 from lit_defect.errors import UserError
 from lit_defect.spelling import explain, unknown_environment
-from lit_defect.stopping import STOP, Stopped, end_process, take_over
+from lit_defect.stopping import STOP, Stopped, ended, take_over
 from lit_defect.tasks.base import DefectTask
 
 PROGRAM = "lit_defect"
@@ -293,7 +293,7 @@ def main(args: list[str] | None = None) -> CLI:
                 raise
             raise SystemExit(_fail(str(own))) from None
         except Stopped as stop:
-            end_process(stop)
+            raise SystemExit(ended(stop)) from None
         except SystemExit as stop:
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise SystemExit(128 + signal.SIGINT) from None  # Lightning says 1, as if the run had failed

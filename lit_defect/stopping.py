@@ -10,6 +10,7 @@ Exit codes: 143 for SIGTERM, 138 for SIGUSR1 (128 + signal). No torch here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -17,11 +18,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_PARENT = "_LIT_DEFECT_PARENT"  # process id of the one that has started this one as a part of its launch
+_STUCK = 2.0  # seconds in which the main thread sees a signal unless it waits in C++
 
 
 class Stopped(SystemExit):
@@ -62,9 +66,16 @@ class StopRequest:
             return
         self.number, self._deferred, self._owner = None, False, os.getpid()
         self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        told, tells = os.pipe()
+        os.set_blocking(tells, False)
+        waker = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(told,), daemon=True).start()
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `take_over`
             yield
         finally:
+            signal.set_wakeup_fd(waker)
+            os.close(tells)
             for number, handler in self._former.items():
                 signal.signal(number, handler)
             self.number, self._deferred, self._former = None, False, {}
@@ -96,6 +107,17 @@ class StopRequest:
         if not self._deferred:
             raise Stopped(self.number)
 
+    def _watch(self, told: int) -> None:
+        """End the process if a signal came that the main thread does not get to see.
+
+        It waits in C++ then, as for processes of the launch that have stopped already.
+        """
+        with open(told, "rb", buffering=0) as pipe:
+            while heard := pipe.read(1):
+                time.sleep(_STUCK)
+                if heard[0] in SIGNALS and self.number is None and self._former and not self._deferred:
+                    os._exit(ended(Stopped(heard[0])))
+
 
 STOP = StopRequest()
 
@@ -104,7 +126,8 @@ def take_over(trainer: Any) -> None:
     """Let Lightning handle no signal, and spare each step the broadcast by which it spreads what it has heard.
 
     Its handlers broadcast and save within the handler: processes that are all signalled wait for each other for ever
-    (Lightning-AI/pytorch-lightning#20806).
+    (Lightning-AI/pytorch-lightning#20806). The processes that it starts get no signal until they heed it: one that
+    dies while it imports would take the others along.
     """
     for holder, name in (
         (getattr(trainer, "_signal_connector", None), "register_signal_handlers"),
@@ -112,33 +135,52 @@ def take_over(trainer: Any) -> None:
     ):
         if hasattr(holder, name):
             setattr(holder, name, lambda: None)
+    launcher = trainer.strategy.launcher
+    if hasattr(launcher, "_call_children_scripts"):
+        launcher._call_children_scripts = functools.partial(_start_shielded, launcher._call_children_scripts)
+
+
+def _start_shielded(start: Callable[[], None]) -> None:
+    os.environ[_PARENT] = str(os.getpid())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited
+    try:
+        start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def shield_worker(_: int = 0) -> None:
-    """In a data loader's worker: outlive the signal that a scheduler sends to all processes of a job.
+    """In a data loader's worker: end when the parent says so, not when a scheduler signals all processes of a job.
 
-    The batch at hand is still needed. A second SIGTERM ends it, as a parent sends one that must be rid of it.
+    The parent still needs the batches at hand, and would fail if a worker were gone.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_heed, args=(os.getppid(),), daemon=True).start()
 
 
-def end_process(stop: Stopped, environ: Mapping[str, str] = os.environ) -> NoReturn:
-    """Leave the program after a stop: put the job back into the queue where that was asked for, and exit.
+def _heed(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
+
+
+def ended(stop: Stopped, environ: Mapping[str, str] = os.environ) -> int:
+    """What is left to do when a run has stopped: put the job back into the queue where that was asked for.
 
     A process that Lightning's launcher has started tells its parent, whatever it was told itself, and exits with 0:
     at any other code the launcher would kill the parent, which may still be saving.
 
-    Raises:
-        SystemExit: always.
+    Returns:
+        The exit code.
     """
-    if "LIT_DEFECT_RUN_ID" in environ and environ.get("LOCAL_RANK", "0") != "0" and not _started_outside(environ):
+    if environ.get(_PARENT) == str(os.getppid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(os.getppid(), stop.number)
-        raise SystemExit(0)
+        return 0
     if stop.preempted and environ.get("SLURM_PROCID", "0") == "0":
         requeue(environ)
-    raise SystemExit(stop.code)
+    return int(stop.code or 0)
 
 
 def requeue(environ: Mapping[str, str] = os.environ) -> None:
@@ -160,8 +202,3 @@ def slurm_job(environ: Mapping[str, str] = os.environ) -> str | None:
     if "SLURM_ARRAY_JOB_ID" in environ:
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ.get('SLURM_ARRAY_TASK_ID', '')}"
     return job if re.fullmatch(r"\d+(_\d+)?", job) else None
-
-
-def _started_outside(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun or srun has started every process of the launch."""
-    return "TORCHELASTIC_RUN_ID" in environ or ("SLURM_PROCID" in environ and environ.get("SLURM_NTASKS", "1") != "1")

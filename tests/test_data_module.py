@@ -1,6 +1,7 @@
 """The base data module: one order of events, the same on every process, with loaders a Trainer can use."""
 
 import csv
+from itertools import chain
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 
 from lit_defect.data import guard
+from lit_defect.data.loading import TrainBatchSampler
 from lit_defect.data.module import DefectDataModule
 from lit_defect.data.samples import Sample
+from lit_defect.data.settings import share_of_step
 from lit_defect.errors import DataError, UserError
 from tests.fakes import damage, save, surface
 
@@ -326,7 +329,14 @@ def test_sample_key_changes_with_whatever_changes_the_pixels(make, root):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"batch_size": 0}, {"eval_batch_size": 0}, {"batches_per_epoch": 0}, {"image_size": 0}, {"num_workers": -1}],
+    [
+        {"batch_size": 0},
+        {"global_batch_size": 0},
+        {"eval_batch_size": 0},
+        {"batches_per_epoch": 0},
+        {"image_size": 0},
+        {"num_workers": -1},
+    ],
 )
 def test_settings_out_of_range_are_named(root, setting):
     with pytest.raises(UserError, match=rf"data\.{next(iter(setting))}"):
@@ -510,3 +520,29 @@ def test_an_empty_training_split_says_where_to_look(make, root, tmp_path):
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(DataError, match=r"no samples in the train split: check .*data.split_file"):
         make(split_file=str(tmp_path / "s.csv")).train_dataloader()
+
+
+@pytest.mark.parametrize(("processes", "accumulated"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_a_step_has_the_same_samples_however_it_is_shared(processes, accumulated):
+    """26 samples in steps of 8: three steps a pass, each of the same samples."""
+
+    def steps(rank: int, world_size: int, together: int) -> list[list[int]]:
+        share = share_of_step(8, world_size, together)
+        order = TrainBatchSampler(
+            [0] * 26, batch_size=share, seed=3, rank=rank, world_size=world_size, together=together, batches=4
+        )
+        found = list(order)
+        return [list(chain(*found[i : i + together])) for i in range(0, len(found), together)]
+
+    expected = [set(step) for step in steps(0, 1, 1)]
+    shared = [steps(rank, processes, accumulated) for rank in range(processes)]
+    assert [set().union(*parts) for parts in zip(*shared, strict=True)] == expected
+    assert len(expected) == 4
+    assert all(len(step) == 8 for step in expected)
+
+
+def test_a_step_that_cannot_be_shared_says_what_could_be():
+    with pytest.raises(UserError, match=r"global_batch_size = 30 cannot be shared by 4 processes x 2 .*: 32 can"):
+        share_of_step(30, 4, 2)
+    with pytest.raises(UserError, match=r"3 cannot be shared by 8 processes: 8 can"):
+        share_of_step(3, 8, 1)

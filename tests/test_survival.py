@@ -144,6 +144,23 @@ def test_two_processes_train_and_leave_one_run_folder(config, tmp_path):
     assert [row["epoch"] for row in rows(folder) if row["val/loss"]] == ["0", "1"]
 
 
+def test_a_step_of_as_many_pictures_means_the_same_on_one_process_and_on_two(config, tmp_path):
+    arguments = (
+        "fit", "--config", config, "--model.transfer", "head", "--model.augment", "none", "--model.drop_rate", "0",
+        "--data.global_batch_size", "8", "--model.lr_batch", "16", "--trainer.max_epochs", "2", "--run_id",
+    )  # fmt: skip
+    run(tmp_path, *arguments, "one")
+    run(tmp_path, *arguments, "two", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    run(tmp_path, *arguments, "added_up", "--trainer.accumulate_grad_batches", "2")
+    one, *others = (tmp_path / "runs" / "tiny" / name for name in ("one", "two", "added_up"))
+    expected = weights(one)
+    for other in others:
+        found = weights(other)
+        assert all(torch.allclose(expected[key], found[key], atol=1e-5) for key in expected), other.name
+    (state,) = torch.load(one / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    assert {group["initial_lr"] for group in state["param_groups"]} == {0.01 * 8 / 16}
+
+
 def test_frozen_features_are_computed_by_both_processes(config, tmp_path):
     arguments = (
         "fit",

@@ -122,6 +122,19 @@ def test_rates_are_counted_in_optimizer_steps():
     assert task.rates == pytest.approx(half)
 
 
+@pytest.mark.parametrize(("scaling", "rate"), [("linear", 0.5 * 12 / 48), ("sqrt", 0.5 * math.sqrt(12 / 48))])
+def test_a_rate_that_is_meant_for_another_batch_is_scaled(monkeypatch, scaling, rate):
+    task = Toy(lr=0.5, lr_batch=48, lr_scaling=scaling, warmup=0.0, schedule="constant")
+    monkeypatch.setattr(Toy, "data", type("Data", (), {"batch_size": 4}))
+    fit(task, epochs=1, accumulate_grad_batches=3)
+    assert task.rates == pytest.approx([rate] * 3)
+
+
+def test_a_rate_for_no_pictures_is_refused():
+    with pytest.raises(UserError, match="lr_batch = 0"):
+        Toy(lr_batch=0)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_a_training_without_an_end_cannot_fall_towards_it(schedule):
     task = Toy(schedule=schedule, lr=0.5)

@@ -113,6 +113,7 @@ class TrainBatchSampler:
             classes equally often, each class's samples equally often up to one, n in all.
         weights: how often `balanced` draws each class, relative to the others; None for equally often.
         batches: steps of an epoch; None for those of one pass.
+        together: batches that an optimizer step adds up; a pass holds a multiple of these.
         fixed: the same order in every epoch (to overfit a few batches on purpose).
 
     Raises:
@@ -130,6 +131,7 @@ class TrainBatchSampler:
         kind: Literal["shuffle", "balanced"] = "shuffle",
         drop_last: bool = True,
         batches: int | None = None,
+        together: int = 1,
         fixed: bool = False,
         weights: Mapping[int, float] | None = None,
     ) -> None:
@@ -146,9 +148,10 @@ class TrainBatchSampler:
         self.epoch = 0
         self.start = 0  # the batch of the epoch to begin with
         step = self.batch_size * world_size
-        rest = (len(labels) % step) // world_size
-        self.sizes = [self.batch_size] * (len(labels) // step) + ([rest] if rest and not drop_last else [])  # of a pass
-        self.batches = len(self.sizes) if batches is None else batches
+        whole, rest = len(labels) // step, (len(labels) % step) // world_size
+        whole -= whole % together if drop_last and whole >= together else 0
+        self.sizes = [self.batch_size] * whole + ([rest] if rest and not drop_last else [])  # of a pass
+        self.batches = len(self.sizes) if batches is None else batches * together
 
     @property
     def sampler(self) -> TrainBatchSampler:

@@ -27,7 +27,7 @@ from lit_defect.data.known_files import KnownFiles
 from lit_defect.data.leakage import Leak
 from lit_defect.data.samples import REAL, SPLITS, Sample
 from lit_defect.data.serving import Serving
-from lit_defect.data.settings import check_choices, check_settings
+from lit_defect.data.settings import check_choices, check_settings, share_of_step
 from lit_defect.data.splits import assign_splits, read_groups, read_split, without_defects, write_groups, write_split
 from lit_defect.data.stores import Stores
 from lit_defect.data.synthetic import SYNTHETIC_VAL, Choice, Recipe, SyntheticOptions, alone, choose
@@ -41,6 +41,8 @@ class DefectDataModule(KnownFiles, Serving):
 
     Args:
         batch_size: samples per process and training step.
+        global_batch_size: samples of an optimizer step over all processes and accumulated gradients, in place of
+            `batch_size`: a step then sees the same samples however many devices there are.
         eval_batch_size: samples per process and evaluation step; as `batch_size` when not given.
         image_size: side of a square, or (height, width), in pixels; None keeps the native size.
         num_workers: processes that decode ahead; they are used with `cache=off` only.
@@ -85,6 +87,7 @@ class DefectDataModule(KnownFiles, Serving):
         self,
         *,
         batch_size: int = 32,
+        global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
         image_size: int | tuple[int, int] | None = None,
         num_workers: int = 0,
@@ -119,6 +122,7 @@ class DefectDataModule(KnownFiles, Serving):
             self.hparams["synthetic"] = {**synthetic, "path": str(synthetic.get("path", ""))}
         check_choices((c for c in reversed(type(self).__mro__) if issubclass(c, DefectDataModule)), self.hparams)
         self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.num_workers = num_workers
@@ -183,7 +187,15 @@ class DefectDataModule(KnownFiles, Serving):
             self._open_stores()
 
     def setup(self, stage: str) -> None:
-        """Splits, the same on every process; `stage` matters only for `predict` with a folder of its own."""
+        """Splits, the same on every process; `stage` matters only for `predict` with a folder of its own.
+
+        Raises:
+            UserError: `global_batch_size` cannot be shared by the processes.
+        """
+        if self.global_batch_size is not None and self.trainer is not None:
+            self.batch_size = share_of_step(
+                self.global_batch_size, self.trainer.world_size, self.trainer.accumulate_grad_batches
+            )
         if self.predict_root and stage == "predict":
             self._to_predict = self._check(list_pictures(self.predict_root))
             self.samples["predict"] = self._to_predict.samples

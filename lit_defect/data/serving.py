@@ -27,6 +27,7 @@ class Serving(Layout, LightningDataModule):
     """The serving half of `DefectDataModule`, which sets the attributes below."""
 
     batch_size: int
+    global_batch_size: int | None
     eval_batch_size: int
     image_size: tuple[int, int] | None
     num_workers: int
@@ -72,6 +73,7 @@ class Serving(Layout, LightningDataModule):
             kind=self.sampler,
             drop_last=self.drop_last,
             batches=self.batches_per_epoch,
+            together=self.trainer.accumulate_grad_batches if self.trainer and self.global_batch_size else 1,
             fixed=self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0,
             weights=weights,
         )

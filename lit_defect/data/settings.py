@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lit_defect.errors import UserError
 
-AT_LEAST = {"batch_size": 1, "eval_batch_size": 1, "batches_per_epoch": 1, "num_workers": 0}
+AT_LEAST = {"batch_size": 1, "global_batch_size": 1, "eval_batch_size": 1, "batches_per_epoch": 1, "num_workers": 0}
 
 
 def check_choices(classes: Iterable[type], values: Mapping[str, Any]) -> None:
@@ -38,3 +38,22 @@ def check_settings(values: Mapping[str, Any]) -> None:
             "data.test=mirrored_train tests on the training pictures, which data.leakage=error forbids. "
             "Set data.test=holdout, or data.leakage=warn to repeat that protocol."
         )
+
+
+def share_of_step(samples: int, processes: int, accumulated: int) -> int:
+    """Samples that a process takes at a time, of those of an optimizer step.
+
+    Args:
+        samples: of an optimizer step.
+        processes: that share it.
+        accumulated: batches whose gradients a step adds up.
+
+    Raises:
+        UserError: they cannot be shared evenly.
+    """
+    share, rest = divmod(samples, processes * accumulated)
+    if rest or not share:
+        by = f"{processes} processes" + (f" x {accumulated} accumulated batches" if accumulated > 1 else "")
+        near = max(1, round(samples / (processes * accumulated))) * processes * accumulated
+        raise UserError(f"data.global_batch_size = {samples} cannot be shared by {by}: {near} can.")
+    return share

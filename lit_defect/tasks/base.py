@@ -30,6 +30,10 @@ class DefectTask(LightningModule):
     Args:
         optimizer: name of a timm optimizer, such as `adamw`, `sgd`, `lamb`.
         lr: largest learning rate.
+        lr_batch: samples of an optimizer step that `lr` is meant for; where a step has others (`data.batch_size` times
+            processes and accumulated batches), `lr` is scaled. None takes `lr` as it is.
+        lr_scaling: by the ratio of the two, `linear` (Goyal et al., arXiv 1706.02677, section 2.1), or its root,
+            `sqrt`, as is usual with Adam.
         weight_decay: decay of weights; norms and biases have none.
         schedule: `cosine` falls to zero over the whole training, `constant` does not; both after the warm-up.
         warmup: share of all optimizer steps over which the learning rate rises from zero.
@@ -53,6 +57,8 @@ class DefectTask(LightningModule):
         *,
         optimizer: str = "adamw",
         lr: float = 1e-3,
+        lr_batch: int | None = None,
+        lr_scaling: Literal["linear", "sqrt"] = "linear",
         weight_decay: float = 0.01,
         schedule: Literal["cosine", "constant"] = "cosine",
         warmup: float = 0.05,
@@ -61,10 +67,14 @@ class DefectTask(LightningModule):
         super().__init__()
         if not lr > 0:
             raise UserError(f"model.init_args.lr = {lr}: expected a number > 0")
+        if lr_batch is not None and lr_batch < 1:
+            raise UserError(f"model.init_args.lr_batch = {lr_batch}: expected the samples of a step, 1 or more")
         if not 0 <= warmup < 1:
             raise UserError(f"model.init_args.warmup = {warmup}: expected a share of the steps, 0 <= warmup < 1")
         self.optimizer_name = optimizer
         self.lr = lr
+        self.lr_batch = lr_batch
+        self.lr_scaling = lr_scaling
         self.weight_decay = weight_decay
         self.schedule = schedule
         self.warmup = warmup
@@ -130,16 +140,25 @@ class DefectTask(LightningModule):
             raise UserError(
                 f"model.init_args.optimizer = {self.optimizer_name}: unknown to timm; near: {', '.join(near)}"
             )
-        groups = [group for group in self.parameter_groups() if group["params"]]
-        optimizer = create_optimizer_v2(groups, opt=self.optimizer_name, lr=self.lr)
+        factor = self._lr_factor()
+        groups = [{**group, "lr": factor * group["lr"]} for group in self.parameter_groups() if group["params"]]
+        optimizer = create_optimizer_v2(groups, opt=self.optimizer_name, lr=factor * self.lr)
         total = self.trainer.estimated_stepping_batches
         if self.schedule == "cosine" and (math.isinf(total) or total <= 0):
             raise UserError(
                 "model.init_args.schedule = cosine needs an end: set trainer.max_epochs or trainer.max_steps"
             )
-        factor = partial(warmup_and_decay, total=total, warmup=self.warmup, schedule=self.schedule)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        course = partial(warmup_and_decay, total=total, warmup=self.warmup, schedule=self.schedule)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, course)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self) -> float:
+        """By which learning rates are scaled, as a step has other samples than they are meant for."""
+        if self.lr_batch is None:
+            return 1.0
+        trainer: Any = self.trainer
+        ratio = self.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches / self.lr_batch
+        return ratio if self.lr_scaling == "linear" else math.sqrt(ratio)
 
     def on_fit_end(self) -> None:
         """Export the best state where `monitor` chose one, else the last; an earlier export is kept under a number.

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_defect.anomalies import LocalPseudoAnomaly, PseudoAnomalies, PseudoAnomaly, explain_rejection
 from lit_defect.errors import UserError
@@ -224,6 +226,7 @@ class SimCLR(AnomalyTask):
             UserError: the SSIM gate rejects all of them, a picture holds values that are not numbers, or a batch of
                 `ntxent` has nothing to compare.
         """
+        self._look_at_norms()
         if self.loss_name == "ntxent" and self.data.batch_size * self.trainer.world_size < 2:
             raise UserError("data.batch_size = 1: the loss ntxent tells pictures of a batch apart, so it needs 2")
         if self.loss_name in ("none", "ntxent"):
@@ -238,6 +241,15 @@ class SimCLR(AnomalyTask):
                 raise UserError("the pseudo-anomalies change no pixel of the training pictures: are these blank?")
             raise UserError(explain_rejection(made.tried_ssim, self.anomaly.ssim_threshold))
         self._probe = (positions[:_PROBED], PseudoAnomalies(*(part.cpu() for part in made)))
+
+    def _look_at_norms(self) -> None:
+        """Say so where BatchNorm lets each process see its own part of the batch, as the losses do not."""
+        apart = any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in self.modules())
+        if apart and self.norms == "train" and self.trainer.world_size > 1 and self.device.type == "cuda":
+            rank_zero_warn(
+                "BatchNorm takes its statistics of each process's own pictures, unlike the loss, which joins them: set "
+                "trainer.sync_batchnorm to true for the results of one device"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch of normal pictures and the pseudo-anomalies made of them.

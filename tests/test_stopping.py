@@ -1,0 +1,291 @@
+"""Runs that are told to stop: all processes at once, at any moment, and the scheduler's part of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_defect import stopping
+from lit_defect.callbacks.run import LastCheckpoint
+from lit_defect.stopping import STOP, Stopped, ended, slurm_job
+from tests.test_survival import LIMIT, config, rows, run, start, weights  # noqa: F401  (config is a fixture)
+
+IN_TIME = 60  # seconds in which a signalled run has to end; a hang takes half an hour
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "12")
+
+
+def interrupt(folder: Path, after: float, number: int, *arguments: object) -> int | None:
+    """Start a run and signal all its processes after some seconds; the exit code, None if it had ended before."""
+    process = start(folder, *arguments)
+    try:
+        process.wait(after)
+        return None
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, number)
+    try:
+        return process.wait(IN_TIME)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"hangs since a signal after {after:.1f} s:\n{(folder / 'log.txt').read_text()[-3000:]}")
+
+
+@pytest.mark.parametrize(
+    ("times", "seed"), [pytest.param(2, 0, id="twice"), pytest.param(20, 1, id="20 times", marks=pytest.mark.slow)]
+)
+@pytest.mark.timeout(3600)
+def test_processes_that_are_all_told_to_stop_at_any_moment_end_and_go_on(config, tmp_path, times, seed):  # noqa: F811
+    arguments = ("fit", "--config", config, *TWO, "--run_id")
+    begun = time.monotonic()
+    run(tmp_path, *arguments, "whole")
+    whole_time = time.monotonic() - begun
+    draw, number, codes = random.Random(seed), 0, []
+    while len(codes) < times:
+        stopped = tmp_path / "runs" / "tiny" / f"stopped{number}"
+        after = draw.uniform(0.1, 1) * whole_time
+        code = interrupt(tmp_path, after, signal.SIGTERM, *arguments, stopped.name, "--resume")
+        if code is None:  # it was quicker: the next one is another run
+            number += 1
+            continue
+        codes.append(code)
+        last = stopped / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            torch.load(last, weights_only=True)
+    # -15: before Python has come to the program's first line
+    assert set(codes) <= {143, -15}, (codes, (tmp_path / "log.txt").read_text()[-3000:])
+    assert 143 in codes
+    run(tmp_path, *arguments, stopped.name, "--resume")
+    expected = weights(tmp_path / "runs" / "tiny" / "whole")
+    for folder in (tmp_path / "runs" / "tiny").glob("stopped*"):
+        assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+        assert all(torch.equal(weights(folder)[key], expected[key]) for key in expected), folder
+        assert rows(folder) == rows(tmp_path / "runs" / "tiny" / "whole"), folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_workers_of_a_data_loader_outlive_the_signal_until_the_state_is_saved(config, tmp_path, number):  # noqa: F811
+    """A scheduler signals every process of a job; a worker that dies of it would take the run along."""
+    words = ("fit", "--config", config, "--run_id", "one", "--data.num_workers", "2", "--data.cache", "off")
+    process = start(tmp_path, *words, "--trainer.max_epochs", "1000")
+    last, deadline = tmp_path / "runs" / "tiny" / "one" / "checkpoints" / "last.ckpt", time.monotonic() + LIMIT
+    while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    assert process.wait(IN_TIME) == 128 + number, (tmp_path / "log.txt").read_text()[-3000:]
+    status = json.loads((last.parent.parent / "run.json").read_text())["status"]
+    assert status == ("preempted" if number == signal.SIGUSR1 else "interrupted")
+    assert not living(process.pid), "a worker is left"
+
+
+def living(group: int) -> list[str]:
+    """Processes of a group, without those that have ended and that nobody has asked for."""
+    found = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return [" ".join(words[:4]) for words in found if words[2] == str(group) and words[0] != "Z"]
+
+
+SELF_SIGNALLED = """
+import os, signal, sys
+import lit_defect.tasks.classification as module
+from lit_defect.__main__ import main
+
+step = module.DefectClassifier.training_step
+
+def training_step(self, batch, batch_idx):
+    if self.trainer.global_step == {at} and self.global_rank in {ranks} and not os.path.exists("signalled"):
+        if self.global_rank == max({ranks}):
+            open("signalled", "w").close()
+        os.kill(os.getpid(), signal.{name})
+    return step(self, batch, batch_idx)
+
+module.DefectClassifier.training_step = training_step
+sys.argv = ["lit_defect", *sys.argv[1:]]
+main()
+"""
+
+
+def signalled(folder: Path, name: str, ranks: tuple[int, ...], environment: dict[str, str], *words: object) -> int:
+    """The exit code of a fit in whose fifth step these ranks get a signal; the processes start by torchrun if several."""
+    script = folder / "signalled.py"
+    script.write_text(textwrap.dedent(SELF_SIGNALLED).format(at=4, ranks=ranks, name=name))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*(launch if len(ranks) > 1 or max(ranks) else [sys.executable]), str(script), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.run(command, cwd=folder, stdout=log, stderr=log, env=environment, timeout=LIMIT).returncode
+
+
+def scontrol(folder: Path) -> dict[str, str]:
+    """An environment whose `scontrol` writes down what it is asked for."""
+    program = folder / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked.txt\n')
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+
+def test_usr1_saves_puts_the_job_back_and_the_run_goes_on(config, tmp_path):  # noqa: F811
+    words = ("fit", "--config", config, "--run_id", "one", "--resume")
+    job = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "5", **scontrol(tmp_path)}
+    assert signalled(tmp_path, "SIGUSR1", (0,), job, *words) == 138
+    folder = tmp_path / "runs" / "tiny" / "one"
+    assert json.loads((folder / "run.json").read_text())["status"] == "preempted"
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5, "after the batch"
+    assert (tmp_path / "asked.txt").read_text() == "requeue 12_5\n"
+    assert signalled(tmp_path, "SIGUSR1", (0,), job, *words) == 0
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    run(tmp_path, *words[:-2], "whole")
+    assert rows(folder) == rows(tmp_path / "runs" / "tiny" / "whole")
+
+
+def test_a_signal_to_one_process_stops_all(config, tmp_path):  # noqa: F811
+    words = ("fit", "--config", config, "--run_id", "one", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    assert signalled(tmp_path, "SIGTERM", (1,), {}, *words) != 0  # torchrun has an exit code of its own
+    record = json.loads((tmp_path / "runs" / "tiny" / "one" / "run.json").read_text())
+    assert record["status"] == "interrupted"
+    assert record["error"] == "Stopped: 143"
+    assert (tmp_path / "runs" / "tiny" / "one" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_stop_is_noted_or_obeyed():
+    with STOP.heeded():
+        with pytest.raises(Stopped) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.value.code, stop.value.preempted) == (143, False)
+    with STOP.heeded():
+        STOP.defer()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert STOP.number == signal.SIGUSR1, "the first one counts"
+        with pytest.raises(Stopped) as stop:
+            STOP.at_once()
+        assert (stop.value.code, stop.value.preempted) == (138, True)
+    assert STOP.number is None
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+STUCK = """
+import torch.distributed as distributed
+from lit_defect.stopping import STOP
+with STOP.heeded():
+    print("waits", flush=True)
+    distributed.TCPStore("127.0.0.1", 0, 2, True)  # for a second process
+"""
+
+
+@pytest.mark.parametrize(("number", "asked"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
+def test_a_process_that_waits_in_cpp_ends_all_the_same(tmp_path, number, asked):
+    """As for a process of the launch that will never come: Python's own handlers are not run meanwhile."""
+    program = tmp_path / "stuck.py"
+    program.write_text(STUCK)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        **scontrol(tmp_path),
+        "SLURM_JOB_ID": "17",
+    }
+    process = subprocess.Popen([sys.executable, str(program)], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"waits\n"
+    time.sleep(1)
+    process.send_signal(number)
+    assert process.wait(IN_TIME) == 128 + number
+    assert (tmp_path / "asked.txt").exists() == asked
+
+
+def test_a_stop_that_a_destructor_has_swallowed_is_not_forgotten(monkeypatch):
+    class Careless:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with STOP.heeded():
+        monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+        thing = Careless()
+        del thing
+        with pytest.raises(Stopped):
+            STOP.defer()
+
+
+@pytest.mark.parametrize(
+    ("environment", "job"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "17"}, "17"),
+        ({"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "5"}, "12_5"),
+        ({"SLURM_JOB_ID": "17; rm -rf /"}, None),
+    ],
+)
+def test_the_job_of_a_process(environment, job):
+    assert slurm_job(environment) == job
+
+
+@pytest.mark.parametrize(
+    ("number", "environment", "asked"),
+    [
+        (signal.SIGUSR1, {"SLURM_JOB_ID": "17"}, "requeue 17\n"),
+        (signal.SIGUSR1, {"SLURM_JOB_ID": "17", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, None),
+        (signal.SIGUSR1, {}, None),
+        (signal.SIGTERM, {"SLURM_JOB_ID": "17"}, None),
+    ],
+)
+def test_one_process_puts_the_job_back_where_it_was_preempted(tmp_path, monkeypatch, number, environment, asked):
+    monkeypatch.setenv("PATH", scontrol(tmp_path)["PATH"])
+    assert ended(Stopped(number), environment) == 128 + number
+    file = tmp_path / "asked.txt"
+    assert (file.read_text() if file.exists() else None) == asked
+
+
+def test_without_scontrol_the_user_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    stopping.requeue({"SLURM_JOB_ID": "17"})
+    assert "scontrol requeue 17" in capsys.readouterr().err
+    program = tmp_path / "scontrol"
+    program.write_text("#!/bin/sh\necho Invalid job id >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    stopping.requeue({"SLURM_JOB_ID": "17"})
+    assert "Invalid job id" in capsys.readouterr().err
+
+
+def test_a_process_of_lightnings_launcher_tells_its_parent(monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "kill", lambda *words: told.append(words))
+    assert ended(Stopped(signal.SIGTERM), {"_LIT_DEFECT_PARENT": str(os.getppid())}) == 0, "else the launcher kills it"
+    assert told == [(os.getppid(), signal.SIGTERM)]
+    assert ended(Stopped(signal.SIGTERM), {"_LIT_DEFECT_PARENT": str(os.getpid())}) == 143, "its parent is gone"
+    assert len(told) == 1
+
+
+class FakeTrainer:
+    """Of two processes; `reduce` gives what the other one adds."""
+
+    world_size = 2
+
+    def __init__(self, other: list[int]) -> None:
+        self.strategy, self.global_step, self.asked, self.other = self, 0, [], other
+        self.root_device = torch.device("cpu")
+
+    def reduce(self, told, reduce_op):
+        assert reduce_op == "max"
+        self.asked.append((self.global_step, told.tolist()))
+        return torch.maximum(told, torch.tensor(self.other, dtype=torch.int32))
+
+
+def test_processes_agree_about_once_a_second(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("lit_defect.callbacks.run.time.monotonic", lambda: now[0])
+    trainer, last = FakeTrainer([0, 0, 0]), LastCheckpoint()
+    last._agreed_at, last._agrees_from = (0, 0.0), 0
+    for step in range(1, 101):
+        now[0], trainer.global_step = step / 16, step
+        if step >= last._agrees_from:
+            last._agree(trainer)
+    assert [step for step, _ in trainer.asked] == [1, 17, 33, 49, 65, 81, 97]
+    assert last._agree(FakeTrainer([1, 15, 0]), late=False) == (True, 15), "what the other process knows counts"
