@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PACKAGES = ("munge", "libmunge2", "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "libhwloc15")
@@ -26,6 +26,8 @@ NODES = ("node1", "node2")
 ROOT = Path(__file__).parent.parent
 NO_GPU = "--gres=none"  # the one option by which a script must be fitted to this machine
 SECONDS = 180  # what a job may take to get somewhere; a busy machine imports torch in half a minute
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 
 CONFIGURATION = """
 ClusterName=test
@@ -58,7 +60,7 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-class NoSlurm(Exception):
+class NoSlurmError(Exception):
     """SLURM cannot be had here, and why."""
 
 
@@ -70,7 +72,7 @@ class Slurm:
         packages: folder of the downloaded packages; they are fetched where it lacks them.
 
     Raises:
-        NoSlurm: on entering: it cannot run here.
+        NoSlurmError: on entering: it cannot run here.
     """
 
     def __init__(self, folder: Path, packages: Path) -> None:
@@ -119,7 +121,11 @@ class Slurm:
             self._start("slurmctld-wlm", "-D")
             for node in NODES:
                 self._start("slurmd-wlm", "-D", "-N", node, "-d", f"{self.root}/usr/sbin/slurmstepd-wlm")
-            self._until(lambda: self.call("sinfo", "-N", "--noheader", "--format=%t", check=False).split() == ["idle"] * len(NODES))
+            self._until(
+                lambda: (
+                    self.call("sinfo", "-N", "--noheader", "--format=%t", check=False).split() == ["idle"] * len(NODES)
+                )
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -151,7 +157,9 @@ class Slurm:
     def submit(self, script: str, *words: object, options: Sequence[str] = ()) -> str:
         """Submit one of the shipped scripts as it is; returns the job's number."""
         output = f"--output={self.folder}/%j.out"
-        return self.call("sbatch", "--parsable", NO_GPU, output, *options, f"experiments/cluster/{script}", *words).strip()
+        return self.call(
+            "sbatch", "--parsable", NO_GPU, output, *options, f"experiments/cluster/{script}", *words
+        ).strip()
 
     def record(self, job: str) -> dict[str, str]:
         """What SLURM says of a job, or of one of an array as `1_0`."""
@@ -163,28 +171,26 @@ class Slurm:
         file = Path(self.record(job)["StdOut"].replace("%j", self.record(job)["JobId"]))
         return file.read_text(errors="replace") if file.is_file() else "(no output)"
 
-    def wait(self, job: str, *states: str, seconds: float = SECONDS) -> dict[str, str]:
-        """Wait until the job is in one of the states; returns its record. Fails with its log at any other end."""
-        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
-        deadline = time.monotonic() + seconds
-        while (found := self.record(job))["JobState"] not in states:
-            assert found["JobState"] not in ended, f"{job} is {found}\n{self.log(job)}"
-            assert time.monotonic() < deadline, f"{job} is still {found['JobState']}\n{self.log(job)}"
-            time.sleep(0.5)
-        return found
+    def wait(self, job: str, state: str = "COMPLETED", seconds: float = SECONDS) -> dict[str, str]:
+        """Wait until the job is in this state; returns its record. Fails with its log at any other end."""
+        self.wait_for(job, lambda: self.record(job)["JobState"] == state, seconds)
+        return self.record(job)
 
-    def wait_for(self, job: str, condition, seconds: float = SECONDS) -> None:
-        """Wait until something has come true. Fails with the job's log."""
+    def wait_for(self, job: str, condition: Callable[[], bool], seconds: float = SECONDS) -> None:
+        """Wait until something has come true. Fails with the job's log, at once when the job has ended without it."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"waited in vain: {self.record(job)}\n{self.log(job)}"
-            time.sleep(0.1)
+            found = self.record(job)
+            ended = found["JobState"] in ENDED and not condition()
+            assert not ended, f"{job} has ended as {found['JobState']}, {found['ExitCode']}\n{self.log(job)}"
+            assert time.monotonic() < deadline, f"{job} is still {found['JobState']}\n{self.log(job)}"
+            time.sleep(0.2)
 
     def _unpack(self) -> None:
         if os.geteuid() != 0:
-            raise NoSlurm("SLURM's daemons want root")
+            raise NoSlurmError("SLURM's daemons want root")
         if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-            raise NoSlurm("there is no apt-get here")
+            raise NoSlurmError("there is no apt-get here")
         self.packages.mkdir(parents=True, exist_ok=True)
         missing = [name for name in PACKAGES if not list(self.packages.glob(f"{name}_*.deb"))]
         if missing:
@@ -192,7 +198,7 @@ class Slurm:
             subprocess.run(["apt-get", "update"], **quietly)
             done = subprocess.run(["apt-get", "download", *missing], **quietly)
             if done.returncode:
-                raise NoSlurm(f"Debian's packages cannot be fetched: {done.stderr.strip()[-500:]}")
+                raise NoSlurmError(f"Debian's packages cannot be fetched: {done.stderr.strip()[-500:]}")
         for name in PACKAGES:
             subprocess.run(["dpkg", "-x", next(self.packages.glob(f"{name}_*.deb")), self.root], check=True, timeout=60)
 
@@ -203,12 +209,12 @@ class Slurm:
                 subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             )
 
-    def _until(self, condition, seconds: float = 30) -> None:
+    def _until(self, condition: Callable[[], bool], seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self._daemons):
                 logs = "\n".join(f"{log.name}:\n{log.read_text()[-1500:]}" for log in self.folder.glob("*.log"))
-                raise NoSlurm(f"SLURM does not start:\n{logs}")
+                raise NoSlurmError(f"SLURM does not start:\n{logs}")
             time.sleep(0.1)
 
 

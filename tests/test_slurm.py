@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import yaml
 
 from tests.fakes import make_mvtec
-from tests.slurm import NO_GPU, ROOT, NoSlurm, Slurm
+from tests.slurm import NO_GPU, ROOT, NoSlurmError, Slurm
 
 SCRIPTS = sorted((ROOT / "experiments" / "cluster").glob("*.sbatch"))
 TWO = ("--ntasks-per-node=2",)
@@ -37,7 +36,7 @@ def slurm() -> Iterator[Slurm]:
             with Slurm(Path(folder), Path(packages)) as cluster:
                 cluster.environment["LIT_DEFECT_CACHE"] = f"{folder}/cache"
                 yield cluster
-        except NoSlurm as reason:
+        except NoSlurmError as reason:
             pytest.skip(str(reason))
 
 
@@ -65,7 +64,7 @@ def config(slurm: Slurm) -> Path:
 def undisturbed(slurm: Slurm, config: Path) -> Path:
     """The folder of a run on two processes that nobody has interrupted."""
     job = slurm.submit("run.sbatch", "fit", "--config", config, options=TWO)
-    slurm.wait(job, "COMPLETED")
+    slurm.wait(job)
     return run_of(slurm, job)
 
 
@@ -115,15 +114,84 @@ def test_two_processes_are_one_run(slurm, undisturbed):
     assert [path.name for path in undisturbed.parent.iterdir()] == [undisturbed.name]
 
 
+def preempt(slurm: Slurm, job: str, run: Path, epochs: int = 1) -> dict[str, Any]:
+    """Signal USR1 to a job in the middle of its training, as scancel does; returns `run.json` when it has ended."""
+    slurm.wait_for(job, lambda: trains(run, epochs))
+    slurm.call("scancel", "--signal=USR1", job)
+    slurm.wait_for(job, lambda: slurm.record(job)["Restarts"] == "1")
+    assert record(run)["status"] in ("preempted", "running"), slurm.log(job)  # running: it has been started again
+    slurm.wait(job)
+    assert slurm.record(job)["Restarts"] == "1"
+    return record(run)
+
+
 def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm, config, undisturbed):
     job = slurm.submit("run.sbatch", "fit", "--config", config, options=TWO)
-    run = run_of(slurm, job)
-    slurm.wait_for(job, lambda: trains(run, epochs=2))
-    slurm.call("scancel", "--signal=USR1", job)
-    slurm.wait_for(job, lambda: record(run).get("status") == "preempted", seconds=60)
-    begun = record(run)["started"]
-    assert slurm.wait(job, "COMPLETED")["Restarts"] == "1", slurm.log(job)
-    found = record(run)
-    assert (found["status"], len(found["resumed"]), found["started"]) == ("finished", 1, begun)
+    found = preempt(slurm, job, run_of(slurm, job), epochs=2)
+    assert (found["status"], len(found["resumed"])) == ("finished", 1)
     assert "resuming" in slurm.log(job)
-    assert_same(run, undisturbed)
+    assert_same(run_of(slurm, job), undisturbed)
+
+
+def test_processes_that_decode_outlive_the_signal(slurm, config, undisturbed):
+    """SLURM signals every process of a step, also the workers of data loaders."""
+    words = ("--data.cache", "off", "--data.num_workers", "2")
+    job = slurm.submit("run.sbatch", "fit", "--config", config, *words, options=TWO)
+    found = preempt(slurm, job, run_of(slurm, job))
+    assert found["status"] == "finished"
+    assert "worker" not in slurm.log(job), slurm.log(job)  # "DataLoader worker (pid) is killed by signal"
+    assert_same(run_of(slurm, job), undisturbed)
+
+
+def test_nodes_are_one_run_too(slurm, config, undisturbed):
+    job = slurm.submit("run.sbatch", "fit", "--config", config, options=("--nodes=2", "--ntasks-per-node=1"))
+    found = preempt(slurm, job, run_of(slurm, job))
+    assert (found["status"], found["devices"]) == ("finished", 2)
+    assert_same(run_of(slurm, job), undisturbed)
+
+
+def test_torchrun_is_preempted_as_well(slurm, config, undisturbed, monkeypatch):
+    monkeypatch.setitem(slurm.environment, "PROCESSES_PER_NODE", "2")
+    job = slurm.submit("torchrun.sbatch", "fit", "--config", config)
+    found = preempt(slurm, job, run_of(slurm, job))
+    assert (found["status"], found["devices"]) == ("finished", 2)
+    assert_same(run_of(slurm, job), undisturbed)
+
+
+def test_a_finished_run_is_left_alone(slurm, config, undisturbed):
+    """By all of its processes: none waits for the others."""
+    before = record(undisturbed)
+    job = slurm.submit("run.sbatch", "fit", "--config", config, "--run_id", undisturbed.name, options=TWO)
+    slurm.wait(job, seconds=90)
+    assert "nothing to do" in slurm.log(job)
+    assert record(undisturbed) == before
+
+
+def test_the_time_limit_puts_a_job_back(slurm, config):
+    """The scripts' own --signal, without anybody's help. SLURM counts minutes, and signals up to one too early."""
+    forever = ("--trainer.max_epochs", "100000", "--data.batches_per_epoch", "50")
+    limit = ("--time=3", "--signal=USR1@90", "--ntasks-per-node=1")
+    job = slurm.submit("run.sbatch", "fit", "--config", config, *forever, options=limit)
+    run = run_of(slurm, job)
+    slurm.wait_for(job, lambda: record(run).get("status") == "preempted", seconds=200)
+    slurm.wait_for(job, lambda: len(record(run)["resumed"]) == 1)
+    slurm.call("scancel", job)
+    slurm.wait(job, "CANCELLED")
+    assert slurm.record(job)["Restarts"] == "1"
+    assert record(run)["status"] == "interrupted"  # by scancel's SIGTERM: its state is saved, and it is not put back
+
+
+def test_a_preempted_job_of_a_study_is_the_only_one_put_back(slurm, config):
+    arms = {"A": {"title": "as it is"}}
+    study = {"study": "pair", "seeds": [0, 1], "runs_dir": str(slurm.folder / "runs"), "judged_by": "accuracy"}
+    path = slurm.folder / "pair.yaml"
+    path.write_text(yaml.safe_dump({**study, "config": str(config), "arms": arms}))
+    array = slurm.submit("study.sbatch", path, options=("--array=0-1",))
+    runs = [slurm.folder / "runs" / "pair_A" / f"s{seed}" for seed in (0, 1)]
+    slurm.wait_for(f"{array}_0", lambda: trains(runs[0]) and trains(runs[1]))
+    slurm.call("scancel", "--signal=USR1", f"{array}_1")
+    for task in (0, 1):
+        slurm.wait(f"{array}_{task}")
+        found = record(runs[task])
+        assert slurm.record(f"{array}_{task}")["Restarts"] == str(task), slurm.log(f"{array}_{task}")
+        assert (found["status"], len(found["resumed"])) == ("finished", task)
