@@ -34,6 +34,7 @@ from lit_defect.callbacks.seen import SeenPictures
 from lit_defect.callbacks.startup import EpochLines, StartupSummary
 from lit_defect.callbacks.storage import keep_files_whole
 from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, wandb_logger
+from lit_defect.checking import Findings, Job, Launch, examine, one_process, sources
 from lit_defect.errors import UserError
 from lit_defect.spelling import explain, unknown_environment
 from lit_defect.stopping import STOP, Stopped, ended, take_over
@@ -47,11 +48,21 @@ _NOTHING = (
 )
 VERBS = {
     "fit": "Train a model; --resume goes on with a run that was stopped.",
+    "check": "Say whether fit would work, and at what cost: data, weights, a step, memory, disk. Takes fit's options.",
     "validate": "Evaluate a checkpoint on the validation split.",
     "test": "Evaluate a checkpoint on the test split.",
     "predict": "Write the predictions of a checkpoint for new pictures (--data.predict_root) or a split "
     "(--data.predict_split; the test split if neither is given).",
 }
+
+
+_LIKE_FIT = ("fit", "check")
+
+
+class CheckingTrainer(Trainer):
+    """A trainer with the verb `check`, which `CLI.check` carries out; its options are those of `fit`."""
+
+    check = Trainer.fit
 
 
 class Parser(LightningArgumentParser):
@@ -71,6 +82,13 @@ class CLI(LightningCLI):
     """LightningCLI with run folders; see the module's docstring."""
 
     run: runs.RunFolder | None = None
+    findings: Findings | None = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs, and `check` with the options of `fit`."""
+        verbs = LightningCLI.subcommands()
+        return {"fit": verbs["fit"], "check": verbs["fit"], **verbs}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of a run beside those of trainer, model and data."""
@@ -93,10 +111,18 @@ class CLI(LightningCLI):
         for action in parser._actions:
             for choice in getattr(action, "_choices_actions", ()):
                 choice.help = VERBS[choice.dest]
+        check = self._subcommand_parsers["check"]
+        check.env_prefix = self._subcommand_parsers["fit"].env_prefix  # it checks what these variables say, too
+        group = check.add_argument_group("What the check says")
+        group.add_argument(
+            "--json", type=str | None, default=None, help="File for the findings; - for standard output."
+        )
+        group.add_argument("--strict", action="store_true", help="Let warnings count as failures.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuse environment variables that would be ignored, then parse."""
-        unknown_environment(ENVIRONMENT_PREFIX, os.environ, self._subcommand_parsers)
+        own = {verb: known for verb, known in self._subcommand_parsers.items() if verb != "check"}  # it takes fit's
+        unknown_environment(ENVIRONMENT_PREFIX, os.environ, own)
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -119,13 +145,15 @@ class CLI(LightningCLI):
             )
         experiment_dir = Path(config.runs_dir) / experiment
         self._dump_config()
+        for key in ("json", "strict"):  # of `check` alone: what is left is what fit computes
+            self.config_dump.pop(key, None)
         if config.ckpt_path:
             self._take_checkpoint(config, experiment_dir)
-        elif self.subcommand != "fit" and _learns(config.model.class_path):
+        elif self.subcommand not in _LIKE_FIT and _learns(config.model.class_path):
             raise UserError(
                 f"{self.subcommand} needs --ckpt_path best, last or a file: without one it would score random weights"
             )
-        if config.trainer.fast_dev_run:
+        if config.trainer.fast_dev_run or self.subcommand == "check":
             return
         if self.subcommand == "fit":
             self.run = self._run_to_fit(config, experiment_dir)
@@ -138,7 +166,7 @@ class CLI(LightningCLI):
         self.config_dump.update(experiment=experiment, run_id=self.run.run_id, resume=False)
 
     def _take_checkpoint(self, config: Any, experiment_dir: Path) -> None:
-        if self.subcommand == "fit" and config.ckpt_path in ("best", "last"):
+        if self.subcommand in _LIKE_FIT and config.ckpt_path in ("best", "last"):
             raise UserError(
                 f"fit --ckpt_path {config.ckpt_path}: --resume goes on with a run; a file may be given, too"
             )
@@ -163,7 +191,7 @@ class CLI(LightningCLI):
         if not config.resume or inherited or config.run_id or run.record():
             return run
         config_hash = runs.hash_config(self.config_dump)  # looked for under a new job of a scheduler, too
-        return runs.find_resumable(experiment_dir, config_hash, trains=self.subcommand == "fit") or run
+        return runs.find_resumable(experiment_dir, config_hash, trains=self.subcommand in _LIKE_FIT) or run
 
     def _check_run(self, config: Any, run: runs.RunFolder, config_hash: str) -> None:
         """Refuse to overwrite what is there; say what resuming finds. On rank 0: the others follow it."""
@@ -204,6 +232,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's trainer with the run folder's loggers and callbacks added to the user's own."""
         config = self._get(self.config_init, "trainer")
+        if self.subcommand == "check":
+            return one_process(config.as_dict(), Launch.of(config.as_dict()), CheckingTrainer)
         if self.subcommand == "fit" and self._get(self.config, "test_after_fit"):
             self._check_test(checkpoints=config.get("enable_checkpointing") is not False)
         own = config.get("callbacks") or []
@@ -265,6 +295,37 @@ class CLI(LightningCLI):
                 _end_all(getattr(launcher, "procs", ()))
             raise error
 
+    def check(self, model: LightningModule, datamodule: Any = None, **_: Any) -> None:
+        """The verb `check`: say what `fit` would meet with.
+
+        Raises:
+            SystemExit: with 1 if something failed.
+        """
+        if getattr(rank_zero_only, "rank", 0):
+            return  # one process of a launch checks
+        options, config = self.config_init["check"], self.config["check"]
+        folder = Path(config.runs_dir) / (config.experiment or _default_experiment(config))
+        job = Job(
+            options=options,
+            dump=self.config_dump,
+            sources=sources(sys.argv[1:], os.environ, f"{ENVIRONMENT_PREFIX}_FIT__"),
+            model=model,
+            data=datamodule,
+            trainer=self.trainer,
+            launch=Launch.of(options.trainer.as_dict()),
+            folder=folder,
+            choose=lambda: self._run_to_fit(config, folder),
+            state=lambda: config.ckpt_path,
+        )
+        piped = options.json == "-"  # nothing but JSON there
+        with contextlib.redirect_stdout(sys.stderr) if piped else contextlib.nullcontext():
+            self.findings = examine(job)
+            self.findings.show()
+        if options.json:
+            self.findings.write(options.json, options.strict)
+        if not self.findings.passes(options.strict):
+            raise SystemExit(1)
+
     def after_fit(self) -> None:
         """Test the best checkpoint when `--test_after_fit` says so."""
         if self.run is None or not self._get(self.config, "test_after_fit") or self.trainer.interrupted:
@@ -302,6 +363,7 @@ def main(args: list[str] | None = None) -> CLI:
 
 def _run(args: list[str] | None) -> CLI:
     return CLI(
+        trainer_class=CheckingTrainer,
         model_class=LightningModule,
         datamodule_class=LightningDataModule,
         subclass_mode_model=True,

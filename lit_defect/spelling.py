@@ -53,7 +53,7 @@ def explain(message: str, parser: Any, arguments: list[str]) -> str:
 def _path_of_keys(message: str) -> str:
     """`model.lr` from nested messages about the keys `fit.model` and `lr`."""
     path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    return re.sub(r"^(fit|validate|test|predict)\.", "", path)
+    return re.sub(r"^(fit|check|validate|test|predict)\.", "", path)
 
 
 def _unknown_class(name: str, key: str) -> str:

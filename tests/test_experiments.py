@@ -173,41 +173,49 @@ def test_an_overlay_says_nothing_but_the_machine():
     assert len(OVERLAYS) >= 4
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if verb(path) == "predict"], ids=named)
-def test_every_editing_runs(lit_defect, tmp_path, monkeypatch, path):
-    """As it stands, but for the pictures, their size, the pipeline, its steps and what is accepted."""
+def tiny(folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options that let a configuration run on pictures, weights and networks of our own, made in `folder`."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     content = yaml.safe_load(path.read_text())
     model, data = content["model"]["init_args"], dict(content["data"]["init_args"])
+    make = DATA[content["data"]["class_path"].rsplit(".", 1)[-1]]
+    if verb(path) == "predict":
+        data["kinds"] = sorted(wanted_kinds(model) - {"good", "defective"})
+        words = make(folder / "pictures", data, monkeypatch) + editor(folder, folder / "pictures", model)
+        return [*words, "--trainer.accelerator", "cpu"]
+    words = make(folder / "pictures", data, monkeypatch)
+    words += ["--model.weights", "null"] if "weights" in model else []
+    words += ["--model.image_size", str(SIDE)] if "image_size" in model else []
+    words += ["--data.image_size", str(SIDE)] if "image_size" in data else []
+    words += ["--model.crop", str(SIDE // 2)] if "crop" in model else []
+    words += small(folder, content["model"]["class_path"])
+    words += first_stage(folder / "maps", folder / "pictures", data) if "stage1" in model else []
+    return [*words, "--data.batch_size", "8", "--trainer.accelerator", "cpu"]
+
+
+def wanted_kinds(model: dict[str, Any]) -> set[str]:
+    """Types that an editor's options name."""
     wanted = [model["edit"].get(key) or [] for key in ("sources", "result")]
-    named = {kind for kinds in wanted for kind in ([kinds] if isinstance(kinds, str) else kinds)}
-    data["kinds"] = sorted(named - {"good", "defective"})
-    words = DATA[content["data"]["class_path"].rsplit(".", 1)[-1]](tmp_path / "pictures", data, monkeypatch)
-    words += editor(tmp_path, tmp_path / "pictures", model)
-    lit_defect(
-        "predict", "--config", path, *words, "--trainer.accelerator", "cpu", "--run_id", "tiny", "--wandb", "off"
-    )
+    return {kind for kinds in wanted for kind in ([kinds] if isinstance(kinds, str) else kinds)}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if verb(path) == "predict"], ids=named)
+def test_every_editing_runs(lit_defect, tmp_path, monkeypatch, path):
+    """As it stands, but for the pictures, their size, the pipeline, its steps and what is accepted."""
+    model = yaml.safe_load(path.read_text())["model"]["init_args"]
+    words = tiny(tmp_path, path, monkeypatch)
+    lit_defect("predict", "--config", path, *words, "--run_id", "tiny", "--wandb", "off")
     rows = read_manifest(tmp_path / "runs" / path.stem / "tiny" / "edited")
     assert rows
     assert all(row["accepted"] and row["mode"] == model["mode"] for row in rows)
-    assert {row["defect_type"] for row in rows} <= named | {"good", "defective 2/3"}
+    assert {row["defect_type"] for row in rows} <= wanted_kinds(model) | {"good", "defective 2/3"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if verb(path) == "fit"], ids=named)
 def test_every_experiment_runs(lit_defect, tmp_path, monkeypatch, path):
     """As it stands, but for the pictures, their size, the pretrained weights and what is too large for a CPU."""
-    content = yaml.safe_load(path.read_text())
-    model, data = content["model"]["init_args"], content["data"]["init_args"]
-    make = DATA[content["data"]["class_path"].rsplit(".", 1)[-1]]
-    overrides = make(tmp_path / "pictures", data, monkeypatch)
-    overrides += ["--model.weights", "null"] if "weights" in model else []
-    overrides += ["--model.image_size", str(SIDE)] if "image_size" in model else []
-    overrides += ["--data.image_size", str(SIDE)] if "image_size" in data else []
-    overrides += ["--model.crop", str(SIDE // 2)] if "crop" in model else []
-    overrides += small(tmp_path, content["model"]["class_path"])
-    overrides += first_stage(tmp_path / "maps", tmp_path / "pictures", data) if "stage1" in model else []
-    overrides += ["--data.batch_size", "8", "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
-    cli = lit_defect("fit", "--config", path, *overrides)
+    words = tiny(tmp_path, path, monkeypatch)
+    cli = lit_defect("fit", "--config", path, *words, "--trainer.fast_dev_run", "true")
     assert cli.trainer.global_step == 1
     assert "train/loss" in cli.trainer.callback_metrics
     assert not (tmp_path / "runs").exists()  # a trial leaves no run folder

@@ -19,7 +19,7 @@ from lit_defect.editing.running import Result
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.judgement import stands_out
 from lit_defect.generation.store import read_manifest
-from lit_defect.tasks import edit_making
+from lit_defect.tasks import edit_making, editing
 from lit_defect.tasks.editing_plan import plan_edits
 from tests.anomaly_diffusion import NATIVE, contents, make_base, make_parts, marked, parts, pixels
 from tests.editing import edited, editor, write_config
@@ -143,7 +143,7 @@ def test_what_changes_more_than_real_defects_cover_is_refused(given, tmp_path, m
 def test_a_variation_is_another_picture_whose_defect_lies_anywhere(given, tmp_path, monkeypatch):
     task = editor(given.base, "img2img", sources=["hole"], count=1)
     task.mode = "variation"  # as its label is decided on
-    monkeypatch.setattr(edit_making, "open_pipeline", lambda base, mode, *rest: open_pipeline(base, "img2img", *rest))
+    monkeypatch.setattr(editing, "open_pipeline", lambda base, mode, *rest: open_pipeline(base, "img2img", *rest))
     row = edited(task, parts(given.root), tmp_path / "set")[0]
     assert (row["accepted"], row["mask"]) == ("1", "")
     task.edit = replace(task.edit, masks="own")  # held to the picture outside of it

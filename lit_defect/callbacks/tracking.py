@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import netrc
 import os
 import re
 import warnings
@@ -16,6 +15,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_defect.runs import RunFolder
+from lit_defect.tracking_login import logged_in
 
 TrackingMode = Literal["auto", "online", "offline", "off"]
 _LOGIN_TIMEOUT = 20.0  # seconds that W&B may take to answer before the run goes on off line
@@ -85,7 +85,7 @@ def wandb_logger(mode: TrackingMode, run: RunFolder, config: dict[str, Any]) -> 
     if mode == "off" or os.environ.get("WANDB_MODE") == "disabled":
         return None
     wanted = mode == "online" or (mode == "auto" and os.environ.get("WANDB_MODE") != "offline")
-    online = wanted and _logged_in()  # without a key W&B would stop and ask for one
+    online = wanted and logged_in()  # without a key W&B would stop and ask for one
     if mode == "online" and not online:
         warnings.warn("W&B: no API key (wandb login, or WANDB_API_KEY); this run is kept off line", stacklevel=2)
     for offline in [False, True] if online else [True]:
@@ -112,17 +112,3 @@ def _start_wandb(offline: bool, run: RunFolder, config: dict[str, Any]) -> Wandb
         resume=None if offline else "allow",
     )
     return WandbLogger(experiment=started)
-
-
-def _logged_in() -> bool:
-    """Whether an API key is at hand, without asking anybody."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False

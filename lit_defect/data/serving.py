@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,6 +152,12 @@ class Serving(Layout, LightningDataModule):
         )
         parts = (sample.path, *stamp, sample.box, sample.mirror, self.image_size, self.on_wrong_mode)
         return "|".join(map(str, parts))
+
+    def decoded_bytes(self) -> int:
+        """Size of all decoded pictures and masks, as a cache holds them."""
+        stores = self._open(self._used(), "off")
+        kept = [store for store in (stores.images, stores.masks) if store is not None]
+        return sum(prod(shape) for store in kept for shape in store.shapes)
 
     # ---- inside -------------------------------------------------------------------------------------------
 

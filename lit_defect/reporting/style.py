@@ -13,10 +13,25 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe & Ito (2008): told apart by colour-blind readers too.
-GOOD, DEFECTIVE = "#0072B2", "#D55E00"
-PALETTE = (GOOD, DEFECTIVE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A4FCF", "#8C564B")
-INK, MUTED, GREY, FAINT = "#222222", "#6B6B6B", "#BBBBBB", "#E4E4E4"
+from lit_defect.reporting.palette import DEFECTIVE, FAINT, GOOD, GREY, INK, MUTED, PALETTE, short_names, shorten
+
+__all__ = [
+    "DEFECTIVE",
+    "DPI",
+    "FAINT",
+    "GOOD",
+    "GREY",
+    "INK",
+    "MUTED",
+    "PALETTE",
+    "STYLE",
+    "new_figure",
+    "save_figure",
+    "set_title",
+    "short_names",
+    "shorten",
+    "styled",
+]
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -73,23 +88,6 @@ def set_title(figure: Figure, text: str) -> None:
     width = int(figure.get_figwidth() * 72 / 6.6)
     lines = [line for part in text.split("\n") for line in textwrap.wrap(part, width)]
     figure.suptitle("\n".join(lines), x=0.012, ha="left", fontsize=10, fontweight="bold")
-
-
-def shorten(text: str, length: int) -> str:
-    """Leave out the middle of a text longer than `length` characters: `crack_near_…_image_0012`."""
-    if len(text) <= length:
-        return text
-    tail = (length - 1) // 2
-    return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"
-
-
-def short_names(names: list[str], length: int) -> list[str]:
-    """Shortened names that stay distinct; the ones that would collide are numbered."""
-    short = [shorten(name, length) for name in names]
-    return [
-        f"{shorten(name, length - 3)} {i}" if short.count(label) > 1 else label
-        for i, (name, label) in enumerate(zip(names, short, strict=True))
-    ]
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

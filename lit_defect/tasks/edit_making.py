@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lit_defect.editing.content import blurred
 from lit_defect.editing.options import KEY, NO_MASK, Edit
-from lit_defect.editing.pipelines import open_pipeline
 from lit_defect.editing.running import Request, check_steps, reconstruct, run
 from lit_defect.editing.samplers import warn_of_content
 from lit_defect.errors import DataError, UserError
@@ -82,7 +81,7 @@ class EditMaking:
         self.task, self.data, self.sources = task, task.data, sources
         self.edit: Edit = task.edit
         self.normal = {pair for pair in pairs if self._label_of(pair[1]) == self.data.normal_class}
-        self.opened = open_pipeline(task.base_source, task.mode, task.network, task.device, str(task.trainer.precision))
+        self.opened = task.open()
         strengths = set(map(self.edit.strength_of, self._kinds()))
         check_steps(self.opened, self.edit, strengths)
         self.inputs = EditInputs(task, sources, pairs, self.opened.multiple)

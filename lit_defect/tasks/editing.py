@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_defect.editing.options import KEY, Edit, Mode, Network
+from lit_defect.editing.pipelines import Opened, open_pipeline
 from lit_defect.errors import UserError
 from lit_defect.generation.placed_masks import with_masks
 from lit_defect.generation.store import count
@@ -97,6 +98,14 @@ class StableDiffusionEditor(SetMaker):
             self._check_foreign(chosen)
         data.serve_places(**{SOURCES: chosen})
         self.plan_groups()
+
+    def open(self) -> Opened:
+        """The pipeline with what is put on top of it, on the device of the task.
+
+        Raises:
+            UserError: it cannot be had, or does not fit the mode.
+        """
+        return open_pipeline(self.base_source, self.mode, self.network, self.device, str(self.trainer.precision))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """It has none: Lightning, which comes before `setup`, would refuse in words of its own."""
