@@ -29,11 +29,14 @@ from rich.console import Console
 import lit_defect.data
 import lit_defect.tasks  # imported so that the classes are found by their bare names
 from lit_defect import runs
+from lit_defect.callbacks.artifacts import Checkpoints
+from lit_defect.callbacks.results_tracking import ResultsTracking
 from lit_defect.callbacks.run import BestCheckpoint, LastCheckpoint, RunRecorder
 from lit_defect.callbacks.seen import SeenPictures
 from lit_defect.callbacks.startup import EpochLines, StartupSummary
 from lit_defect.callbacks.storage import keep_files_whole
-from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, wandb_logger
+from lit_defect.callbacks.throughput import Throughput
+from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, finishing, wandb_logger
 from lit_defect.checking import Findings, Job, Launch, examine, one_process, sources
 from lit_defect.errors import UserError
 from lit_defect.spelling import explain, unknown_environment
@@ -102,6 +105,12 @@ class CLI(LightningCLI):
             type=TrackingMode,
             default="auto",
             help="Weights & Biases: auto is on line when logged in.",
+        )
+        group.add_argument(
+            "--wandb_checkpoints",
+            type=Checkpoints,
+            default="reference",
+            help="What W&B keeps of checkpoints: where they lie, the best one itself, or nothing.",
         )
         group.add_argument("--test_after_fit", type=bool, default=False, help="Test the best checkpoint after fit.")
 
@@ -252,7 +261,7 @@ class CLI(LightningCLI):
             kwargs["logger"] = self._loggers(self.run, config.get("logger"))
             kwargs["default_root_dir"] = str(self.run.path)
             if self.subcommand == "fit" and kwargs["logger"]:
-                callbacks += [LearningRateMonitor("step")]
+                callbacks += [LearningRateMonitor("step"), Throughput()]
         try:
             trainer = super().instantiate_trainer(callbacks=[*own, *_missing(own, callbacks)], **kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
@@ -271,7 +280,9 @@ class CLI(LightningCLI):
     def _keeping_the_run(self, run: runs.RunFolder, checkpoints: bool) -> list[Callback]:
         """What writes into the run's folder; without `checkpoints` a fit leaves its record only."""
         recorder = RunRecorder(run, str(self.subcommand), self.config_dump, runs.hash_config(self.config_dump))
-        callbacks: list[Callback] = [SeenPictures(run, self.config_dump), recorder]
+        kept = self.config_dump.get("wandb_checkpoints", "reference")
+        tracking = ResultsTracking(run, str(self.subcommand), self.config_dump, kept)
+        callbacks: list[Callback] = [SeenPictures(run, self.config_dump), recorder, tracking]
         if self.subcommand == "fit" and checkpoints:
             watched = getattr(self.model, "monitor", ("val/loss", "min"))
             callbacks += [BestCheckpoint(run.checkpoints, *watched)] if watched else []
@@ -279,13 +290,14 @@ class CLI(LightningCLI):
         return callbacks
 
     def _loggers(self, run: runs.RunFolder, own: Any) -> list[Any] | bool:
-        """CSV always, and the user's own or W&B; none for `--trainer.logger false` and for evaluation."""
-        if own is False or (self.subcommand != "fit" and own in (None, True)):
+        """CSV always while training, and the user's own or W&B; none for `--trainer.logger false`."""
+        if own is False:
             return False
         if own not in (None, True):
             return [MetricsCSV(run.path), *(own if isinstance(own, list) else [own])]
-        tracking = wandb_logger(self.config_dump.get("wandb", "auto"), run, self.config_dump)
-        return [MetricsCSV(run.path), *([tracking] if tracking else [])]
+        tracking = wandb_logger(self.config_dump.get("wandb", "auto"), run, self.config_dump, str(self.subcommand))
+        csv = [MetricsCSV(run.path, every_n_steps=1 if tracking else 50)] if self.subcommand == "fit" else []
+        return [*csv, *([tracking] if tracking else [])] or False
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the verb; what stops this process for good stops those that it has started, too."""
@@ -364,6 +376,7 @@ def main(args: list[str] | None = None) -> CLI:
             raise
 
 
+@finishing()
 def _run(args: list[str] | None) -> CLI:
     return CLI(
         trainer_class=CheckingTrainer,

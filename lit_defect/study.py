@@ -109,7 +109,7 @@ class Runner:
             _say(f"{place}: runs ... ({log})")
             started = time.monotonic()
             if reason := self._carry_out(job, log):
-                _say(f"{place}: FAILED, {reason}\n  its output is in {log}, which ends\n{_end_of(log)}")
+                _say(f"{place}: FAILED, {reason}\n  its output is in {log}, which ends\n{end_of(log)}")
             else:
                 _say(f"{place}: done in {_time(time.monotonic() - started)}")
         return sum(not is_finished(job) for job in jobs)
@@ -261,7 +261,8 @@ def _stop(number: int, _: Any) -> NoReturn:
     raise Stopped(number)
 
 
-def _end_of(log: Path, lines: int = 5) -> str:
+def end_of(log: Path, lines: int = 5) -> str:
+    """The last lines of a log, as a part of a message."""
     text = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-lines:]
     return "\n".join(f"  | {line}" for line in text)
 

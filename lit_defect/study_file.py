@@ -120,7 +120,7 @@ def read_study(file: Path, runs_dir: Path | None = None) -> Study:
         UserError: no such file, unknown keys or names, or needs that go round in a circle.
     """
     try:
-        said = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        said = yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)
     except UnicodeDecodeError:
         raise UserError(f"{file} is no text in UTF-8; a study's file is needed") from None
     except OSError as error:
@@ -130,7 +130,7 @@ def read_study(file: Path, runs_dir: Path | None = None) -> Study:
     return _Reader(file).study(said, runs_dir)
 
 
-class _Loader(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """Refuses a name that stands twice, of which YAML would drop the first silently."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -169,7 +169,7 @@ class _Reader:
         arms = self.arms(entries, steps)
         baseline = str(entries.get("baseline", next(iter(arms))))
         if baseline not in arms:
-            raise self.wrong("baseline", f"is {baseline}, which is no arm{_near(baseline, arms)}")
+            raise self.wrong("baseline", f"is {baseline}, which is no arm{near_word(baseline, arms)}")
         judged_by = str(entries.get("judged_by", JUDGES[0]))
         if judged_by not in JUDGES:
             raise self.wrong("judged_by", f"is {judged_by}: expected one of {', '.join(JUDGES)}")
@@ -277,7 +277,7 @@ class _Reader:
                 raise self.wrong(at, f"is {value}, which no command line can say; put it into quotes") from None
             begins = re.match(r"\{(\w+)\}/", value) if isinstance(value, str) else None
             if begins and begins[1] not in {*steps, "seed"}:
-                raise self.wrong(at, f"names {begins[0]}, which is no step{_near(begins[1], steps)}")
+                raise self.wrong(at, f"names {begins[0]}, which is no step{near_word(begins[1], steps)}")
         return options
 
     def needs(self, entries: Mapping[str, Any], where: str, steps: Iterable[str]) -> list[str]:
@@ -288,7 +288,7 @@ class _Reader:
         names = [said] if isinstance(said, str) else [str(name) for name in said]
         for name in [*names, *([str(entries["of"])] if entries.get("of") is not None else [])]:
             if name not in steps:
-                raise self.wrong(where, f"needs {name}, which is no step{_near(name, steps)}")
+                raise self.wrong(where, f"needs {name}, which is no step{near_word(name, steps)}")
         return names
 
     def config(self, said: Any, where: str) -> str:
@@ -314,7 +314,7 @@ class _Reader:
         entries = self.mapping(said, where)
         for key in entries:
             if key not in keys:
-                raise self.wrong(f"{where}.{key}".lstrip("."), f"is unknown{_near(str(key), keys)}")
+                raise self.wrong(f"{where}.{key}".lstrip("."), f"is unknown{near_word(str(key), keys)}")
         return entries
 
     def mapping(self, said: Any, where: str) -> dict[str, Any]:
@@ -340,7 +340,8 @@ def _is_seed(said: Any) -> bool:
     return type(said) is int and said >= 0
 
 
-def _near(word: str, known: Iterable[str]) -> str:
+def near_word(word: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?`, or what there is."""
     known = list(known)
     near = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known) or 'none'}"

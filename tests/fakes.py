@@ -250,3 +250,9 @@ def write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[object
         writer.writerow(header)
         writer.writerows(rows)
     return path
+
+
+def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of a `metrics.csv` without how long a step took, which no two runs have in common."""
+    kept = [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
+    return [row for row in kept if any(value for key, value in row.items() if key not in ("epoch", "step"))]

@@ -17,6 +17,8 @@ from diffusers import UNet2DConditionModel
 from lit_defect.data.voc import NAMES
 from lit_defect.generation.store import read_manifest
 from lit_defect.reporting.probabilities import write_header, write_probabilities
+from lit_defect.sweep.commands import warnings, words
+from lit_defect.sweep.file import read_sweep
 from tests.fakes import make_crops_folder, make_elpv, make_mvtec, make_voc, save, write_rows
 from tests.latent import tiny_pipeline, tiny_vae
 from tests.pipelines import tiny_ip_adapter, tiny_lora, tiny_sd, tiny_unclip
@@ -231,25 +233,29 @@ def test_every_experiment_says_what_it_is_and_how_to_run_it():
 
 @pytest.mark.parametrize("path", SWEEPS, ids=named)
 def test_every_sweep_varies_options_that_its_experiment_has(lit_defect, capsys, path):
-    """As W&B's agent would call it: ${args} become --name=value, here the last value of each."""
-    sweep = yaml.safe_load(path.read_text())
-    assert sweep["name"] == path.stem
-    assert sweep["method"] in ("grid", "random", "bayes")
-    config = EXPERIMENTS.parent / sweep["command"][sweep["command"].index("--config") + 1]
+    """The command of a trial, here with the last value of each parameter, as the sweep and W&B's agent write it."""
+    sweep = read_sweep(path)
+    assert sweep.name == path.stem
+    config = EXPERIMENTS.parent / sweep.command[sweep.command.index("--config") + 1]
     assert config in FILES
-    words = [str(config) if word.startswith("experiments/") else word for word in sweep["command"]]
-    words = words[words.index("lit_defect") + 1 :]
-    assert words.pop() == "${args}"
-    chosen = {name: parameter["values"][-1] for name, parameter in sweep["parameters"].items()}
+    chosen = {parameter.name: parameter.extremes()[-1] for parameter in sweep.parameters}
+    made = [str(config) if word.startswith("experiments/") else word for word in words(sweep, chosen)]
     with pytest.raises(SystemExit) as stop:
-        lit_defect(*words, *(f"--{name}={value}" for name, value in chosen.items()), "--print_config")
+        lit_defect(*made[made.index("lit_defect") + 1 :], "--print_config")
     assert stop.value.code == 0, capsys.readouterr().err
     shown = yaml.safe_load(capsys.readouterr().out)
     for name, value in chosen.items():
         part, _, key = name.partition(".")
         assert (shown[part]["init_args"][key] if key else shown[part]) == value
+    tests = shown["test_after_fit"]
+    assert tests if sweep.metric.startswith("test/") else not (tests and sweep.method != "grid")  # it must not be seen
+    assert not warnings(sweep)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=named)
 def test_every_sweep_says_how_to_start_it(path):
-    assert f"wandb sweep {path.relative_to(EXPERIMENTS.parent).as_posix()}" in path.read_text()
+    name = path.relative_to(EXPERIMENTS.parent).as_posix()
+    head = path.read_text().partition("name:")[0]
+    assert f"#   python -m lit_defect sweep {name}" in head
+    assert "sweep status" in head
+    assert f"sbatch --array=0-7 --gpus=1 --wrap 'python -m lit_defect sweep {name}'" in head

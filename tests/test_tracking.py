@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from lit_defect.callbacks.tracking import MetricsCSV, wandb_logger
+from lit_defect.callbacks.tracking import MetricsCSV, finishing, wandb_logger
 from lit_defect.runs import RunFolder
 
 CONFIG = {"model": {"class_path": "DefectClassifier", "init_args": {"lr": 0.25}}, "seed_everything": 3}
@@ -96,10 +96,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 def test_a_real_run_off_line_lies_in_the_run_folder(run):
-    logger = wandb_logger("auto", run, CONFIG)
-    assert logger is not None
-    logger.log_metrics({"val/auroc": 0.75}, step=1)
-    wandb.finish()
+    with finishing():
+        logger = wandb_logger("auto", run, CONFIG)
+        assert logger is not None
+        logger.log_metrics({"val/auroc": 0.75}, step=1)
     (record,) = (run.path / "wandb").glob("offline-run-*/run-*.wandb")
     assert record.name == "run-solar-cells-one.wandb"
     inspect = [Path(sys.executable).with_name("wandb"), "leet", "inspect"]
@@ -111,6 +111,7 @@ def test_a_real_run_off_line_lies_in_the_run_folder(run):
     )  # fmt: skip
     told = json.loads(done.stdout)
     assert told["config"] == CONFIG
+    assert told["tags"] == ["DefectClassifier"]
     assert told["summary"]["val/auroc"] == 0.75
     assert told["name"] == "solar cells/one"
     assert told["state"] == "finished"
@@ -162,8 +163,7 @@ def test_a_login_in_the_netrc_file_counts(run, asked, monkeypatch, tmp_path):
 
 
 def test_on_line_without_a_key_asks_nobody_and_goes_off_line(run):
-    with pytest.warns(UserWarning, match=r"WANDB_API_KEY.*off line"):
+    with finishing(), pytest.warns(UserWarning, match=r"WANDB_API_KEY.*off line"):
         logger = wandb_logger("online", run, CONFIG)
-    wandb.finish()
     assert logger is not None
     assert list((run.path / "wandb").glob("offline-run-*/run-*.wandb"))

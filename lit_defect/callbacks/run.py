@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from lit_defect.callbacks.tracking import MetricsCSV
+from lit_defect.callbacks.tracking import MetricsCSV, mark_preempting
 from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder, describe_process, keep_previous
 from lit_defect.stopping import STOP, Stopped
@@ -74,6 +74,7 @@ class RunRecorder(Callback):
         records = getattr(getattr(pl_module, "data", None), "write_records", None)
         if trainer.is_global_zero and records is not None:
             records(self.run.path)
+        self._describe_data(trainer)
         self._start = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,7 +101,8 @@ class RunRecorder(Callback):
         """Say in `run.json` that the run broke off, and why."""
         if trainer.is_global_zero and self.stage == "fit" and self._begun:
             stopped = isinstance(exception, KeyboardInterrupt | SystemExit) or STOP.number is not None
-            preempted = isinstance(exception, Stopped) and exception.preempted
+            if preempted := isinstance(exception, Stopped) and exception.preempted:
+                mark_preempting(trainer)
             with contextlib.suppress(OSError):  # a full disk must not hide what it has caused
                 self.run.update(
                     status="preempted" if preempted else "interrupted" if stopped else "failed",
@@ -108,6 +110,15 @@ class RunRecorder(Callback):
                 )
             if stopped:
                 print(f"\nstopped; --resume goes on with {self.run.path}", flush=True)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Describe the data of a run that only evaluates."""
+        self._describe_data(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, for a run that generates; with `data.predict_root` there is no data set to describe."""
+        if getattr(trainer.datamodule, "predict_root", None) is None:  # type: ignore[attr-defined]
+            self._describe_data(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the results of the test split."""
@@ -121,6 +132,17 @@ class RunRecorder(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the predictions."""
         self._write_results(trainer, pl_module, "predict")
+
+    def _describe_data(self, trainer: Trainer) -> None:
+        """`data` and `data_fingerprint` of `run.json`; an evaluation leaves those of the training as they are."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if not trainer.is_global_zero or not hasattr(data, "fingerprint"):
+            return
+        record = self.run.record()
+        if self.stage == "fit" or (record.get("status") == "evaluation" and "data" not in record):
+            self.run.update(
+                data={"class": type(data).__name__, "counts": data.counts()}, data_fingerprint=data.fingerprint()
+            )
 
     def _write_results(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         write = getattr(pl_module, "write_results", None)

@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.data import guard
+from lit_defect.data.fingerprint import fingerprint
 from lit_defect.data.inspection import CheckResult, Problem, check, joined, list_pictures, summary
 from lit_defect.data.known_files import KnownFiles
 from lit_defect.data.leakage import Leak
@@ -235,6 +236,13 @@ class DefectDataModule(KnownFiles, Serving):
             if labels:
                 table[split] = {name: labels[label] for label, name in enumerate(self.class_names)}
         return table
+
+    def fingerprint(self) -> str:
+        """Hash of what is in which split, the same on every machine; see `lit_defect.data.fingerprint`."""
+        looked_at = (self._checked, self._generated)
+        stamps = {path: stamp for checked in looked_at if checked for path, stamp in checked.stamps.items()}
+        splits = {split: self.samples.get(split, ()) for split in ("train", SYNTHETIC_VAL, "val", "test")}
+        return fingerprint(splits, lambda path: stamps[path].length if path in stamps else None)
 
     def write_records(self, folder: Path) -> None:
         """Writes splits.csv, and what was found: leakage.csv, leakage.png, groups.csv, skipped.csv, synthetic.csv.

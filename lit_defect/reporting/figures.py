@@ -137,7 +137,7 @@ def roc_figure(curves: Sequence[Curve], interval: dict[str, Any]) -> Figure:
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     drawn = []
     for name, positive, scores in curves:
-        found, flagged = _counts_above(positive, scores)
+        found, flagged = counts_above(positive, scores)
         x, y = flagged / flagged[-1], found / found[-1]
         drawn.append((name, x, y, float(np.trapezoid(y, x))))
     _draw_curves(axes, drawn)
@@ -153,7 +153,7 @@ def precision_recall_figure(curves: Sequence[Curve], interval: dict[str, Any]) -
     figure, axes = new_figure(4.9, 4.7)
     drawn = []
     for name, positive, scores in curves:
-        found, flagged = _counts_above(positive, scores)
+        found, flagged = counts_above(positive, scores)
         precision = found[1:] / (found + flagged)[1:]
         precision = np.append(precision[0], precision)
         recall = found / found[-1]
@@ -271,7 +271,7 @@ def training_figure(metrics_csv: Path) -> Figure:
     return figure
 
 
-def _counts_above(positive: NDArray[np.bool_], scores: Floats) -> tuple[Floats, Floats]:
+def counts_above(positive: NDArray[np.bool_], scores: Floats) -> tuple[Floats, Floats]:
     """Positives and negatives at or above each distinct score, from none to all."""
     order = np.argsort(-scores, kind="stable")
     last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)

@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,8 +28,9 @@ from lit_defect.runs import RunFolder, flatten
 
 # Options that say where, how fast or from which seed, not what is computed.
 INCIDENTAL = (
-    "config", "run_id", "resume", "runs_dir", "wandb", "ckpt_path", "weights_only", "test_after_fit", "experiment",
-    "seed_everything", "data.init_args.seed", "data.init_args.category", "data.init_args.root",
+    "config", "run_id", "resume", "runs_dir", "wandb", "wandb_checkpoints", "ckpt_path", "weights_only",
+    "test_after_fit", "experiment", "seed_everything", "data.init_args.seed", "data.init_args.category",
+    "data.init_args.root",
     "data.init_args.num_workers", "data.init_args.cache", "data.init_args.eval_batch_size", "data.init_args.download",
     "model.init_args.channels_last", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.logger", "trainer.callbacks", "trainer.enable_", "trainer.log_every_n_steps", "trainer.default_root_dir",
@@ -201,7 +203,7 @@ def learning_options(path: Path, incidental: tuple[str, ...] = INCIDENTAL) -> di
     given = {key.rpartition(".")[2]: value for key, value in sorted(options.items() - kept.items())}
     folder = given.pop("path", given.pop("synthetic", "None"))  # the folder alone, or one of several options
     words = [f"{name} {value}" for name, value in given.items() if value not in ("None", "0", "0.0")]
-    return kept | {_SYNTHETIC: ", ".join([folder if folder == "None" else _experiment_of(Path(folder)), *words])}
+    return kept | {_SYNTHETIC: ", ".join([folder if folder == "None" else experiment_of(Path(folder)), *words])}
 
 
 def group_runs(runs: Sequence[Run], row: type[AnyRow]) -> list[AnyRow]:
@@ -228,6 +230,15 @@ def group_runs(runs: Sequence[Run], row: type[AnyRow]) -> list[AnyRow]:
                     )
             others.append(run)
     return list(rows.values())
+
+
+@cache
+def experiment_of(made: Path) -> str:
+    """The experiment of the run in whose folder something lies, such as a generated data set; else its path."""
+    for folder in (made, *made.parents):
+        if RunFolder(folder).record():
+            return folder.resolve().parent.name
+    return str(made)
 
 
 def paired(first: Row, other: Row, categories: Sequence[str], figure: str) -> Spread:
@@ -291,14 +302,6 @@ def _by_seed(row: Row, categories: Sequence[str], figure: str) -> dict[tuple[Any
     found = [{run.seeds: run.figures.get(figure, math.nan) for run in row.runs[name]} for name in categories]
     means = {seed: float(np.mean([part.get(seed, math.nan) for part in found])) for seed in found[0]}
     return {seed: mean for seed, mean in means.items() if math.isfinite(mean)}
-
-
-def _experiment_of(generated: Path) -> str:
-    """The experiment of the run in whose folder a generated data set lies; else its path."""
-    for folder in (generated, *generated.parents):
-        if RunFolder(folder).record():
-            return folder.resolve().parent.name
-    return str(generated)
 
 
 def _varied_options(runs: Sequence[Run]) -> list[str]:

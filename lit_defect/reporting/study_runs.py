@@ -120,7 +120,7 @@ class Compared:
 
     by_seed: Mapping[str, Spread]
     over_pictures: Mapping[str, Interval]
-    discordant: Mapping[int, McNemar]
+    discordant: Mapping[Any, McNemar]
     summed: McNemar
     pictures: int
     parts: int
@@ -142,7 +142,7 @@ def read_results(study: Study) -> dict[str, dict[int, StudyRun]]:
             run = study.run(arm, seed)
             stages = [stage for stage in (HOLD_OUT, MIRRORED) if has_results(run, stage)]
             if stages:
-                found.setdefault(arm, {})[seed] = _read_run(run, stages)
+                found.setdefault(arm, {})[seed] = read_run(run, stages)
     if not found:
         raise UserError(f"{study.runs_dir}: the study {study.name} has no tested run here yet")
     return found
@@ -158,7 +158,7 @@ def spread(runs: Mapping[int, StudyRun], stage: str, figure: str) -> Spread:
     return Spread.of(run.tested[stage].figures[figure] for run in runs.values() if stage in run.tested)
 
 
-def compare(first: Mapping[int, StudyRun], other: Mapping[int, StudyRun], stage: str) -> Compared | None:
+def compare(first: Mapping[Any, StudyRun], other: Mapping[Any, StudyRun], stage: str) -> Compared | None:
     """`other` less `first`, over the seeds that both have; None where there are none."""
     if not (pairs := _pairs(first, other, stage)):
         return None
@@ -171,7 +171,7 @@ def compare(first: Mapping[int, StudyRun], other: Mapping[int, StudyRun], stage:
 
 
 def judge(
-    first: Mapping[int, StudyRun], other: Mapping[int, StudyRun], stage: str, key: str, level: float
+    first: Mapping[Any, StudyRun], other: Mapping[Any, StudyRun], stage: str, key: str, level: float
 ) -> Judged | None:
     """`other` less `first` in one of `OVER_PICTURES`, with one interval of a level; None where no seed has both."""
     if not (pairs := _pairs(first, other, stage)):
@@ -187,8 +187,8 @@ def judge(
 
 
 def _pairs(
-    first: Mapping[int, StudyRun], other: Mapping[int, StudyRun], stage: str
-) -> dict[int, tuple[Tested, Tested]]:
+    first: Mapping[Any, StudyRun], other: Mapping[Any, StudyRun], stage: str
+) -> dict[Any, tuple[Tested, Tested]]:
     """By the seeds that both have tested."""
     return {
         seed: (first[seed].tested[stage], other[seed].tested[stage])
@@ -255,7 +255,12 @@ def _right(a: Tested, b: Tested) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     return a.right[_rows(a, shared)], b.right[_rows(b, shared)]
 
 
-def _read_run(run: RunFolder, stages: Sequence[str]) -> StudyRun:
+def read_run(run: RunFolder, stages: Sequence[str]) -> StudyRun:
+    """One tested run of a classifier.
+
+    Raises:
+        UserError: files that are missing, or results of something else.
+    """
     if not (parts := _csv(run.path / "splits.csv")):
         raise UserError(
             f"{run.path / 'splits.csv'} is missing, which says what trained and which photographs show one part: put "

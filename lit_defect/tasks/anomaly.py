@@ -9,7 +9,7 @@ the result.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_defect.errors import UserError
 from lit_defect.metrics.anomaly import threshold_for_overkill
+from lit_defect.reporting.overlays import Overlay
 from lit_defect.scoring.detector import SCORES, Detector
 from lit_defect.tasks.anomaly_scoring import ScoringTask
 from lit_defect.tasks.processes import joined
@@ -204,6 +205,10 @@ class AnomalyTask(ScoringTask):
         columns["combined"] = self.detector.combine(*pair)  # as it will be from now on
         limits = [threshold_for_overkill(column.cpu().numpy(), self.allowed_overkill) for column in columns.values()]
         self.thresholds.copy_(torch.tensor(limits, dtype=torch.float64))
+
+    def look_at(self, stage: str, positions: Iterable[int]) -> list[Overlay]:
+        """Nothing while the training has fitted no scores yet."""
+        return super().look_at(stage, positions) if self.detector.fitted else []
 
     def begin(self, stage: str) -> None:
         """Also make sure that there are scores."""

@@ -10,16 +10,19 @@ import math
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from PIL import Image
 from torch import Tensor
 
 from lit_defect.errors import UserError
 from lit_defect.reporting.maps import Map, Scale
+from lit_defect.reporting.overlays import Overlay
 from lit_defect.runs import keep_previous
 from lit_defect.tasks.anomaly_maps import MapWriter
 from lit_defect.tasks.anomaly_pixels import PixelsByKind
@@ -282,6 +285,22 @@ class ScoringTask(DefectTask):
                 first = range(min(_TIMED, len(self._evaluation.samples)))
                 about["latency_ms"] = latency(self._map_of, (loader.batch([place])["image"] for place in first))
             write_report(folder, self.results_name(stage), self._evaluation, about, near, look)
+
+    def look_at(self, stage: str, positions: Iterable[int]) -> list[Overlay]:
+        """These samples of a split with their true masks, their maps and what these reject; on one process."""
+        loader, limit, seen = self.data.loader(stage), self.threshold_of("map_max"), []
+        for position in positions:
+            picture, mask = self.data.original(stage, position)
+            with self.trainer.precision_plugin.forward_context():  # as the scores were computed
+                heat = self._map_of(loader.batch([position])["image"])
+            height, width = picture.shape[:2]
+            heat = np.asarray(Image.fromarray(heat).resize((width, height), Image.Resampling.BILINEAR))
+            masks = {} if mask is None else {"ground_truth": (mask > 0).astype(np.uint8)}
+            if limit is not None:
+                masks["prediction"] = (heat >= limit).astype(np.uint8)
+            name = self.data.samples[stage][position].name
+            seen.append(Overlay(name, picture, masks, {0: "good", 1: "defect"}, heat, self.map_scale, limit))
+        return seen
 
     @torch.no_grad()
     def _map_of(self, image: Tensor) -> Map:

@@ -18,10 +18,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_defect.errors import UserError
-from lit_defect.runs import MIRRORED, MIRRORED_TRAIN, keep_previous
+from lit_defect.runs import MIRRORED, MIRRORED_TRAIN, better, keep_previous
 
 Batch = dict[str, Any]
-_LESS_IS_BETTER = ("loss", "error", "ece", "nll", "brier", "escape", "overkill")
 
 
 class DefectTask(LightningModule):
@@ -80,7 +79,7 @@ class DefectTask(LightningModule):
         self.warmup = warmup
         self.monitor: tuple[str, str] | None = None
         if monitor is not None:
-            self.monitor = (monitor, "min" if any(word in monitor for word in _LESS_IS_BETTER) else "max")
+            self.monitor = (monitor, better(monitor))
         self._evaluated: list[dict[str, Tensor]] = []
 
     def setup(self, stage: str) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from lit_defect.errors import UserError
 from lit_defect.metrics.masks import VOID, MaskCounts, count_masks
 from lit_defect.metrics.uncertainty import Sparsification, error_agreement, sparsification
+from lit_defect.reporting.overlays import Overlay
 from lit_defect.tasks.base import Batch, DefectTask
 from lit_defect.tasks.mask_files import MAPS, MASKS, MaskWriter
 from lit_defect.tasks.pixel_report import Doubt, PixelEvaluation, Report, Shown
@@ -308,17 +310,6 @@ class PixelTask(DefectTask):
             print(f"\nmasks  {folder / MASKS}" + (f"\nmaps   {folder / MAPS}\n" if self.maps else "\n"))
             return
         loader = self.data.loader(stage)
-
-        @torch.no_grad()
-        def look(position: int) -> Shown:
-            batch = self.data.transfer_batch_to_device(loader.batch([position]), self.device, 0)
-            with self.trainer.precision_plugin.forward_context():  # as the figures were computed
-                answer = self.answer(batch, stage)
-            picture = (255 * self.pixels(batch)[0]).round().byte().permute(1, 2, 0).cpu().numpy()
-            masks = {method: mask[0].cpu().numpy() for method, mask in answer.masks.items()}
-            uncertainty = None if answer.uncertainty is None else answer.uncertainty[0].float().cpu().numpy()
-            return Shown(picture, targets(batch, self.classes)[0].cpu().numpy(), masks, uncertainty)
-
         about = {
             "training_seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "split_seed": getattr(self.data, "seed", None),
@@ -326,7 +317,29 @@ class PixelTask(DefectTask):
             "ms_per_image": self._times(),
         }
         near = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
+        look = partial(self._look, loader, stage)
         Report(folder, self.results_name(stage), type(self).__name__, self._evaluation, about, near, look).write()
+
+    def look_at(self, stage: str, positions: Iterable[int]) -> list[Overlay]:
+        """These samples of a split with their true masks and those of each method; on one process."""
+        loader = self.data.loader(stage)
+        names = {**dict(enumerate(self.names)), VOID: "void"}
+        seen = []
+        for position in positions:
+            shown = self._look(loader, stage, position)
+            name = self.data.samples[stage][position].name
+            seen.append(Overlay(name, shown.picture, {"ground_truth": shown.truth, **shown.masks}, names))
+        return seen
+
+    @torch.no_grad()
+    def _look(self, loader: Any, stage: str, position: int) -> Shown:
+        batch = self.data.transfer_batch_to_device(loader.batch([position]), self.device, 0)
+        with self.trainer.precision_plugin.forward_context():  # as the figures were computed
+            answer = self.answer(batch, stage)
+        picture = (255 * self.pixels(batch)[0]).round().byte().permute(1, 2, 0).cpu().numpy()
+        masks = {method: mask[0].cpu().numpy() for method, mask in answer.masks.items()}
+        uncertainty = None if answer.uncertainty is None else answer.uncertainty[0].float().cpu().numpy()
+        return Shown(picture, targets(batch, self.classes)[0].cpu().numpy(), masks, uncertainty)
 
     def _times(self) -> dict[str, float]:
         """Milliseconds a picture, of this process's share of the evaluation."""

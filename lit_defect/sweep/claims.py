@@ -1,0 +1,206 @@
+"""Who carries a trial out: files on the folder that all workers share, which hold also where a worker is killed.
+
+A claim is the file `<task>-<generation>.json`, which only one worker can create. The newest generation holds. Its
+owner touches it every few seconds; whoever finds that the owner is dead or has given the task back creates the next
+generation, which again only one can. Nothing is ever deleted or renamed, so a worker that was late in noticing takes
+nothing away from the one that was first, and an owner that has slept finds that there is a newer generation.
+
+An owner is dead when
+
+- it is of this machine (same host, same boot, same process namespace) and its process is gone;
+- or its file has not changed for `DEAD_AFTER` seconds of the observer's clock: no clocks are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_defect import runs
+
+BEAT = 20.0  # seconds between signs of life
+DEAD_AFTER = 180.0  # seconds without any; network folders may show a change a minute late
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One generation of a claim, as its file tells.
+
+    Attributes:
+        task: what is claimed, such as `t0007`.
+        generation: counted from 0.
+        path: its file.
+        token: of the owner.
+        machine, pid, born: the owner's process, and when the kernel started it.
+        worker: the owner for people, `host:pid`.
+        deaths: how many owners of this task have died.
+        released: whether the owner has given it back.
+    """
+
+    task: str
+    generation: int
+    path: Path
+    token: str = ""
+    machine: str = ""
+    pid: int = 0
+    born: str = ""
+    worker: str = ""
+    deaths: int = 0
+    released: bool = False
+
+
+class Claims:
+    """The claims in a folder, seen by one worker.
+
+    Args:
+        folder: that all workers share.
+        dead_after: seconds without a sign of life after which an owner on another machine is dead.
+    """
+
+    def __init__(self, folder: Path, dead_after: float = DEAD_AFTER) -> None:
+        self.folder = folder
+        self.dead_after = dead_after
+        self._seen: dict[Path, tuple[int, int, float]] = {}  # a file's first and last change, and when that was seen
+
+    def newest(self) -> dict[str, Claim]:
+        """The valid claim of each task."""
+        found: dict[str, Claim] = {}
+        for path in self.folder.glob("*-*.json"):
+            task, _, generation = path.stem.rpartition("-")
+            if task not in found or int(generation) > found[task].generation:
+                found[task] = Claim(task, int(generation), path)
+        return {task: _read(claim) for task, claim in found.items()}
+
+    def take(self, task: str, before: Claim | None = None) -> Held | None:
+        """Claim a task; None if another worker was first.
+
+        Args:
+            task: a name without slashes.
+            before: the claim that was found given back or dead; None for a task that nobody has had.
+        """
+        generation = 0 if before is None else before.generation + 1
+        deaths = 0 if before is None else before.deaths + (not before.released)
+        entries = {**_myself(), "token": secrets.token_hex(8), "deaths": deaths, "released": False}
+        path = self.folder / f"{task}-{generation}.json"
+        if not create(path, entries):
+            return None
+        return Held(Claim(task, generation, path, **entries))
+
+    def is_dead(self, claim: Claim) -> bool:
+        """Whether the owner of a claim that was not given back is gone, as far as can be told now."""
+        if claim.machine == machine():
+            return not claim.pid or runs.process_start(claim.pid) != claim.born
+        return self.unchanged(claim.path)
+
+    def is_alive(self, claim: Claim) -> bool:
+        """Whether the owner has given a sign of life since the claim was first looked at, or is a process here."""
+        if claim.machine == machine():
+            return runs.process_start(claim.pid) == claim.born
+        before = self._seen.get(claim.path)
+        return before is not None and _changed(claim.path) != before[0]  # the first one that was seen
+
+    def unchanged(self, path: Path) -> bool:
+        """Whether a file has stayed the same for `dead_after` seconds of looking at it."""
+        changed, now = _changed(path), time.monotonic()
+        before = self._seen.get(path)
+        if before is None or before[1] != changed:
+            self._seen[path] = (changed if before is None else before[0], changed, now)
+            return False
+        return now - before[2] > self.dead_after
+
+
+class Held:
+    """A claim of this worker, kept alive by a thread until it ends; a context manager.
+
+    Attributes:
+        lost: set when another worker has taken the task over, for whom this one seemed dead.
+    """
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.lost = threading.Event()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+
+    def __enter__(self) -> Held:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def is_mine(self) -> bool:
+        """Whether no other worker has taken the task over."""
+        following = self.claim.path.with_name(f"{self.claim.task}-{self.claim.generation + 1}.json")
+        if following.exists():
+            self.lost.set()
+        return not self.lost.is_set()
+
+    def release(self) -> None:
+        """Give the task back, to be taken up by any worker."""
+        entries = json.loads(self.claim.path.read_text(encoding="utf-8"))
+        runs.write_json(self.claim.path, {**entries, "released": True})
+
+    def _live(self) -> None:
+        while not self._done.wait(BEAT):
+            if not self.is_mine():
+                return
+            with contextlib.suppress(OSError):  # the folder may be away for a while
+                os.utime(self.claim.path)
+
+
+def create(path: Path, content: Any) -> bool:
+    """Write JSON to a new file, whole from its first moment; False if there is one already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails where there is a file; also on NFS
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def machine() -> str:
+    """This machine as long as process numbers mean the same: host, boot and process namespace."""
+    boot = namespace = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {boot} {namespace}"
+
+
+def _read(claim: Claim) -> Claim:
+    try:
+        entries = json.loads(claim.path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return claim  # unreadable for now: neither given back nor of this machine
+    return Claim(claim.task, claim.generation, claim.path, **entries)
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _myself() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "machine": machine(),
+        "pid": pid,
+        "born": runs.process_start(pid),
+        "worker": f"{socket.gethostname()}:{pid}",
+    }

@@ -1,0 +1,313 @@
+"""An off-line worker: takes trials until there are none left; any number of them share a sweep.
+
+A trial is one of Optuna's from its first parameter to its value, whoever carries it out: who that is, is told by the
+claims (claims.py). A trial whose worker was stopped or has died is claimed anew with its number, its parameters and its
+run folders, and its trainings go on by `--resume`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from lit_defect.errors import UserError
+from lit_defect.runs import RunFolder
+from lit_defect.study import end_of
+from lit_defect.sweep.claims import Claim, Claims, Held
+from lit_defect.sweep.commands import placed, words
+from lit_defect.sweep.file import SEED, Sweep
+from lit_defect.sweep.results import Logged, NotLoggedError, NoValueError, value_of
+from lit_defect.sweep.search import counted
+from lit_defect.sweep.summary import write_summary
+from lit_defect.sweep.training import MISTAKE, STOPPED, Stops, Training
+
+_MOST_DEATHS = 3  # of workers of one trial: then it is the trial that kills them
+_POLL = 1.0  # seconds
+
+
+class StoppedError(Exception):
+    """The worker was told to stop; its trial waits to be taken up."""
+
+
+class LostError(Exception):
+    """Another worker has taken the trial over."""
+
+
+class FailedError(Exception):
+    """The trial gives no value; the text says why."""
+
+
+class PrunedError(Exception):
+    """The trial is not worth going on with."""
+
+
+class Worker:
+    """Carries out trials of a sweep.
+
+    Args:
+        sweep: the sweep.
+        study: Optuna's, with the sampler and the pruner.
+        runs_dir: folder of all experiments.
+        experiment: of the trials' runs.
+        seeds: of the trainings of each trial; None where the seed is a parameter.
+        extra: words that every command ends with.
+        stops: notes the signals.
+        say: for what happens.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        study: optuna.Study,
+        runs_dir: Path,
+        experiment: str,
+        seeds: Sequence[int] | None,
+        extra: Sequence[str],
+        stops: Stops,
+        say: Callable[[str], None] = lambda text: print(text, flush=True),
+    ) -> None:
+        self.sweep, self.study, self.stops, self.say = sweep, study, stops, say
+        self.runs_dir, self.experiment, self.seeds, self.extra = runs_dir, experiment, seeds, list(extra)
+        self.folder = runs_dir / sweep.name
+        self.claims = Claims(self.folder / "claims")
+
+    def work(self, count: int | None = None) -> int:
+        """Carry out trials, at most `count`; returns how many have failed of them.
+
+        Raises:
+            StoppedError: by a signal.
+            UserError: what the user must mend, or too many failures in succession.
+        """
+        failed = in_succession = done = 0
+        while (count is None or done < count) and (taken := self._next()) is not None:
+            done += 1
+            trial, held = taken
+            try:
+                with held:
+                    came_to = self._carry_out(trial, held)
+            except LostError:
+                self.say(f"trial {trial.number}: another worker has taken it over")
+                continue
+            failed += came_to == TrialState.FAIL
+            in_succession = in_succession + 1 if came_to == TrialState.FAIL else 0
+            if in_succession >= self.sweep.max_failures:
+                raise UserError(f"{in_succession} trials have failed in succession; their logs are in {self.logs}")
+        return failed
+
+    @property
+    def logs(self) -> Path:
+        """Folder of what the trainings say."""
+        return self.folder / "logs"
+
+    # --- which trial is next ---
+
+    def _next(self) -> tuple[optuna.Trial, Held] | None:
+        """A trial that waits to be taken up, else a new one; None when there is nothing left for this worker.
+
+        Before it goes, it looks whether the workers of running trials still live: only that long.
+        """
+        until = time.monotonic() + self.claims.dead_after + 2 * _POLL
+        told = False
+        while not self.stops.number:
+            trials = counted(self.study, self.sweep)
+            running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+            if taken := self._take_up(running):
+                return taken
+            limit = self.sweep.limit
+            if limit is None or len(trials) < limit:
+                if taken := self._begin():
+                    return taken
+                continue
+            newest = self.claims.newest()
+            unsure = [trial for trial in running if not self._lives(newest.get(_task(trial)))]
+            if not unsure or time.monotonic() > until:
+                if running:
+                    self.say(f"{len(running)} trials run elsewhere: this command again takes up what they should leave")
+                return None
+            if not told:
+                told = True
+                self.say(f"waits to see whether {len(unsure)} trials on other machines still run")
+            time.sleep(_POLL)
+        raise StoppedError
+
+    def _lives(self, claim: Claim | None) -> bool:
+        return claim is not None and self.claims.is_alive(claim)
+
+    def _take_up(self, running: Sequence[FrozenTrial]) -> tuple[optuna.Trial, Held] | None:
+        newest = self.claims.newest() if running else {}
+        for trial in running:
+            claim = newest.get(_task(trial))
+            if claim is None:  # its worker has begun it just now, or died before it could claim it
+                if self.claims.unchanged(self.claims.folder / f"{_task(trial)}-0.json"):
+                    held = self.claims.take(_task(trial))
+                else:
+                    continue
+            elif claim.released or self.claims.is_dead(claim):
+                held = self.claims.take(_task(trial), claim)
+            else:
+                continue
+            if held is None:
+                continue
+            if held.claim.deaths > _MOST_DEATHS:
+                self._tell(trial.number, TrialState.FAIL, reason=f"its worker has died {held.claim.deaths} times")
+                continue
+            why = "was given back" if claim is not None and claim.released else "lost its worker"
+            self.say(f"trial {trial.number}: {why}, and is taken up again")
+            return optuna.Trial(self.study, trial._trial_id), held
+        return None
+
+    def _begin(self) -> tuple[optuna.Trial, Held] | None:
+        """A new trial, if it is not one too many, which several workers may begin at once."""
+        trial = self.study.ask()
+        limit = self.sweep.limit
+        if limit is not None and trial.number >= limit:
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        held = self.claims.take(_task(trial))
+        return None if held is None else (trial, held)
+
+    # --- one trial ---
+
+    def _carry_out(self, trial: optuna.Trial, held: Held) -> TrialState:
+        """Train with each seed and tell the value; returns the state that the trial has come to."""
+        parameters = {parameter.name: parameter.suggest(trial) for parameter in self.sweep.parameters}
+        trainings = self.trainings(trial.number, parameters)
+        self._note(trial, parameters=parameters, seeds=list(trainings), runs=self._told(trainings.values()))
+        trial.set_user_attr("worker", held.claim.worker)
+        shown = ", ".join(f"{name} {_short(value)}" for name, value in parameters.items())
+        self.say(f"trial {trial.number}: {shown}")
+        started, before = time.monotonic(), float(trial.user_attrs.get("seconds", 0.0))
+        values: list[float] = []
+        try:
+            for number, training in enumerate(trainings.values()):
+                values.append(self._train(trial, held, training, first=number == 0))
+        except (StoppedError, UserError):
+            trial.set_user_attr("seconds", round(before + time.monotonic() - started, 1))
+            held.release()
+            write_summary(self.sweep, self.study, self.folder, self.claims)
+            raise
+        except LostError:
+            raise
+        except PrunedError:
+            state, reason, value = TrialState.PRUNED, "", None
+        except FailedError as error:
+            state, reason, value = TrialState.FAIL, str(error), None
+        else:
+            state, reason, value = TrialState.COMPLETE, "", sum(values) / len(values)
+        self._note(trial, values=values, seconds=round(before + time.monotonic() - started, 1))
+        if not held.is_mine():
+            raise LostError
+        self._tell(trial.number, state, value, reason)
+        return state
+
+    def trainings(self, number: int, parameters: Mapping[str, Any]) -> dict[int, Training]:
+        """The trainings of a trial by their seeds."""
+        seeds = [int(parameters.get(SEED, self.sweep.constant.get(SEED, 0)))] if self.seeds is None else self.seeds
+        made = {}
+        for seed in seeds:
+            name = f"{self.sweep.name}-t{number:04d}-s{seed}"
+            run = RunFolder(self.runs_dir / self.experiment / name)
+            told = placed(run, None if self.seeds is None else seed)
+            command = words(self.sweep, parameters, [*self.extra, *told])
+            made[seed] = Training(run, command, self.logs / f"{name}.log", self.sweep.metric)
+        return made
+
+    def _train(self, trial: optuna.Trial, held: Held, training: Training, *, first: bool) -> float:
+        """The value of one training, which goes on where it has been begun.
+
+        Raises:
+            StoppedError, LostError, PrunedError, FailedError: as they say.
+            UserError: the training says that the user must mend something, or the metric is not what is logged.
+        """
+        if not training.is_finished():
+            self._wait_for_other(training.run, held)
+            if self.stops.number:
+                raise StoppedError
+            follow = _Reporter(trial) if first and self.sweep.pruner != "none" else lambda _: False
+            status, pruned = training.carry_out(self.stops, follow, held.is_mine)
+            if held.lost.is_set():
+                raise LostError
+            if pruned:
+                raise PrunedError
+            if status == MISTAKE:
+                raise UserError(f"trial {trial.number} says what must be mended:\n{end_of(training.log)}")
+            if status in STOPPED or (self.stops.number and status):
+                self.stops.number = self.stops.number or status - 128  # the training alone was sent the signal
+                raise StoppedError
+            if status:
+                raise FailedError(f"exit status {status}; {training.log} ends\n{end_of(training.log)}")
+            if not training.is_finished():
+                said = training.run.record().get("status", "without a run.json")
+                raise FailedError(f"it ended without an error and unfinished: {training.run.path} is {said}")
+        try:
+            return value_of(training.run, self.sweep.metric, self.sweep.goal, self.sweep.value)
+        except NotLoggedError as error:
+            if not any(t.state == TrialState.COMPLETE for t in self.study.get_trials(deepcopy=False)):
+                raise UserError(f"{self.sweep.file}: metric.name: {error}") from None
+            raise FailedError(str(error)) from None
+        except NoValueError as error:
+            raise FailedError(str(error)) from None
+
+    def _wait_for_other(self, run: RunFolder, held: Held) -> None:
+        """Wait for the process of a dead worker on this machine, which saves its state before it ends."""
+        told = False
+        while run.is_alive():
+            if self.stops.number:
+                raise StoppedError
+            if not held.is_mine():
+                raise LostError
+            if not told:
+                told = True
+                self.say(f"  waits for process {run.record().get('pid')}, which still writes {run.path}")
+            time.sleep(_POLL)
+
+    def _told(self, trainings: Any) -> list[str]:
+        return [str(training.run.path.relative_to(self.runs_dir)) for training in trainings]
+
+    def _note(self, trial: optuna.Trial, **entries: Any) -> None:
+        for key, value in entries.items():
+            if trial.user_attrs.get(key) != value:
+                trial.set_user_attr(key, value)
+
+    def _tell(self, number: int, state: TrialState, value: float | None = None, reason: str = "") -> None:
+        """End a trial for good, and write how the sweep stands."""
+        if reason:
+            frozen = self.study.get_trials(deepcopy=False)[number]
+            optuna.Trial(self.study, frozen._trial_id).set_user_attr("reason", reason)
+        try:
+            self.study.tell(number, value, state=state)
+        except (UpdateFinishedTrialError, ValueError) as error:
+            raise LostError from error
+        what = {TrialState.COMPLETE: f"{self.sweep.metric} {value:.5g}" if value is not None else ""}
+        self.say(f"trial {number}: {what.get(state) or state.name.lower() + (': ' + reason if reason else '')}")
+        write_summary(self.sweep, self.study, self.folder, self.claims)
+
+
+class _Reporter:
+    """Tells Optuna a curve as it grows: the first value is step 1, as W&B counts iterations."""
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self.trial = trial
+        self.known = len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+
+    def __call__(self, values: list[Logged]) -> bool:
+        for step, logged in enumerate(values[self.known :], self.known + 1):
+            self.trial.report(logged.value, step)
+            self.known = step
+            if self.trial.should_prune():
+                return True
+        return False
+
+
+def _task(trial: FrozenTrial | optuna.Trial) -> str:
+    return f"t{trial.number:04d}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
