@@ -164,7 +164,7 @@ def shield_worker(_: int = 0) -> None:
 def _heed(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
-    os._exit(128 + signal.SIGTERM)
+    os._exit(0)  # as torch's own handler does: at any other code the parent would raise an error
 
 
 def ended(stop: Stopped, environ: Mapping[str, str] = os.environ) -> int:

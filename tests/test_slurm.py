@@ -139,7 +139,9 @@ def test_processes_that_decode_outlive_the_signal(slurm, config, undisturbed):
     job = slurm.submit("run.sbatch", "fit", "--config", config, *words, options=TWO)
     found = preempt(slurm, job, run_of(slurm, job))
     assert found["status"] == "finished"
-    assert "worker" not in slurm.log(job), slurm.log(job)  # "DataLoader worker (pid) is killed by signal"
+    assert "DataLoader worker" not in slurm.log(job), slurm.log(
+        job
+    )  # "(pid 17) is killed by signal", at the end as well
     assert_same(run_of(slurm, job), undisturbed)
 
 
@@ -195,3 +197,28 @@ def test_a_preempted_job_of_a_study_is_the_only_one_put_back(slurm, config):
         found = record(runs[task])
         assert slurm.record(f"{array}_{task}")["Restarts"] == str(task), slurm.log(f"{array}_{task}")
         assert (found["status"], len(found["resumed"])) == ("finished", task)
+
+
+def test_workers_of_an_array_share_a_sweep_and_go_on_when_preempted(slurm, config):
+    rates = {"model.lr": {"values": [0.01, 0.003, 0.001, 0.0003]}}
+    command = ["${env}", "${interpreter}", "-m", "lit_defect", "fit", "--config", str(config), "${args}"]
+    metric = {"name": "val/auroc", "goal": "maximize"}
+    path = slurm.folder / "rates.yaml"
+    path.write_text(
+        yaml.safe_dump({"name": "rates", "method": "grid", "metric": metric, "command": command, "parameters": rates})
+    )
+    folder = slurm.folder / "runs"
+    array = slurm.submit("sweep.sbatch", path, "--runs_dir", folder, options=("--array=0-1",))
+    first = f"{array}_0"
+    slurm.wait_for(first, lambda: sum(trains(run) for run in (folder / "tiny").glob("rates-*")) >= 2, seconds=300)
+    slurm.call("scancel", "--signal=USR1", first)
+    for task in (f"{array}_1", first):
+        slurm.wait(task, seconds=400)
+    assert [slurm.record(f"{array}_{task}")["Restarts"] for task in (0, 1)] == ["1", "0"]
+    trials = json.loads((folder / "rates" / "sweep.json").read_text())["trials"]
+    assert sorted(trial["params"]["model.lr"] for trial in trials) == sorted(rates["model.lr"]["values"])
+    assert {trial["state"] for trial in trials} == {"complete"}
+    assert len({trial["worker"] for trial in trials}) >= 2
+    runs = [record(run) for run in sorted((folder / "tiny").glob("rates-*"))]
+    assert [run["status"] for run in runs] == ["finished"] * 4
+    assert sum(len(run["resumed"]) for run in runs) == 1  # the one that was preempted went on; nothing was run twice
