@@ -185,8 +185,11 @@ class CLI(LightningCLI):
     def _run_to_fit(self, config: Any, experiment_dir: Path) -> runs.RunFolder:
         """The folder to train in: a new one, or with `--resume` the one to go on with."""
         run = self._run_folder(config, experiment_dir)
+        config_hash = runs.hash_config(self.config_dump)
         if not getattr(rank_zero_only, "rank", 0):
-            self._check_run(config, run, runs.hash_config(self.config_dump))
+            self._check_run(config, run, config_hash)
+        elif config.resume and _is_finished(run, config_hash):
+            raise SystemExit(0)  # as the first process does, which nobody shall wait for
         if config.resume and run.last.is_file():
             config.ckpt_path, config.weights_only = str(runs.whole_checkpoint(run.last)), True
             _say(f"resuming {run.path} from its last state")
@@ -221,7 +224,7 @@ class CLI(LightningCLI):
             )
         elif run.is_alive():
             raise UserError(f"{run.path} is being written by process {record.get('pid')}; wait for it or stop it")
-        elif record.get("status") == "finished" and record.get("config_hash") == config_hash:
+        elif _is_finished(run, config_hash):
             _say(f"nothing to do: {run.path} is finished")
             if config.test_after_fit and not (run.path / f"{runs.test_name(self.config_dump)}_metrics.json").is_file():
                 _say(f"  it is not tested: use the verb test with --run_id {run.run_id} --ckpt_path best")
@@ -420,6 +423,12 @@ def _missing(own: list[Callback], extra: list[Callback]) -> list[Callback]:
     """Those of `extra` whose kind the user has not configured."""
     kinds = {type(callback) for callback in own}
     return [callback for callback in extra if type(callback) not in kinds]
+
+
+def _is_finished(run: runs.RunFolder, config_hash: str) -> bool:
+    """Whether a run of this very configuration has nothing left to do."""
+    record = run.record()
+    return record.get("status") == "finished" and record.get("config_hash") == config_hash
 
 
 def _learns(class_path: str) -> bool:

@@ -32,11 +32,13 @@ class Stopped(SystemExit):
 
     Args:
         number: of the signal.
+        follows: whether this is not the run's first process, which all have agreed to stop with.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, follows: bool = False) -> None:
         super().__init__(128 + number)
         self.number = number
+        self.follows = follows
 
     @property
     def preempted(self) -> bool:
@@ -163,14 +165,15 @@ def shield_worker(_: int = 0) -> None:
 def _heed(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
-    os._exit(128 + signal.SIGTERM)
+    os._exit(0)  # as torch's own handler does: at any other code the parent would raise an error
 
 
 def ended(stop: Stopped, environ: Mapping[str, str] = os.environ) -> int:
     """What is left to do when a run has stopped: put the job back into the queue where that was asked for.
 
     A process that Lightning's launcher has started tells its parent, whatever it was told itself, and exits with 0:
-    at any other code the launcher would kill the parent, which may still be saving.
+    at any other code the launcher would kill the parent, which may still be saving. So would srun and torchrun, whose
+    processes after the first leave the word to that one.
 
     Returns:
         The exit code.
@@ -179,7 +182,9 @@ def ended(stop: Stopped, environ: Mapping[str, str] = os.environ) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.kill(os.getppid(), stop.number)
         return 0
-    if stop.preempted and environ.get("SLURM_PROCID", "0") == "0":
+    if stop.follows:
+        return 0
+    if stop.preempted and environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0":  # of torchrun, of srun
         requeue(environ)
     return int(stop.code or 0)
 

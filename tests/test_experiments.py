@@ -25,8 +25,9 @@ from tests.pipelines import tiny_ip_adapter, tiny_lora, tiny_sd, tiny_unclip
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))
+OVERLAYS = sorted((EXPERIMENTS / "trainer").glob("*.yaml"))  # of a machine, to be added to any configuration
 STUDIES = {file for file in EXPERIMENTS.rglob("*.yaml") if "study" in yaml.safe_load(file.read_text())}
-FILES = sorted(set(EXPERIMENTS.rglob("*.yaml")) - set(SWEEPS) - STUDIES)  # studies: test_study.py
+FILES = sorted(set(EXPERIMENTS.rglob("*.yaml")) - {*SWEEPS, *OVERLAYS} - STUDIES)  # studies: test_study.py
 SIDE = 32  # pixels, instead of 224
 
 
@@ -145,13 +146,33 @@ def assert_says(shown: Any, written: Any) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
-def test_every_key_is_known(lit_defect, capsys, path):
+def test_every_key_is_known_and_the_overlays_leave_them_alone(lit_defect, capsys, path):
+    overlays = [word for overlay in OVERLAYS for word in ("--config", overlay)]
     with pytest.raises(SystemExit) as stop:
-        lit_defect(verb(path), "--config", path, "--print_config")
+        lit_defect(verb(path), "--config", path, *overlays, "--print_config")
     assert stop.value.code == 0, capsys.readouterr().err
     shown, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text())
     for part in ("model", "data"):
         assert_says(shown[part], written[part])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=named)
+def test_an_overlay_says_what_the_machine_is(lit_defect, capsys, overlay):
+    path = EXPERIMENTS / "classification" / "elpv_vgg19.yaml"
+    with pytest.raises(SystemExit) as stop:
+        lit_defect("fit", "--config", path, "--config", overlay, "--print_config")
+    assert stop.value.code == 0, capsys.readouterr().err
+    shown, written, added = (
+        yaml.safe_load(t) for t in (capsys.readouterr().out, path.read_text(), overlay.read_text())
+    )
+    assert_says(shown["trainer"], written["trainer"] | added["trainer"])
+
+
+def test_an_overlay_says_nothing_but_the_machine():
+    for overlay in OVERLAYS:
+        assert yaml.safe_load(overlay.read_text()).keys() == {"trainer"}, named(overlay)
+        assert f"--config {overlay.relative_to(EXPERIMENTS.parent).as_posix()}" in overlay.read_text()
+    assert len(OVERLAYS) >= 4
 
 
 def tiny(folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

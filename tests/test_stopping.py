@@ -242,6 +242,7 @@ def test_the_job_of_a_process(environment, job):
     [
         (signal.SIGUSR1, {"SLURM_JOB_ID": "17"}, "requeue 17\n"),
         (signal.SIGUSR1, {"SLURM_JOB_ID": "17", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, None),
+        (signal.SIGUSR1, {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "RANK": "1"}, None),
         (signal.SIGUSR1, {}, None),
         (signal.SIGTERM, {"SLURM_JOB_ID": "17"}, None),
     ],
@@ -251,6 +252,13 @@ def test_one_process_puts_the_job_back_where_it_was_preempted(tmp_path, monkeypa
     assert ended(Stopped(number), environment) == 128 + number
     file = tmp_path / "asked.txt"
     assert (file.read_text() if file.exists() else None) == asked
+
+
+def test_the_first_process_speaks_for_all_that_have_agreed(tmp_path, monkeypatch):
+    """srun --kill-on-bad-exit and torchrun end the others when one ends with another code than 0."""
+    monkeypatch.setenv("PATH", scontrol(tmp_path)["PATH"])
+    assert ended(Stopped(signal.SIGUSR1, follows=True), {"SLURM_JOB_ID": "17"}) == 0
+    assert not (tmp_path / "asked.txt").exists()
 
 
 def test_without_scontrol_the_user_is_told(tmp_path, monkeypatch, capsys):

@@ -227,7 +227,7 @@ class LastCheckpoint(Checkpoint):
         if (due or number) and not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
         if number:
-            raise Stopped(number)
+            raise Stopped(number, follows=not trainer.is_global_zero)
 
     def _agree(self, trainer: Trainer, late: bool = False) -> tuple[bool, int]:
         """Whether a save is due and which signal asks to stop (0 for none), of any process, on all of them."""
@@ -254,7 +254,7 @@ class LastCheckpoint(Checkpoint):
         if not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
         if number := self._agree(trainer)[1]:
-            raise Stopped(number)
+            raise Stopped(number, follows=not trainer.is_global_zero)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All is saved: from here on a signal stops the run at once.
@@ -263,7 +263,7 @@ class LastCheckpoint(Checkpoint):
             Stopped: on all processes, where one came since the last epoch's end.
         """
         if number := self._agree(trainer)[1]:
-            raise Stopped(number)
+            raise Stopped(number, follows=not trainer.is_global_zero)
         STOP.at_once()
 
     def _save(self, trainer: Trainer) -> None:
