@@ -215,7 +215,6 @@ def main() -> None:
 
 SYSTEMS = {  # trained parameters in millions, forward and backward of a picture in GFLOP, pictures a GPU and step
     "VGG19, all of it, 224": (139.6, 3 * 39.3, 32),
-    "VGG19, head on cached features": (0.1, 0.0003, 64),
     "lite0, all of it, 224": (3.4, 3 * 0.77, 64),
     "SimCLR, ResNet-18, 256": (11.6, 2 * 3 * 4.7, 32),
     "AnomalyDiffusion on SD 1.5": (1.0, 2 * 680.0, 4),
