@@ -26,8 +26,6 @@ from pathlib import Path
 
 from lit_defect.errors import UserError
 
-_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export a run; returns the exit status: 0, 1 where the exported model disagrees, 2 for what the user can mend."""
@@ -63,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance",
         type=float,
-        help=f"largest difference from PyTorch, of the answer [{_TOLERANCE:g}; {_HALF_TOLERANCE:g} with --half]",
+        help="largest difference from PyTorch, as a share of 1 or of an answer's largest value where that is more "
+        "[0.001; 0.01 with --half and for distances, which have no largest value]",
     )
     return parser
 
@@ -96,8 +95,6 @@ def _export(options: argparse.Namespace) -> int:
     target = options.out or options.run / "export"
     if target.exists() and not (target / DESCRIPTION).is_file():
         raise UserError(f"{target} exists and holds no exported model: choose another folder by --out")
-    if options.tolerance is None:
-        options.tolerance = _HALF_TOLERANCE if options.half else _TOLERANCE
     unfinished = target.with_name(f".{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     try:

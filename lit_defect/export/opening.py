@@ -114,7 +114,7 @@ def _task(
     """The task by the run's options, its classes from the checkpoint; and the options that it does not know."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "model")
-    known = {key.removeprefix("model.").split(".")[0] for key in parser.get_defaults()}
+    known = set(vars(parser.get_defaults().model))
     learnt = {key: state.get("hyper_parameters", {}).get(key) for key in ("class_names", "normal_class")}
     chosen = {**options, **{key: value for key, value in learnt.items() if value is not None}, "compile": False}
     kept = {key: value for key, value in chosen.items() if key in known}
