@@ -103,6 +103,9 @@ def _exported(module: nn.Module, example: Tensor, axes: dict[int, Any]) -> torch
 def _pruned(traced: torch.export.ExportedProgram) -> nn.Module:
     """The graph without the tensors that no answer needs, such as a projection or the other scores' features."""
     module: Any = traced.module()
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:  # keeps alive what it looks at
+            module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
     for name in [key for key, _ in (*module.named_parameters(), *module.named_buffers())]:
@@ -127,9 +130,6 @@ class _Widened(nn.Module):
     def forward(self, kept: Tensor) -> Tensor:
         return kept.float()
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight.half()
-
 
 def _halve(task: nn.Module) -> None:
     """Keep all weights of more than one dimension as float16."""
@@ -137,6 +137,8 @@ def _halve(task: nn.Module) -> None:
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.ndim > 1:
                 parametrize.register_parametrization(module, name, _Widened(), unsafe=True)
+                kept: Any = module.parametrizations[name]  # type: ignore[index]
+                kept.original = nn.Parameter(weight.half(), requires_grad=False)
 
 
 @contextmanager

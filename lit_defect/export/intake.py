@@ -88,8 +88,8 @@ def _has(images: Tensor, size: Size) -> bool:
 
 def _weights(side: int, wanted: int) -> Tensor:
     """(wanted, side) float64: the triangle that weighs the pixels of a side for each pixel of the wanted one."""
-    scale = side / wanted
-    reach: float = torch.sym_max(scale, 1.0)  # type: ignore[assignment]
+    scale = torch.scalar_tensor(side, dtype=torch.float64) / wanted  # a plain number would be float32 in ONNX
+    reach = scale.clamp(min=1)
     centres = (torch.arange(wanted, dtype=torch.float64) + 0.5) * scale
     apart = torch.arange(side, dtype=torch.float64) - centres[:, None] + 0.5
     weights = (1 - (apart / reach).abs()).clamp(min=0)

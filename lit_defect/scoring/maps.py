@@ -348,5 +348,6 @@ def _resampling_graph(n: int, size: int, sigma: float) -> Tensor:
 
 def _between(places: Tensor, n: int, size: int) -> Tensor:
     """(m, n) what each of n values gives, bilinearly, to `places` (m,) of the `size` that they are enlarged to."""
-    at = ((places + 0.5) * (n / size) - 0.5).clamp(0, n - 1)
+    share = n / torch.scalar_tensor(size, dtype=torch.float64)  # a plain number would be float32 in ONNX
+    at = ((places + 0.5) * share - 0.5).clamp(0, n - 1)
     return (1 - (at[:, None] - torch.arange(n, dtype=torch.float64)).abs()).clamp(min=0)
