@@ -39,7 +39,7 @@ def make(opened: Opened, options: argparse.Namespace, folder: Path) -> list[str]
     if options.threshold is not None:
         opened.task.decide_at(options.threshold)
     if options.tolerance is None:
-        options.tolerance = 0.01 if options.half else 0.0002
+        options.tolerance = 0.02 if options.half else 0.0002
     about = describe(opened, size, batch, half=options.half)
     origin, pictures = pictures_for(opened, options.check, size)
     graph = graph_of(factory_of(opened, half=options.half), size, batch)
