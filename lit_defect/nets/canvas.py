@@ -104,7 +104,7 @@ class Canvas:
         for first in range(0, len(places), self.tiles_at_once):
             group = places[first : first + self.tiles_at_once]
             cuts = [padded[..., rows[r] :, columns[s] :][..., :tile_h, :tile_w] for r, s in group]
-            outputs = _same_size(network, torch.cat(cuts)).split(batch)  # each (B, C', tile_h, tile_w)
+            outputs = _same_size(network, torch.cat(cuts)).unflatten(0, (len(group), -1))
             for (r, s), output in zip(group, outputs, strict=True):
                 weight = row_weights[r][:, None] * column_weights[s]  # (tile_h, tile_w)
                 if total is None:

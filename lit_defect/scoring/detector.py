@@ -128,7 +128,8 @@ class Detector(nn.Module):
 
     def enlarge(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
         """Grid (B, h, w) -> smoothed map (B, H, W)."""
-        return upsample_maps(grid, size, self.smoothing * max(size))
+        longer: int = torch.sym_max(*size)  # type: ignore[assignment]
+        return upsample_maps(grid, size, self.smoothing * longer)
 
 
 def _logarithms(gaussian: Tensor, map_max: Tensor) -> Tensor:

@@ -109,8 +109,8 @@ class LocalGaussian(nn.Module):
             raise ValueError(f"{len(maps)} maps of each picture, expected {len(self.layers)} as fitted")
         squared = [layer(x, self.positions) for layer, x in zip(self.layers, maps, strict=True)]  # each (B, h, w)
         finest = max((s.shape[1:] for s in squared), key=lambda size: size.numel())
-        fine = [interpolate(s[:, None], list(finest), mode="bilinear", align_corners=False) for s in squared]
-        return torch.cat(fine, dim=1).mean(dim=1).sqrt().float()
+        fine = [_stretched(s, (finest[0], finest[1]), sigma=0.0) for s in squared]
+        return torch.stack(fine).mean(dim=0).sqrt().float()
 
     def _projection(self, x: Tensor, layer: int) -> Tensor:
         """(C, d) with orthonormal columns, the same on every machine; the identity where C <= dimensions."""
@@ -301,10 +301,18 @@ def upsample_maps(maps: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     Returns:
         (B, H, W) float32.
     """
+    return _stretched(maps.double(), size, sigma).float()
+
+
+def _stretched(maps: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """Maps (B, h, w) float64 -> (B, H, W) float64."""
+    if torch.compiler.is_exporting():
+        down, across = (_resampling_graph(n, m, sigma) for n, m in zip(maps.shape[1:], size, strict=True))
+        return down @ maps @ across.T
     if sigma < 0:
         raise UserError(f"sigma = {sigma}: expected a number >= 0")
     down, across = (_resampling(n, m, sigma).to(maps.device) for n, m in zip(maps.shape[1:], size, strict=True))
-    return (down @ maps.double() @ across.T).float()
+    return down @ maps @ across.T
 
 
 @lru_cache(maxsize=64)  # pictures of one size share it
@@ -322,3 +330,24 @@ def _resampling(n: int, size: int, sigma: float) -> Tensor:
         places = torch.where(places < size, places, 2 * size - 1 - places)
         fine = conv1d(fine[..., places], (kernel / kernel.sum())[None, None])
     return fine[:, 0].T
+
+
+def _resampling_graph(n: int, size: int, sigma: float) -> Tensor:
+    """`_resampling` in closed form: operations that can be exported for a size, hence a sigma, that is not known yet.
+
+    The kernel may reach as far as the side is long: it sees the side and its mirror image on both ends.
+    """
+    if sigma == 0:
+        return _between(torch.arange(size, dtype=torch.float64), n, size)
+    line = torch.arange(3 * size, dtype=torch.float64) - size
+    mirrored = torch.where(line < 0, -1 - line, torch.where(line < size, line, 2 * size - 1 - line))
+    apart = line[size : 2 * size, None] - line  # (size, 3 size)
+    kernel = torch.exp(-0.5 * (apart / sigma).square()) * (apart.abs() <= _TRUNCATE * sigma + 0.5)
+    return kernel / kernel.sum(dim=1, keepdim=True) @ _between(mirrored, n, size)
+
+
+def _between(places: Tensor, n: int, size: int) -> Tensor:
+    """(m, n) what each of n values gives, bilinearly, to `places` (m,) of the `size` that they are enlarged to."""
+    share = n / torch.scalar_tensor(size, dtype=torch.float64)  # a plain number would be float32 in ONNX
+    at = ((places + 0.5) * share - 0.5).clamp(0, n - 1)
+    return (1 - (at[:, None] - torch.arange(n, dtype=torch.float64)).abs()).clamp(min=0)

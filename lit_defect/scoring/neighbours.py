@@ -74,4 +74,6 @@ def squared_distances(x: Tensor, bank: Tensor) -> Tensor:
 
 def in_chunks(score: Callable[[Tensor], Tensor], x: Tensor, n: int) -> Tensor:
     """Apply `score` (b, d) -> (b,), which holds b times n numbers, to as many rows of x at a time as fit."""
+    if torch.compiler.is_exporting():  # into a graph for batches of any size, which has no loop over their parts
+        return score(x)
     return torch.cat([score(rows) for rows in x.split(max(1, _CHUNK // n))])

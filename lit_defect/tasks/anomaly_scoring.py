@@ -122,6 +122,29 @@ class ScoringTask(DefectTask):
         limit = float(self.thresholds[self.score_names.index(name)])
         return limit if math.isfinite(limit) else None
 
+    # --- for the factory ---
+
+    def for_factory(self, images: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The score that decides, whether it reaches its threshold, and the map (B, H, W)."""
+        scores, grid = self(images)
+        score = scores[self.score]
+        limit = self.thresholds[self.score_names.index(self.score)]
+        return {"score": score, "defective": score >= limit, "map": self.enlarge(grid, size)}
+
+    def factory_facts(self) -> dict[str, Any]:
+        """Which score it is, and the thresholds."""
+        return {
+            "class_names": ["good", "defective"],
+            "normal_class": 0,
+            "score": self.score,
+            "threshold": self.threshold_of(self.score),
+            "map_threshold": self.threshold_of("map_max"),
+        }
+
+    def decide_at(self, threshold: float) -> None:
+        """Reject from this value of the score that decides on."""
+        self.thresholds[self.score_names.index(self.score)] = threshold
+
     # --- the time of the training ---
 
     def on_train_start(self) -> None:

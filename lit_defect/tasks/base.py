@@ -202,6 +202,27 @@ class DefectTask(LightningModule):
         finally:
             self.load_state_dict(last, strict=False)
 
+    # --- for the factory: `lit_defect.export` ---
+
+    def for_factory(self, images: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """What an exported model says of pictures, by name: numbers as float32, decisions as bool or integers.
+
+        Traced into a graph: no branch may hang on a value of a tensor, nor on a size that is not fixed.
+
+        Args:
+            images: (B, 3, h, w) as the data module gives them, uint8 or float in [0, 1].
+            size: (H, W) of the camera's pictures, at which maps are told.
+        """
+        raise NotImplementedError
+
+    def factory_facts(self) -> dict[str, Any]:
+        """What goes with these answers: names of classes, `threshold` (None where it is unknown)."""
+        return {}
+
+    def decide_at(self, threshold: float) -> None:
+        """Reject from this score on, whatever was learnt."""
+        raise UserError(f"--threshold: {type(self).__name__} decides without one")
+
     def collect(self, **tensors: Tensor) -> None:
         """Keep one evaluated batch; `index` (B,) must be among the tensors (B, ...)."""
         self._evaluated.append({key: value.detach().cpu() for key, value in tensors.items()})

@@ -301,11 +301,36 @@ class DefectClassifier(DefectTask):
         numbers = range(VIEWS[self.augment] if self.average_views else 1)
         if split in self._features:
             rows = self._features[split][batch["index"]]  # (B, V, D)
-            logits = [self.network.head(rows[:, number]) for number in numbers]
-        else:
-            images = resize(unit_range(batch["image"]), self.image_size)
-            logits = [self.network(self._prepare(view(images, number))) for number in numbers]
-        return torch.stack([part.double().softmax(1) for part in logits]).mean(0)
+            return _mean_probability([self.network.head(rows[:, number]) for number in numbers])
+        images = resize(unit_range(batch["image"]), self.image_size)
+        return _mean_probability([self.network(self._prepare(view(images, number))) for number in numbers])
+
+    # --- for the factory ---
+
+    def for_factory(self, images: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Probabilities and class; with a good class also the defect score, and whether it reaches the threshold."""
+        probability = self._probabilities({"image": images}, "factory")
+        said = {"probabilities": probability.float(), "predicted": probability.argmax(1)}
+        if self.normal_class is None:
+            return said
+        others = [number for number in range(probability.shape[1]) if number != self.normal_class]
+        score = probability[:, others].sum(1)
+        return {**said, "score": score.float(), "defective": score >= self.threshold}
+
+    def factory_facts(self) -> dict[str, Any]:
+        """Classes and threshold."""
+        threshold = float(self.threshold)
+        return {
+            "class_names": list(self.class_names or ()),
+            "normal_class": self.normal_class,
+            "threshold": threshold if math.isfinite(threshold) else None,
+        }
+
+    def decide_at(self, threshold: float) -> None:
+        """Reject from this defect score on."""
+        if self.normal_class is None:
+            raise UserError("--threshold: none of the classes is the good one, so there is no defect score")
+        self.threshold.fill_(threshold)
 
     # --- cached features ---
 
@@ -486,3 +511,8 @@ class DefectClassifier(DefectTask):
         except UserError:
             return None
         return heat[0].cpu().numpy()
+
+
+def _mean_probability(logits: list[Tensor]) -> Tensor:
+    """(B, C) of each view -> (B, C) float64."""
+    return torch.stack([part.double().softmax(1) for part in logits]).mean(0)

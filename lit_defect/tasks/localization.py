@@ -214,8 +214,6 @@ class AnomalyLocalizer(ScoringTask):
 
     def enlarge(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps (B, h, w) -> (B, H, W), bilinear."""
-        if tuple(grid.shape[1:]) == tuple(size):
-            return grid
         return interpolate(grid[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
     def measured(self, batch: Batch, grid: Tensor, stage: str) -> Iterator[tuple[Tensor, Tensor]]:

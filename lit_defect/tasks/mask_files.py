@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +54,7 @@ class MaskWriter:
             probabilities: (C, h, w), as the network gave them; enlarged for the mask.
             uncertainty: (h, w) or None.
         """
-        size = picture.shape[:2]
-        enlarged = F.interpolate(probabilities[None].float(), size=size, mode="bilinear", align_corners=False)
-        mask = enlarged[0].argmax(0).byte().cpu().numpy()
+        mask = enlarged(probabilities[None], picture.shape[:2])[0].argmax(0).byte().cpu().numpy()
         place = self.folder / MASKS / name
         write_mask_png(place.with_name(f"{place.name}.png"), mask)
         if self.overlays:
@@ -65,3 +64,8 @@ class MaskWriter:
             write_probabilities(self.folder / MAPS, name, probabilities.float().cpu().numpy())
             if uncertainty is not None:
                 write_map(self.folder / UNCERTAINTY / f"{name}.npy", uncertainty.float().cpu().numpy())
+
+
+def enlarged(probabilities: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, H, W) float32, at the pictures' own size."""
+    return F.interpolate(probabilities.float(), size=list(size), mode="bilinear", align_corners=False)

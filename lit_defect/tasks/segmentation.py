@@ -15,6 +15,7 @@ from lit_defect.losses.segmentation import make_mask_loss
 from lit_defect.nets.canvas import Canvas
 from lit_defect.nets.segmenters import SegmentationNet, make_segmenter
 from lit_defect.tasks.base import Batch
+from lit_defect.tasks.mask_files import enlarged
 from lit_defect.tasks.pixels import Answer, PixelTask
 
 
@@ -142,6 +143,15 @@ class Segmenter(PixelTask):
         probabilities = self.probabilities(self.pixels(batch))
         self.timed("segmenter", since)
         return Answer({"segmenter": probabilities.argmax(1)}, probabilities)
+
+    def for_factory(self, images: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Probabilities (B, C, H, W) and the most probable class of each pixel, as `predict` writes them."""
+        probabilities = enlarged(self.probabilities(self.pixels({"image": images})), size)
+        return {"probabilities": probabilities, "mask": probabilities.argmax(1).byte()}
+
+    def factory_facts(self) -> dict[str, Any]:
+        """Classes of the pixels."""
+        return {"class_names": list(self.names)}
 
     def validation_loss(self, batch: Batch, labels: Tensor, answer: Answer) -> Tensor:
         """The training loss of the plain pictures."""
