@@ -48,7 +48,7 @@ _NOT_THE_EXPERIMENT = (
     "weights_only",
     "test_after_fit",
 )
-_RECORDED_PACKAGES = ("lit_defect", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
+_RECORDED_PACKAGES = ("lit_defect", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy", "pillow")
 
 
 @dataclass(frozen=True)

@@ -318,6 +318,11 @@ def test_sample_key_changes_with_whatever_changes_the_pixels(make, root):
     key = plain.sample_key(sample)
     assert make().sample_key(sample) == key
     assert make(image_size=8).sample_key(sample) != key
+    scaled = make(image_size=8).sample_key(sample)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("PIL.__version__", "0.1")
+        assert make(image_size=8).sample_key(sample) != scaled, "another Pillow scales otherwise"
+        assert make().sample_key(sample) == key
     with pytest.warns(UserWarning, match="mirrored"):
         mirrored = make(test="mirrored_train").samples["test"][0]
     assert plain.sample_key(mirrored) != plain.sample_key(

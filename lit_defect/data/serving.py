@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -141,16 +142,18 @@ class Serving(Layout, LightningDataModule):
         return read_image(sample.path, convert=self._convert)
 
     def sample_key(self, sample: Sample) -> str:
-        """What decides the pixels of a sample: its file (path, length, time of change), crop, mirror, size.
+        """What decides the pixels of a sample: its file (path, length, time of change), crop, mirror, size, and Pillow.
 
-        Two samples with one key have the same image in a batch, so the key may index stored features.
+        Two samples with one key have the same image in a batch, so the key may index stored features. Versions of
+        Pillow scale differently: 13 takes the columns of tall pictures first, 12 always the rows.
         """
         stamp = next(
             checked.stamps[sample.path]
             for checked in (self._checked, self._generated, self._to_predict)
             if checked and sample.path in checked.stamps
         )
-        parts = (sample.path, *stamp, sample.box, sample.mirror, self.image_size, self.on_wrong_mode)
+        pillow = PIL.__version__ if self.image_size else ""
+        parts = (sample.path, *stamp, sample.box, sample.mirror, self.image_size, self.on_wrong_mode, pillow)
         return "|".join(map(str, parts))
 
     def decoded_bytes(self) -> int:
