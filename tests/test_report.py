@@ -69,6 +69,13 @@ def test_leakage_and_commands_are_told(two_arms):
     assert "python -m lit_defect fit --experiment elpv_a" in str(built.sections[-1])
 
 
+def test_columns_without_anything_and_what_all_arms_share_are_no_columns(two_arms):
+    built = build(gather(Asked(runs=[two_arms])))
+    assert "what went wrong" not in [column.name for column in _table(built, "runs").columns]
+    assert [column.name for column in _table(built, "arms").columns] == ["arm"]
+    assert "The same for all 2 arms: task DefectClassifier; data ELPV;" in str(built)
+
+
 def test_failed_and_unfinished_runs_are_listed_with_the_first_line_of_their_error(two_arms):
     make_run(two_arms, "elpv_b", 7, lr=0.1, status="failed", error="ValueError: bad\nsecond line", evaluated=False)
     built = build(gather(Asked(runs=[two_arms])))
@@ -271,7 +278,7 @@ def test_many_runs_are_quick_and_stay_readable(tmp_path, experiments, seeds):
     paragraphs = [b for section in built.sections for b in section.blocks if isinstance(b, Text)]
     assert len(paragraphs) < 50
     if experiments > 30:
-        assert "the best 30 of" in str(built)
-        assert "The first 12 of" in str(built)
+        assert "the best 32 of" in str(built)
+        assert "The first 32 of" in str(built)
     if seeds == 1:
         assert "a single run does not tell what another seed would have given" in str(built)

@@ -47,7 +47,7 @@ def _make(options: argparse.Namespace, command: str) -> list[str]:
     """Write all that is asked for; returns where."""
     from lit_defect.report.contents import build
     from lit_defect.report.html import write_html
-    from lit_defect.report.matter import Asked, gather
+    from lit_defect.report.matter import Asked, common_folder, gather
     from lit_defect.report.tables import write_tables
 
     asked = Asked(
@@ -68,7 +68,7 @@ def _make(options: argparse.Namespace, command: str) -> list[str]:
     matter = gather(asked)
     report, folder = build(matter), options.output
     try:
-        written = [str(write_html(report, folder / "report.html"))]
+        written = [str(write_html(report, folder / "report.html", base=Path(common_folder(matter.runs))))]
         tables = write_tables(report, folder / "tables")
     except OSError as error:
         raise UserError(f"-o {folder}: {error.strerror or error}; choose another folder") from None

@@ -66,6 +66,11 @@ class Arm:
         return len(self.runs) - len({run.seeds for run in self.runs})
 
 
+def spread_cell(found: Spread, factor: float = 1.0, digits: int = 3, *, sign: bool = False) -> str | None:
+    """`0.943 ± 0.002` as `Spread.text` has it; None, an empty place of a table, where there is nothing."""
+    return found.text(factor, digits, sign=sign) if found.seeds else None
+
+
 @dataclass(frozen=True)
 class Arms:
     """All arms, in order, and in what they differ.

@@ -28,6 +28,11 @@ STAGE_NAMES = {
     "mirrored": "mirrored training pictures",
     LOGGED: "values logged last",
 }
+NO_TEST = {
+    "mirrored": "These pictures were trained on: the figures say how well a network remembers, and are no test.",
+    LOGGED: "No run has been evaluated; these are training logs and no results.",
+}
+"""Stages of which nothing is concluded, and why."""
 PAIRED = 10
 """So many arms are held against the baseline picture by picture, which takes a second or so each."""
 
@@ -83,6 +88,11 @@ class Matter:
         return [arm for arm in self.grouped.arms if any(self.stage in run.measured for run in arm.runs)]
 
     @property
+    def data_sets(self) -> int:
+        """How many data sets and categories the arms with results are of."""
+        return len({run.data for arm in self.arms for run in arm.runs})
+
+    @property
     def where(self) -> str:
         """The stage in words."""
         return STAGE_NAMES[self.stage]
@@ -100,7 +110,7 @@ class Matter:
     @cached_property
     def pictures(self) -> list[OverPictures]:
         """The judged figure picture by picture, of as many arms as can be had."""
-        if self.baseline is None or len(self.others) > PAIRED:
+        if self.baseline is None or len(self.others) > PAIRED or self.stage in NO_TEST:
             return []
         return over_pictures(self.baseline, self.others, self.stage, self.judged)
 
