@@ -131,6 +131,23 @@ def test_a_sweep_is_read_from_its_file_alone(tmp_path):
         read_sweep(folder)
 
 
+def test_trials_of_a_sweep_are_not_held_against_one_another_as_arms(tmp_path):
+    folder = make_sweep(tmp_path)
+    for number in range(2):
+        for seed in range(2):
+            lr = 0.123456789 + number
+            make_run(tmp_path, "tuned", seed, lr=lr, evaluated=False, run_id=f"search-t{number}-s{seed}")
+    built = build(gather(Asked(runs=[tmp_path])))
+    assert built.title == "search"
+    assert built.summary.startswith("Sweep search: best of")
+    assert "Against" not in built.summary
+    assert [section.title for section in built.sections][:2] == ["Sweep search", "Protocol"]
+    assert [row[0] for row in _table(built, "results").rows] == ["lr=0.123457", "lr=1.12346"]
+    make_run(tmp_path, "other", 0)
+    assert "Question" in [section.title for section in build(gather(Asked(runs=[tmp_path]))).sections]
+    assert folder.is_dir()
+
+
 def test_names_of_arms_may_hold_anything(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path, "ζ日本 %_&#", seed, augment=_ODD)

@@ -146,7 +146,7 @@ def test_what_is_judged_needs_no_threshold_and_was_not_named_before(tmp_path):
     matter = gather(Asked(runs=[tmp_path]))
     assert matter.judged == "auroc"
     section = next(section for section in build(matter).sections if section.title == "What it comes to")
-    chosen = [block for block in section.blocks if isinstance(block, Text) and "was chosen to judge" in block.text]
+    chosen = [block for block in section.blocks if isinstance(block, Text) and "was chosen by" in block.text]
     assert [block.kind for block in chosen] == ["warning"]  # since b is claimed to be better
     assert choose(["auroc", "balanced_accuracy", "defect_auroc"])[0] == "defect_auroc"
 
@@ -210,3 +210,19 @@ def test_what_was_not_compared_stands_in_one_box(tmp_path):
     blocks = [block for section in build(gather(Asked(runs=[tmp_path]))).sections for block in section.blocks]
     boxes = [block for block in blocks if isinstance(block, Text) and block.text == "Not compared:"]
     assert [len(box.items) for box in boxes] == [3]
+
+
+def test_a_single_run_shows_its_figures_first_with_intervals_over_pictures(tmp_path):
+    make_run(tmp_path, "e", 0, accuracy=0.8)
+    built = build(gather(Asked(runs=[tmp_path])))
+    assert "0.800 (95 % interval for other pictures: 0.700 to 0.900), of one seed" in built.summary
+    table = next(table for table in all_tables(built) if table.name == "at_a_glance")
+    assert list(table.rows[0]) == ["AUROC", 0.8, pytest.approx(0.7), pytest.approx(0.9)]
+
+
+def test_of_equally_usual_arms_the_one_with_most_seeds_is_the_baseline(tmp_path):
+    make_run(tmp_path, "e_a", 0, lr=0.1)
+    make_run(tmp_path, "e_a", 0, lr=0.1, category="screw", run_id="other")
+    for seed in (0, 1):
+        make_run(tmp_path, "e_b", seed, lr=0.2)
+    assert gather(Asked(runs=[tmp_path])).baseline.name == "b"

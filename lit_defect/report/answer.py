@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from lit_defect.report.arms import Arm
-from lit_defect.report.blocks import Block, Details, Interval, Intervals, Section, Text
+from lit_defect.report.blocks import Block, Cell, Column, Details, Interval, Intervals, Section, Table, Text
 from lit_defect.report.comparing import level_of, seeds_only
 from lit_defect.report.figures import better, digits, label
 from lit_defect.report.matter import NO_TEST, PAIRED, Matter
@@ -36,9 +36,10 @@ def summary(matter: Matter) -> str:
     if len(ranked) == 1:
         found = spreads[first.name]
         shown = digits([found.mean])
-        over = f"{found.low:.{shown}f} to {found.high:.{shown}f} over {found.seeds} seeds"
-        limits = f" (95 % interval {over})" if found.seeds > 1 else ", of one seed"
-        text += f"{found.text(digits=shown)}{limits}; there is one arm, and nothing is compared."
+        low, high, doubt = _limits(matter, first, matter.judged)
+        limits = "" if math.isnan(low) else f" (95 % interval for {doubt}: {low:.{shown}f} to {high:.{shown}f})"
+        seeds = f"{found.seeds} seeds" if found.seeds > 1 else "one seed"
+        text += f"{found.text(digits=shown)}{limits}, of {seeds}; there is one arm, and nothing is compared."
     else:
         text += f"{_range(matter, spreads, ranked)}. {_verdicts(matter)}"
     if matter.grouped.mixed:
@@ -62,7 +63,8 @@ def conclusions(matter: Matter) -> Section:
     """The judged figure of each arm against the baseline, claims in words, and the rule that they follow."""
     if matter.baseline is None or not matter.others:
         few = "there are no results" if matter.baseline is None else "there is one arm only"
-        return Section("What it comes to", [Text(f"Nothing is compared, since {few}.", "note")])
+        note = Text(f"Nothing is compared, since {few}.", "note")
+        return Section("What it comes to", [*([_alone(matter)] if len(matter.arms) == 1 else []), note])
     said = dict(_sentences(matter))
     arms_of: dict[str, list[str]] = {}
     for arm, text in said.items():
@@ -70,18 +72,44 @@ def conclusions(matter: Matter) -> Section:
     order = sorted(arms_of, key=lambda text: _VERDICTS.index(_kind(text)))
     claims = [f"{', '.join(arms_of[text])}: {text}" for text in order if _kind(text) in _CLAIMS]
     others = [f"{', '.join(arms_of[text])}: {text}" for text in order if _kind(text) not in _CLAIMS]
-    blocks: list[Block] = [*_chart(matter)]
+    chart: list[Block] = [*_chart(matter)]
+    blocks = chart[:]
     if claims:
         blocks.append(Text(f"Against `{matter.baseline.name}`:", items=claims[:12]))
     blocks += _caveats(matter, bool(claims))
+    if not chart and others:
+        blocks.append(Text(f"Against `{matter.baseline.name}`:", items=others[:12]))
+        others = others[12:]
     if folded := [*claims[12:], *others]:
-        more = " more" if claims else ""
-        blocks.append(Details(f"{len(folded)}{more} comparisons in words", [Text("", items=folded)]))
+        blocks.append(Details("More comparisons in words" if claims else "In words", [Text("", items=folded)]))
     without = [arm.name for arm in matter.arms if arm is not matter.baseline and arm.name not in said]
     if without and not matter.asked.compare:
         blocks.append(Text(f"Without {label(matter.judged)}, and not compared: {few_of(without)}.", "note"))
     blocks.append(Details("The rule of these conclusions", [Text(_rule(matter))]))
     return Section("What it comes to", blocks)
+
+
+def _alone(matter: Matter) -> Table:
+    """The main figures of the only arm."""
+    arm, doubt = matter.arms[0], "other seeds"
+    rows: list[list[Cell]] = []
+    for figure in matter.figures:
+        low, high, doubt = _limits(matter, arm, figure)
+        numbers = (arm.spread(matter.stage, figure).mean, low, high)
+        rows.append([label(figure), *(number if math.isfinite(number) else None for number in numbers)])
+    shown = digits(arm.spread(matter.stage, figure).mean for figure in matter.figures)
+    columns = [Column("figure"), *(Column(head, shown) for head in ("value", "95 % from", "95 % to"))]
+    caption = f"{capital(matter.where)}, with the interval for {doubt}."
+    return Table("at_a_glance", columns, rows, caption)
+
+
+def _limits(matter: Matter, arm: Arm, figure: str) -> tuple[float, float, str]:
+    """Of an arm's figure: over seeds or, of a single run, what its file says over pictures."""
+    found = arm.spread(matter.stage, figure)
+    single = [run.measured[matter.stage].figures for run in arm.runs if matter.stage in run.measured]
+    if len(single) == 1 and figure in single[0]:
+        return single[0][figure].low, single[0][figure].high, "other pictures"
+    return found.low, found.high, "other seeds"
 
 
 def few_of(names: Sequence[str]) -> str:
@@ -162,10 +190,10 @@ def _caveats(matter: Matter, claimed: bool) -> Iterator[Block]:
         if notes := list(of_one_generation(matter.study)):
             yield Details("What no interval tells", [Text("", items=notes)])
         return
-    how = "by --metric" if matter.asked.metrics else "by this program"
+    how = "`--metric`" if matter.asked.metrics else "this program"
     yield Text(
-        f"{capital(label(matter.judged))} was chosen to judge by {how}, after the runs: of a figure that was not named "
-        "before, a claim is weaker than it looks. A study's file (`--study`) names it before.",
+        f"{capital(label(matter.judged))} was chosen by {how} after the runs: of a figure that nobody named before, a "
+        "claim is weaker than it looks. A study's file (`--study`) names it before.",
         "warning" if claimed else "note",
     )
 

@@ -14,10 +14,11 @@ from lit_defect.report.matter import Matter
 
 def build(matter: Matter) -> Report:
     """The whole report of what was gathered."""
-    found: list[Section | None] = [protocol.question(matter)]
+    found: list[Section | None] = [protocol.question(matter)] if matter.asked_of_runs else []
+    found += [sweeps.section(sweep) for sweep in matter.sweeps]
     if matter.runs:
         found += [
-            answer.conclusions(matter),
+            answer.conclusions(matter) if matter.asked_of_runs else None,
             protocol.protocol(matter),
             protocol.leakage(matter),
             results.tables(matter),
@@ -26,15 +27,15 @@ def build(matter: Matter) -> Report:
             results.parts(matter),
             appendix.examples(matter),
         ]
-    found += [sweeps.section(sweep) for sweep in matter.sweeps]
-    if matter.runs:
         found += [
             protocol.cost(matter),
             appendix.run_table(matter),
             appendix.repeat(matter),
             appendix.tracking(matter),
         ]
-    summary = answer.summary(matter) if matter.runs or not matter.sweeps else sweeps.summary(matter.sweeps)
+    summary = sweeps.summary(matter.sweeps)
+    if matter.asked_of_runs:
+        summary = f"{summary} {answer.summary(matter)}".strip()
     made = [
         f"{len(matter.runs)} runs, {len(matter.grouped.arms)} arms",
         f"made {datetime.now():%Y-%m-%d %H:%M} by lit_defect {__version__}",
@@ -67,9 +68,9 @@ def _title(matter: Matter) -> str:
         return matter.asked.title
     if matter.study:
         return matter.study.name
-    experiments = list(dict.fromkeys(run.folder.experiment for run in matter.runs))
-    if not experiments:
+    if not matter.asked_of_runs:
         return ", ".join(sweep.name for sweep in matter.sweeps)
+    experiments = list(dict.fromkeys(run.folder.experiment for run in matter.runs))
     if len(experiments) == 1:
         return experiments[0]
     return matter.grouped.prefix.rstrip("_-") or f"{len(experiments)} experiments"
