@@ -96,8 +96,8 @@ def _blocks(sweep: Sweep) -> Iterator[Block]:
     states = Counter(str(trial.get("state")) for trial in sweep.trials)
     yield Text(
         f"{len(sweep.trials)} trials ({', '.join(f'{count} {state}' for state, count in states.items())}) by "
-        f"{sweep.said.get('method', 'an unnamed method')}, in search of the {'largest' if sweep.maximize else 'smallest'} "
-        f"`{sweep.metric}`."
+        f"{sweep.said.get('method', 'an unnamed method')}, in search of the "
+        f"{'largest' if sweep.maximize else 'smallest'} `{sweep.metric}`."
     )
     names = list(sweep.said.get("parameters") or (complete[0]["params"] if complete else {}))
     if not complete:
