@@ -226,3 +226,14 @@ def test_of_equally_usual_arms_the_one_with_most_seeds_is_the_baseline(tmp_path)
     for seed in (0, 1):
         make_run(tmp_path, "e_b", seed, lr=0.2)
     assert gather(Asked(runs=[tmp_path])).baseline.name == "b"
+
+
+def test_an_arm_without_predictions_takes_the_pictures_from_no_other(tmp_path):
+    _unlike_seeds(tmp_path, [0.05, 0.1, 0.075], arms=("b", "c", "d"))
+    for file in tmp_path.glob("e_c/*/test_predictions.csv"):
+        file.unlink()
+    folder = make_run(tmp_path, "e_d", 0, lr=2.1, run_id="again")
+    assert folder.is_dir()
+    matter = gather(Asked(runs=[tmp_path], metrics=["accuracy"]))
+    assert [found.arm for found in matter.pictures] == ["b"]
+    assert "(for other seeds alone: c, d)" in _chart(matter).caption

@@ -170,7 +170,9 @@ def _chart(matter: Matter) -> Iterator[Block]:
         lines.sort(key=lambda line: line.value, reverse=better(matter.judged) != "smaller")
     name, count = label(matter.judged), len(matter.others)
     left = f"; the first {_ON_CHART} of {len(lines)} arms" if len(lines) > _ON_CHART else ""
-    doubt = "other seeds and other pictures" if whole else "other seeds, not for other pictures"
+    doubt = "other seeds and other pictures" if whole else "other seeds, not for other pictures,"
+    if whole and any(line.name not in whole for line in lines):
+        doubt = f"other seeds and other pictures (for other seeds alone: {few_of(_without(lines, whole))})"
     together = f", so that 95 % hold for all {count} arms together" if count > 1 else ""
     good = f", {word} is better" if (word := better(matter.judged)) else ""
     yield Intervals(
@@ -180,6 +182,10 @@ def _chart(matter: Matter) -> Iterator[Block]:
         lines[:_ON_CHART],
         reference=0.0,
     )
+
+
+def _without(lines: Sequence[Interval], whole: Mapping[str, object]) -> list[str]:
+    return [line.name for line in lines if line.name not in whole]
 
 
 def _caveats(matter: Matter, claimed: bool) -> Iterator[Block]:

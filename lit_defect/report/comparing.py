@@ -32,6 +32,8 @@ from lit_defect.reporting.study_verdict import verdict
 _JUDGED = {"accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy", "auroc": "auroc", "defect_auroc": "auroc"}
 """Figures of a classifier that have an interval over pictures, by the names of study_runs."""
 _DETECTED = "image/auroc"
+_UNREADABLE = (UserError, OSError, KeyError, ValueError)
+"""Predictions or splits that are missing, or of another kind."""
 
 
 @dataclass(frozen=True)
@@ -144,29 +146,35 @@ def unlike_pictures(baseline: Arm, arm: Arm, stage: str) -> str:
 def over_pictures(baseline: Arm, others: Sequence[Arm], stage: str, figure: str) -> list[OverPictures]:
     """The judged figure picture by picture; empty where predictions do not tell."""
     key = "auroc" if figure == _DETECTED else _JUDGED.get(figure)
-    arms = [baseline, *others]
     of_defects = any("defect_auroc" in run.measured[stage].about for run in baseline.runs if stage in run.measured)
-    if key is None or any(arm.repeated for arm in arms) or (figure == "auroc" and of_defects):
+    if key is None or baseline.repeated or (figure == "auroc" and of_defects):
         return []  # study_runs takes the AUROC of good against defects where there is one
-    level = level_of(others)
-    found = []
     try:
         first = _tested(baseline, stage, figure)
-        for arm in others:
-            other = {} if unlike_pictures(baseline, arm, stage) else _tested(arm, stage, figure)
-            judged = judge(first, other, stage, key, level)
-            if judged is None:
-                continue
-            said = verdict(judged, label(figure), level)
-            both = compare(first, other, stage) if figure != _DETECTED else None
-            if both is None:
-                found.append(OverPictures(arm.name, said, judged))
-            else:
-                p_values = tuple(test.p_value for test in both.discordant.values())
-                found.append(OverPictures(arm.name, said, judged, both.summed.only_a, both.summed.only_b, p_values))
-    except (UserError, OSError, KeyError, ValueError):
-        return []  # predictions or splits are missing or of another kind: the seeds remain
-    return found
+    except _UNREADABLE:
+        return []
+    found = (_over_pictures(first, arm, stage, figure, key, level_of(others)) for arm in others
+             if not arm.repeated and not unlike_pictures(baseline, arm, stage))  # fmt: skip
+    return [one for one in found if one is not None]
+
+
+def _over_pictures(
+    first: Mapping[Seeds, StudyRun], arm: Arm, stage: str, figure: str, key: str, level: float
+) -> OverPictures | None:
+    """One arm; None where its predictions do not tell, so that its seeds remain."""
+    try:
+        other = _tested(arm, stage, figure)
+        judged = judge(first, other, stage, key, level)
+        if judged is None:
+            return None
+        said = verdict(judged, label(figure), level)
+        both = compare(first, other, stage) if figure != _DETECTED else None
+    except _UNREADABLE:
+        return None
+    if both is None:
+        return OverPictures(arm.name, said, judged)
+    p_values = tuple(test.p_value for test in both.discordant.values())
+    return OverPictures(arm.name, said, judged, both.summed.only_a, both.summed.only_b, p_values)
 
 
 def level_of(others: Sequence[Arm]) -> float:

@@ -101,9 +101,8 @@ def _overview(matter: Matter) -> Table:
         for arm, row in zip(matter.arms, spreads, strict=True)
     ]
     columns = [Column("arm"), Column("seeds", 0), *(_column(figure) for figure in matter.figures)]
-    caption = (
-        f"Mean ± standard deviation over seeds, on {matter.where}. The best mean of each column stands out, which "
-        "alone says nothing of a difference."
+    caption = f"Mean ± standard deviation over seeds, on {matter.where}." + (
+        " The best mean of each column stands out, which alone says nothing of a difference." if strong else ""
     )
     return Table("results", columns, rows, caption, strong)
 
@@ -133,7 +132,7 @@ def _single_runs(matter: Matter) -> Iterator[Block]:
     body: list[list[Cell]] = [
         [arm.name, *map(_cell, (f.value, f.low, f.high))] for arm, f in limited if math.isfinite(f.low)
     ]
-    if body:
+    if body and len(matter.arms) > 1:  # a lone arm has all of its figures so at the head
         shown = digits(figure.value for _, figure in limited)
         columns = [Column("arm"), *(Column(head, shown) for head in ("value", "95 % from", "95 % to"))]
         caption = (
