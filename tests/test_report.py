@@ -72,8 +72,12 @@ def test_leakage_and_commands_are_told(two_arms):
 def test_columns_without_anything_and_what_all_arms_share_are_no_columns(two_arms):
     built = build(gather(Asked(runs=[two_arms])))
     assert "what went wrong" not in [column.name for column in _table(built, "runs").columns]
-    assert [column.name for column in _table(built, "arms").columns] == ["arm"]
     assert "The same for all 2 arms: task DefectClassifier; data ELPV;" in str(built)
+    assert "arms" not in [table.name for table in all_tables(built)]
+    make_run(two_arms, "elpv_b", 7, lr=0.1)
+    assert [column.name for column in _table(build(gather(Asked(runs=[two_arms]))), "arms").columns] == [
+        "arm", "seeds", "runs"
+    ]  # fmt: skip
 
 
 def test_failed_and_unfinished_runs_are_listed_with_the_first_line_of_their_error(two_arms):

@@ -237,3 +237,13 @@ def test_an_arm_without_predictions_takes_the_pictures_from_no_other(tmp_path):
     matter = gather(Asked(runs=[tmp_path], metrics=["accuracy"]))
     assert [found.arm for found in matter.pictures] == ["b"]
     assert "(for other seeds alone: c, d)" in _chart(matter).caption
+
+
+def test_seeds_that_all_say_the_same_have_no_interval_of_no_width(tmp_path):
+    _unlike_seeds(tmp_path, [0.1, 0.1, 0.1])
+    for file in tmp_path.glob("*/*/test_predictions.csv"):
+        file.unlink()
+    matter = gather(Asked(runs=[tmp_path], metrics=["accuracy"]))
+    assert math.isnan(matter.differences[0].limits(0.95).low)
+    assert "no conclusion: b" in build(matter).summary
+    assert _chart(matter) is None

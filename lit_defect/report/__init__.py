@@ -1,10 +1,10 @@
-"""The verb `report`: run folders in, one HTML file, CSV and LaTeX tables and a W&B report out. No torch here.
+"""The verb `report`: runs in, one HTML file, CSV and LaTeX tables and a W&B report out. No torch here.
 
     python -m lit_defect report RUNS... [-o FOLDER] [--compare A B] [--group-by KEY ...] [--filter KEY=VALUE ...]
 
-`matter` gathers runs (`collect`), arms (`arms`), figures (`figures`) and tests (`comparing`); `contents` puts them into
-sections (`results`, `protocol`, `published`, `sweeps`, `appendix`) made of `blocks`; `html`, `tables` and
-`wandb_report` write those down.
+RUNS may be `wandb:ENTITY/PROJECT[/GROUP]`, too (`wandb_runs`). `matter` gathers runs (`collect`), arms (`arms`), figures
+(`figures`) and tests (`comparing`); `contents` puts them into sections (`answer`, `results`, `protocol`, `published`,
+`sweeps`, `appendix`) made of `blocks`; `html`, `tables` and `wandb_report` write those down.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def _chart(matter: Matter) -> Iterator[Block]:
     if len(lines) > _ON_CHART:
         lines.sort(key=lambda line: line.value, reverse=better(matter.judged) != "smaller")
     name, count = label(matter.judged), len(matter.others)
-    left = f"; the first {_ON_CHART} of {len(lines)} arms" if len(lines) > _ON_CHART else ""
+    left = f"; the best {_ON_CHART} of {len(lines)} arms" if len(lines) > _ON_CHART else ""
     doubt = "other seeds and other pictures" if whole else "other seeds, not for other pictures,"
     if whole and any(line.name not in whole for line in lines):
         doubt = f"other seeds and other pictures (for other seeds alone: {few_of(_without(lines, whole))})"

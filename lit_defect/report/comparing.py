@@ -57,7 +57,9 @@ class Difference:
     values: Sequence[float] = ()
 
     def limits(self, level: float) -> Interval:
-        """The t interval of the mean at a level."""
+        """The t interval of the mean at a level; without limits where all seeds say the same, which tells no spread."""
+        if not math.isfinite(self.p_value):
+            return Interval(self.spread.mean)
         return t_interval(self.values, level)
 
 

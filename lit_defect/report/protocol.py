@@ -185,6 +185,8 @@ def _arms_table(matter: Matter) -> Iterator[Block]:
     if said:
         yield Text(f"The same for all {len(rows)} arms: {'; '.join(said)}.")
     kept = [k for k in range(len(columns)) if k not in same]
+    if kept == [0]:
+        return
     rows = [[row[k] for k in kept] for row in rows]
     yield Table("arms", [columns[k] for k in kept], rows, "The arms, with the pictures of the first run of each.")
 
