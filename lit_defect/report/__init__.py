@@ -2,9 +2,9 @@
 
     python -m lit_defect report RUNS... [-o FOLDER] [--compare A B] [--group-by KEY ...] [--filter KEY=VALUE ...]
 
-RUNS may be `wandb:ENTITY/PROJECT[/GROUP]`, too (`wandb_runs`). `matter` gathers runs (`collect`), arms (`arms`), figures
-(`figures`) and tests (`comparing`); `contents` puts them into sections (`answer`, `results`, `protocol`, `published`,
-`sweeps`, `appendix`) made of `blocks`; `html`, `tables` and `wandb_report` write those down.
+RUNS may be `wandb:ENTITY/PROJECT[/GROUP]`, too (`wandb_runs`). `matter` gathers runs (`collect`), arms (`arms`),
+figures (`figures`) and tests (`comparing`); `contents` puts them into sections (`answer`, `results`, `protocol`,
+`published`, `sweeps`, `appendix`) made of `blocks`; `html`, `tables` and `wandb_report` write those down.
 """
 
 from __future__ import annotations
