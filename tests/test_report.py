@@ -69,6 +69,17 @@ def test_leakage_and_commands_are_told(two_arms):
     assert "python -m lit_defect fit --experiment elpv_a" in str(built.sections[-1])
 
 
+def test_columns_without_anything_and_what_all_arms_share_are_no_columns(two_arms):
+    built = build(gather(Asked(runs=[two_arms])))
+    assert "what went wrong" not in [column.name for column in _table(built, "runs").columns]
+    assert "The same for all 2 arms: task DefectClassifier; data ELPV;" in str(built)
+    assert "arms" not in [table.name for table in all_tables(built)]
+    make_run(two_arms, "elpv_b", 7, lr=0.1)
+    assert [column.name for column in _table(build(gather(Asked(runs=[two_arms]))), "arms").columns] == [
+        "arm", "seeds", "runs"
+    ]  # fmt: skip
+
+
 def test_failed_and_unfinished_runs_are_listed_with_the_first_line_of_their_error(two_arms):
     make_run(two_arms, "elpv_b", 7, lr=0.1, status="failed", error="ValueError: bad\nsecond line", evaluated=False)
     built = build(gather(Asked(runs=[two_arms])))
@@ -122,6 +133,23 @@ def test_a_sweep_is_read_from_its_file_alone(tmp_path):
     (folder / "sweep.json").write_text("{}")
     with pytest.raises(UserError, match="is not what the verb `sweep` writes"):
         read_sweep(folder)
+
+
+def test_trials_of_a_sweep_are_not_held_against_one_another_as_arms(tmp_path):
+    folder = make_sweep(tmp_path)
+    for number in range(2):
+        for seed in range(2):
+            lr = 0.123456789 + number
+            make_run(tmp_path, "tuned", seed, lr=lr, evaluated=False, run_id=f"search-t{number}-s{seed}")
+    built = build(gather(Asked(runs=[tmp_path])))
+    assert built.title == "search"
+    assert built.summary.startswith("Sweep search: best of")
+    assert "Against" not in built.summary
+    assert [section.title for section in built.sections][:2] == ["Sweep search", "Protocol"]
+    assert [row[0] for row in _table(built, "results").rows] == ["lr=0.123457", "lr=1.12346"]
+    make_run(tmp_path, "other", 0)
+    assert "Question" in [section.title for section in build(gather(Asked(runs=[tmp_path]))).sections]
+    assert folder.is_dir()
 
 
 def test_names_of_arms_may_hold_anything(tmp_path):
@@ -271,7 +299,7 @@ def test_many_runs_are_quick_and_stay_readable(tmp_path, experiments, seeds):
     paragraphs = [b for section in built.sections for b in section.blocks if isinstance(b, Text)]
     assert len(paragraphs) < 50
     if experiments > 30:
-        assert "the best 30 of" in str(built)
-        assert "The first 12 of" in str(built)
+        assert "the best 32 of" in str(built)
+        assert "The first 32 of" in str(built)
     if seeds == 1:
         assert "a single run does not tell what another seed would have given" in str(built)

@@ -600,3 +600,10 @@ def test_budget_names_what_found_no_room(tmp_path):
     assert len(embedded(text)) == 2
     items = ["".join(item.itertext()) for item in body_of(text).iter("li")]
     assert [item.split(":")[0] for item in items if "pictures are full" in item] == ["2.png"]
+
+
+def test_a_box_holds_its_list(tmp_path):
+    root = body_of(page_of(tmp_path, Text("Not compared:", "warning", ["a <b>", "c `d`"])))
+    (box,) = with_class(root, "div", "warning")
+    assert ["".join(item.itertext()) for item in box.iter("li")] == ["a <b>", "c d"]
+    assert box.get("role") == "note"

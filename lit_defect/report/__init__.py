@@ -1,10 +1,10 @@
-"""The verb `report`: run folders in, one HTML file, CSV and LaTeX tables and a W&B report out. No torch here.
+"""The verb `report`: runs in, one HTML file, CSV and LaTeX tables and a W&B report out. No torch here.
 
     python -m lit_defect report RUNS... [-o FOLDER] [--compare A B] [--group-by KEY ...] [--filter KEY=VALUE ...]
 
-`matter` gathers runs (`collect`), arms (`arms`), figures (`figures`) and tests (`comparing`); `contents` puts them into
-sections (`results`, `protocol`, `published`, `sweeps`, `appendix`) made of `blocks`; `html`, `tables` and
-`wandb_report` write those down.
+RUNS may be `wandb:ENTITY/PROJECT[/GROUP]`, too (`wandb_runs`). `matter` gathers runs (`collect`), arms (`arms`),
+figures (`figures`) and tests (`comparing`); `contents` puts them into sections (`answer`, `results`, `protocol`,
+`published`, `sweeps`, `appendix`) made of `blocks`; `html`, `tables` and `wandb_report` write those down.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def _make(options: argparse.Namespace, command: str) -> list[str]:
     """Write all that is asked for; returns where."""
     from lit_defect.report.contents import build
     from lit_defect.report.html import write_html
-    from lit_defect.report.matter import Asked, gather
+    from lit_defect.report.matter import Asked, common_folder, gather
     from lit_defect.report.tables import write_tables
 
     asked = Asked(
-        runs=options.runs,
+        runs=_folders(options.runs, options.output),
         group_by=options.group_by,
         compare=options.compare,
         filters=options.filter,
@@ -68,12 +68,22 @@ def _make(options: argparse.Namespace, command: str) -> list[str]:
     matter = gather(asked)
     report, folder = build(matter), options.output
     try:
-        written = [str(write_html(report, folder / "report.html"))]
+        written = [str(write_html(report, folder / "report.html", base=Path(common_folder(matter.runs))))]
         tables = write_tables(report, folder / "tables")
     except OSError as error:
         raise UserError(f"-o {folder}: {error.strerror or error}; choose another folder") from None
     written.append(f"{folder / 'tables'}: {len(tables)} files")
     return [report.summary, *written, *_on_wandb(options, report, matter)]
+
+
+def _folders(given: Sequence[str], output: Path) -> list[Path]:
+    """Folders as they are; runs of W&B are written below the report's own folder first."""
+    from lit_defect.report.wandb_runs import SCHEME, fetch
+
+    found: list[Path] = []
+    for text in given:
+        found += fetch(text, output / "wandb_runs") if text.startswith(SCHEME) else [Path(text)]
+    return found
 
 
 def _on_wandb(options: argparse.Namespace, report: Report, matter: Matter) -> list[str]:
@@ -105,7 +115,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, metavar="RUNS", help="run folders, or folders of runs, up to three levels deep")
+    add(
+        "runs",
+        nargs="*",
+        metavar="RUNS",
+        help="run folders, or folders of runs, up to three levels deep; or, when logged in, runs of W&B: "
+        "wandb:ENTITY/PROJECT or wandb:ENTITY/PROJECT/GROUP, a group being an experiment",
+    )
     add("-o", "--output", type=Path, default=Path("report"), metavar="FOLDER", help="where it goes (report)")
     add("--group-by", nargs="+", default=[], metavar="KEY", help="options whose values make the arms, e.g. model.lr")
     add("--compare", nargs=2, metavar=("A", "B"), help="two arms: B is held against A")

@@ -65,7 +65,7 @@ def run_table(matter: Matter) -> Section:
     rows: list[list[Cell]] = [
         [
             _relative(run.folder.path, base),
-            arm_of.get(run.folder.path, "-"),
+            arm_of.get(run.folder.path),
             run.state,
             str(run.seeds[0]),
             run.record.get("epochs"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -22,6 +23,7 @@ Seeds = tuple[Any, Any]
 _NAMED_BY = 3
 """Up to so many options stand in the names of arms."""
 _TRIED = 20
+_DIGITS = 6  # of a number in a name
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Arm:
     def repeated(self) -> int:
         """How many runs have a seed that another run of this arm has."""
         return len(self.runs) - len({run.seeds for run in self.runs})
+
+
+def spread_cell(found: Spread, factor: float = 1.0, digits: int = 3, *, sign: bool = False) -> str | None:
+    """`0.943 ± 0.002` as `Spread.text` has it; None, an empty place of a table, where there is nothing."""
+    return found.text(factor, digits, sign=sign) if found.seeds else None
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,21 @@ def choose_baseline(arms: Sequence[Arm], compare: Sequence[str] | None, study: S
 
 
 def _most_usual(arms: Sequence[Arm]) -> Arm:
-    """The arm with the fewest departures from the values that most arms have; the first of several."""
+    """The arm with the fewest departures from the values that most arms have; of several the one with most seeds.
+
+    Of several data sets, an arm of the one that most arms are of: others cannot be held against it.
+    """
+    data = Counter(arm.runs[0].data for arm in arms)
+    arms = [arm for arm in arms if data[arm.runs[0].data] == max(data.values())]
     differ = _differences(arms)
     usual = {key: Counter(texts.values()).most_common(1)[0] for key, texts in differ.items()}
     common = {key: value for key, (value, count) in usual.items() if count > 1}
-    return min(arms, key=lambda arm: sum(differ[key][arm.name] != value for key, value in common.items()))
+
+    def rank(arm: Arm) -> tuple[int, int]:
+        departures = sum(differ[key][arm.name] != value for key, value in common.items())
+        return departures, -len({run.seeds for run in arm.runs})
+
+    return min(arms, key=rank)
 
 
 def _grouped(runs: Sequence[RunInfo], value: Callable[[RunInfo], tuple[str, ...]], keys: Sequence[str]) -> list[Arm]:
@@ -192,8 +209,9 @@ def _names(options: Sequence[Mapping[str, str]]) -> list[list[str]]:
     keys = sorted(differing, key=lambda key: (key.count("."), len(key), key))
     for count in range(1, _NAMED_BY + 1):
         for chosen in combinations(keys[:_TRIED], count):
-            if len({tuple(found.get(key) for key in chosen) for found in options}) == len(options):
-                return [[_word(key, found.get(key, "-")) for key in chosen] for found in options]
+            told = [[_word(key, found.get(key, "-")) for key in chosen] for found in options]
+            if len(set(map(tuple, told))) == len(options):
+                return told
     usual = {key: Counter(found.get(key) for found in options).most_common(1)[0][0] for key in keys}
     names = []
     for found in options:
@@ -210,6 +228,9 @@ def _names(options: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def _word(key: str, value: str) -> str:
+    if len(value) > _DIGITS + 2:
+        with suppress(ValueError):
+            value = f"{float(value):.{_DIGITS}g}"
     return f"{short(key).rpartition('.')[2]}={value}"
 
 

@@ -17,10 +17,12 @@ class Text:
 
     Attributes:
         kind: `note` for what explains, `warning` for what a reader must not miss.
+        items: of a list behind the text, in the same box.
     """
 
     text: str
     kind: Literal["plain", "note", "warning"] = "plain"
+    items: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

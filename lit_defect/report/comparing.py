@@ -1,12 +1,12 @@
 """Arms held against a baseline: what their differences are, and what these allow to say.
 
-1. The unit is the seed: the paired t test and interval are those of the differences seed by seed, over the seeds that
-   both arms have.
-2. A pair is refused whose runs were tested on different pictures.
-3. All p-values of one table are adjusted together, by Holm's procedure (1979).
-4. Where predictions of the same pictures exist, the judged figure has one interval for both sources of doubt, seeds and
-   pictures, by the rule of studies (study_verdict): 1 - 0.05 / k for k arms. Elsewhere a conclusion holds for other
-   seeds on these pictures only, and says so.
+1. The unit is the seed: differences are taken seed by seed, over the seeds that both arms have.
+2. A pair is refused whose runs were tested on different pictures or other data.
+3. What is concluded rests on one figure and one interval for each arm, at 1 - 0.05 / k for k arms, by the rule of
+   studies (study_verdict). Where predictions of the same pictures exist it holds both sources of doubt, seeds and
+   pictures; elsewhere seeds only, and the conclusion says so.
+4. A table of all figures has paired t tests, their p-values adjusted together by Holm's procedure (1979).
+5. Training logs and mirrored training pictures conclude nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from scipy import stats
 
 from lit_defect.errors import UserError
+from lit_defect.metrics.intervals import Interval, t_interval
 from lit_defect.report.arms import Arm, Seeds
 from lit_defect.report.collect import RunInfo
 from lit_defect.report.figures import better, label
@@ -31,6 +32,8 @@ from lit_defect.reporting.study_verdict import verdict
 _JUDGED = {"accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy", "auroc": "auroc", "defect_auroc": "auroc"}
 """Figures of a classifier that have an interval over pictures, by the names of study_runs."""
 _DETECTED = "image/auroc"
+_UNREADABLE = (UserError, OSError, KeyError, ValueError)
+"""Predictions or splits that are missing, or of another kind."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Difference:
         p_value: of the paired t test; nan for fewer than two seeds, or differences that are all the same.
         adjusted: the same by Holm, over all tests of the table.
         refused: why there is none, if so.
+        values: seed by seed.
     """
 
     arm: str
@@ -50,6 +54,13 @@ class Difference:
     p_value: float = math.nan
     adjusted: float = math.nan
     refused: str = ""
+    values: Sequence[float] = ()
+
+    def limits(self, level: float) -> Interval:
+        """The t interval of the mean at a level; without limits where all seeds say the same, which tells no spread."""
+        if not math.isfinite(self.p_value):
+            return Interval(self.spread.mean)
+        return t_interval(self.values, level)
 
 
 @dataclass(frozen=True)
@@ -73,11 +84,15 @@ class OverPictures:
 
 def paired_t(first: Mapping[Seeds, float], other: Mapping[Seeds, float]) -> tuple[Spread, float]:
     """Mean of `other` less `first` over the seeds of both with its t interval, and the p-value of the paired t test."""
-    differences = [other[seed] - first[seed] for seed in first if seed in other]
+    differences = _by_seed(first, other)
     spread = Spread.of(differences)
     if spread.seeds < 2 or spread.sd <= 1e-12 * max(map(abs, differences)):
         return spread, math.nan
     return spread, float(2 * stats.t.sf(abs(spread.mean) / (spread.sd / math.sqrt(spread.seeds)), spread.seeds - 1))
+
+
+def _by_seed(first: Mapping[Seeds, float], other: Mapping[Seeds, float]) -> list[float]:
+    return [other[seed] - first[seed] for seed in first if seed in other]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -104,17 +119,20 @@ def differences(baseline: Arm, others: Sequence[Arm], stage: str, figures: Seque
             elif not first.keys() & other.keys():
                 found.append(Difference(arm.name, figure, refused="no seed that both have"))
             else:
-                found.append(Difference(arm.name, figure, *paired_t(first, other)))
+                spread, p_value = paired_t(first, other)
+                found.append(Difference(arm.name, figure, spread, p_value, values=_by_seed(first, other)))
     adjusted = holm([one.p_value for one in found])
     return [replace(one, adjusted=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 def unlike_pictures(baseline: Arm, arm: Arm, stage: str) -> str:
-    """Why runs of the same seed cannot be paired: they were tested on different pictures; empty where they can."""
+    """Why runs of the same seed cannot be paired: other data or other test pictures; empty where they can be."""
     mine = {run.seeds: run for run in baseline.runs if stage in run.measured}
     for run in arm.runs:
         if stage not in run.measured or run.seeds not in mine:
             continue
+        if mine[run.seeds].data != run.data:
+            return f"of other data: {mine[run.seeds].data} and {run.data}"
         first, other = (tested_names(one, stage) for one in (mine[run.seeds], run))
         if first and other and first != other:
             shared = len(first & other)
@@ -130,32 +148,43 @@ def unlike_pictures(baseline: Arm, arm: Arm, stage: str) -> str:
 def over_pictures(baseline: Arm, others: Sequence[Arm], stage: str, figure: str) -> list[OverPictures]:
     """The judged figure picture by picture; empty where predictions do not tell."""
     key = "auroc" if figure == _DETECTED else _JUDGED.get(figure)
-    arms = [baseline, *others]
     of_defects = any("defect_auroc" in run.measured[stage].about for run in baseline.runs if stage in run.measured)
-    if key is None or any(arm.repeated for arm in arms) or (figure == "auroc" and of_defects):
+    if key is None or baseline.repeated or (figure == "auroc" and of_defects):
         return []  # study_runs takes the AUROC of good against defects where there is one
-    level = 1 - 0.05 / max(1, len(others))
-    found = []
     try:
         first = _tested(baseline, stage, figure)
-        for arm in others:
-            other = {} if unlike_pictures(baseline, arm, stage) else _tested(arm, stage, figure)
-            judged = judge(first, other, stage, key, level)
-            if judged is None:
-                continue
-            said = verdict(judged, label(figure), level)
-            both = compare(first, other, stage) if figure != _DETECTED else None
-            if both is None:
-                found.append(OverPictures(arm.name, said, judged))
-            else:
-                p_values = tuple(test.p_value for test in both.discordant.values())
-                found.append(OverPictures(arm.name, said, judged, both.summed.only_a, both.summed.only_b, p_values))
-    except (UserError, OSError, KeyError, ValueError):
-        return []  # predictions or splits are missing or of another kind: the seeds remain
-    return found
+    except _UNREADABLE:
+        return []
+    found = (_over_pictures(first, arm, stage, figure, key, level_of(others)) for arm in others
+             if not arm.repeated and not unlike_pictures(baseline, arm, stage))  # fmt: skip
+    return [one for one in found if one is not None]
 
 
-def seeds_only(found: Difference, baseline: str) -> str:
+def _over_pictures(
+    first: Mapping[Seeds, StudyRun], arm: Arm, stage: str, figure: str, key: str, level: float
+) -> OverPictures | None:
+    """One arm; None where its predictions do not tell, so that its seeds remain."""
+    try:
+        other = _tested(arm, stage, figure)
+        judged = judge(first, other, stage, key, level)
+        if judged is None:
+            return None
+        said = verdict(judged, label(figure), level)
+        both = compare(first, other, stage) if figure != _DETECTED else None
+    except _UNREADABLE:
+        return None
+    if both is None:
+        return OverPictures(arm.name, said, judged)
+    p_values = tuple(test.p_value for test in both.discordant.values())
+    return OverPictures(arm.name, said, judged, both.summed.only_a, both.summed.only_b, p_values)
+
+
+def level_of(others: Sequence[Arm]) -> float:
+    """Of each arm's interval, so that 95 % hold for all of them together (Bonferroni)."""
+    return 1 - 0.05 / max(1, len(others))
+
+
+def seeds_only(found: Difference, baseline: str, level: float) -> str:
     """What a difference over seeds alone allows to say."""
     name, spread, n = label(found.figure), found.spread, found.spread.seeds
     if found.refused:
@@ -164,26 +193,19 @@ def seeds_only(found: Difference, baseline: str) -> str:
         return f"no conclusion on {name}: {n} seed that both have; a difference over seeds needs two at the very least."
     if not math.isfinite(found.p_value):
         return f"no conclusion on {name}: its difference to {baseline} is {spread.mean:+.4g} for each of {n} seeds."
-    text = (
-        f"{name} {spread.mean:+.3g} ({spread.low:+.3g} to {spread.high:+.3g}, {n} seeds, paired t test p "
-        f"{_compared(found.p_value)}, by Holm {_compared(found.adjusted)}): "
-    )
-    if found.adjusted > 0.05:
+    limits = found.limits(level)
+    text = f"{name} {spread.mean:+.3g} ({limits.low:+.3g} to {limits.high:+.3g} at {100 * level:.4g} %, {n} seeds): "
+    if limits.low <= 0 <= limits.high:
         return text + "no difference is shown; none is excluded within these limits either."
     good = better(found.figure)
     word = "larger" if spread.mean > 0 else "smaller"
     said = word if good is None else "better" if word == good else "worse"
-    return text + f"{said} on these test pictures, over seeds; what other pictures would change is not in it."
+    return text + f"{said} on these pictures, over seeds; what other pictures would change is not in it."
 
 
 def p_text(p_value: float) -> str:
     """`0.034`, `< 0.001`; empty for nan."""
     return "" if math.isnan(p_value) else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def _compared(p_value: float) -> str:
-    text = p_text(p_value)
-    return text if text.startswith("<") else f"= {text}"
 
 
 def _tested(arm: Arm, stage: str, figure: str) -> dict[Seeds, StudyRun]:

@@ -20,7 +20,7 @@ Series = tuple[Floats, Floats]
 POINTS = 200
 RUNS = 10
 """So many runs of an arm are read."""
-ARMS = 12
+ARMS = 32
 """So many arms have curves."""
 CHARTS = 6
 _FIRST = ("train/loss", "val/loss")

@@ -38,7 +38,7 @@ _LARGER = re.compile(
     r"pictures_per_second)$"
 )
 _PREFERRED = (
-    "balanced_accuracy", "auroc", "accuracy", "average_precision", "f1",
+    "defect_auroc", "auroc", "balanced_accuracy", "accuracy", "average_precision", "f1",
     "image/auroc", "pixel/average_precision", "pixel/aupro", "image/average_precision", "pixel/auroc",
     "refined/iou", "gain/refined/iou", "segmenter/iou", "stage1/iou", "refined/boundary_iou", "segmenter/boundary_iou",
     "escape_rate", "overkill_rate", "image/escape_rate", "image/overkill_rate",
@@ -120,7 +120,7 @@ def digits(values: Iterable[float]) -> int:
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """The figures that a reader wants first, the one that is judged by in front.
+    """The figures that a reader wants first, the one that is judged by in front: one that no threshold decides.
 
     Args:
         names: of all figures that there are, in their order in the files.

@@ -124,7 +124,12 @@ class _Page:
         match block:
             case Text():
                 role = "note" if block.kind != "plain" else None
-                return element("p", prose(block.text), class_=None if role is None else block.kind, role=role)
+                class_ = None if role is None else block.kind
+                if not block.items:
+                    return element("p", prose(block.text), class_=class_, role=role)
+                text = element("p", prose(block.text)) if block.text else None
+                items = element("ul", *(element("li", prose(item)) for item in block.items))
+                return element("div", text, items, class_=class_, role=role)
             case Code():
                 caption = element("figcaption", prose(block.caption)) if block.caption else None
                 code = element("pre", element("code", block.text), tabindex=0)

@@ -28,6 +28,11 @@ STAGE_NAMES = {
     "mirrored": "mirrored training pictures",
     LOGGED: "values logged last",
 }
+NO_TEST = {
+    "mirrored": "These pictures were trained on: the figures say how well a network remembers, and are no test.",
+    LOGGED: "No run has been evaluated; these are training logs and no results.",
+}
+"""Stages of which nothing is concluded, and why."""
 PAIRED = 10
 """So many arms are held against the baseline picture by picture, which takes a second or so each."""
 
@@ -82,6 +87,16 @@ class Matter:
         """Arms that have results, in order."""
         return [arm for arm in self.grouped.arms if any(self.stage in run.measured for run in arm.runs)]
 
+    @cached_property
+    def asked_of_runs(self) -> bool:
+        """Whether the report is about runs: not where they are the trials of its sweeps and nothing else."""
+        return not self.sweeps or not all(any(sweep.made(run) for sweep in self.sweeps) for run in self.runs)
+
+    @property
+    def data_sets(self) -> int:
+        """How many data sets and categories the arms with results are of."""
+        return len({run.data for arm in self.arms for run in arm.runs})
+
     @property
     def where(self) -> str:
         """The stage in words."""
@@ -100,7 +115,7 @@ class Matter:
     @cached_property
     def pictures(self) -> list[OverPictures]:
         """The judged figure picture by picture, of as many arms as can be had."""
-        if self.baseline is None or len(self.others) > PAIRED:
+        if self.baseline is None or len(self.others) > PAIRED or self.stage in NO_TEST:
             return []
         return over_pictures(self.baseline, self.others, self.stage, self.judged)
 
@@ -121,7 +136,7 @@ def gather(asked: Asked) -> Matter:
     stage = _stage(runs, asked.stage)
     readable = [run for run in runs if run.config] or runs
     arms = make_arms(readable, asked.group_by, study) if readable else Arms((), {})
-    figures = _figures(asked, readable, stage, study)
+    figures = _figures(asked, readable, stage, study.judged_by if study else "", [sweep.metric for sweep in sweeps])
     judged = figures[0] if figures else ""
     with_results = [arm for arm in arms.arms if arm.by_seed(stage, judged)]
     baseline, others = choose_baseline(with_results, asked.compare, study) if with_results else (None, [])
@@ -170,14 +185,17 @@ def _logged(runs: Sequence[RunInfo]) -> list[RunInfo]:
     return found
 
 
-def _figures(asked: Asked, runs: Sequence[RunInfo], stage: str, study: Study | None) -> list[str]:
+def _figures(asked: Asked, runs: Sequence[RunInfo], stage: str, judged: str, swept: Sequence[str]) -> list[str]:
+    """The figures of the report; the first one is asked for, or the study's, or what a sweep looked at, or usual."""
     measured = [run.measured[stage] for run in runs if stage in run.measured]
     counts = Counter(name for found in measured for name in found.figures)
     names = list(counts)
     if not asked.metrics:
         common = [name for name, count in counts.items() if 2 * count >= len(measured)]
-        chosen = choose(common or names)
-        judged = study.judged_by if study else ""
+        validated = [name.removeprefix("val/") for name in common if name.startswith("val/")]
+        chosen = [f"val/{name}" for name in choose(validated)] if stage == LOGGED else choose(common or names)
+        chosen = chosen or choose(common or names)
+        judged = judged or next((name for name in swept if name in names), "")
         judged = "defect_auroc" if judged == "auroc" and "defect_auroc" in names else judged
         return [judged, *(name for name in chosen if name != judged)] if judged in names else chosen
     for name in asked.metrics:

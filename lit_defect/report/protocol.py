@@ -49,28 +49,31 @@ def question(matter: Matter) -> Section:
             )
             said += f" Arms are held against `{matter.baseline.name}`, chosen {chosen}."
         blocks.append(Text(said))
+    if asked.filters:
+        blocks.append(Text(f"Only runs with {' and '.join(f'`{text}`' for text in asked.filters)}.", "note"))
+    return Section("Question", blocks)
+
+
+def _how_made(matter: Matter) -> Text:
+    asked, study = matter.asked, matter.study
     how = "by the study's file" if study else f"by {', '.join(asked.group_by)}" if asked.group_by else ""
     prefix = matter.grouped.prefix
     made = (
         "Runs of one experiment that differ in nothing but seeds make an arm, named by its experiment and by options "
     )
     made += f"that tell it apart{f'; `{prefix}`, with which all experiments begin, is left out' if prefix else ''}."
-    blocks.append(Text(f"Arms were made {how}." if how else made, "note"))
-    if asked.filters:
-        blocks.append(Text(f"Only runs with {' and '.join(f'`{text}`' for text in asked.filters)}.", "note"))
-    return Section("Question", blocks)
+    return Text(f"Arms were made {how}." if how else made, "note")
 
 
 def protocol(matter: Matter) -> Section:
     """What the arms are, and with what they were made."""
-    blocks: list[Block] = [_arms_table(matter)]
+    blocks: list[Block] = [_how_made(matter), *_arms_table(matter)]
     blocks += _differences(matter)
-    for name, keys in matter.grouped.mixed:
-        blocks.append(Text(f"{name}: its runs differ in more than seeds: {keys}.", "warning"))
-    for arm in matter.grouped.arms:
-        if arm.repeated:
-            text = f"{arm.name}: {arm.repeated} runs repeat a seed of another; the mean of a seed's runs counts once."
-            blocks.append(Text(text, "warning"))
+    if mixed := [f"{name}: {keys}" for name, keys in matter.grouped.mixed]:
+        blocks.append(Text("Runs of one arm differ in more than seeds:", "warning", _shortened(mixed)))
+    if repeated := [f"{arm.name}: {arm.repeated} runs" for arm in matter.grouped.arms if arm.repeated]:
+        text = "Runs that repeat a seed of their arm; the mean of a seed's runs counts once:"
+        blocks.append(Text(text, "warning", _shortened(repeated)))
     blocks += _environment(matter.runs)
     return Section("Protocol", blocks)
 
@@ -80,7 +83,8 @@ def leakage(matter: Matter) -> Section | None:
     if not matter.arms:
         return None
     rows: list[list[Cell]] = []
-    warnings: list[str] = []
+    seen: list[str] = []
+    unknown: list[str] = []
     for arm in matter.arms:
         runs = [run for run in arm.runs if matter.stage in run.measured]
         found = [_near_duplicates(run.folder.path / "leakage.csv", matter.stage) for run in runs]
@@ -94,14 +98,14 @@ def leakage(matter: Matter) -> Section | None:
                 _value(spread.mean),
                 _value(fresh.mean),
                 _value(fresh.mean - spread.mean),
-                ", ".join(generators) or "-",
+                ", ".join(generators) or None,
                 learnt,
             ]
         )
         if learnt:
-            warnings.append(f"{arm.name}: {learnt} test pictures were among what its generator has learnt from.")
+            seen.append(f"{arm.name}: from {learnt}")
         if not counted:
-            warnings.append(f"{arm.name}: no `leakage.csv`: near-duplicates were not looked for.")
+            unknown.append(arm.name)
     name = label(matter.judged)
     columns = [
         Column("arm"),
@@ -114,7 +118,12 @@ def leakage(matter: Matter) -> Section | None:
     ]
     blocks: list[Block] = [
         Table("leakage", columns, rows, f"What stands on both sides of the split, and what it is worth in {name}."),
-        *(Text(text, "warning" if "learnt" in text else "note") for text in _shortened(warnings)),
+        *([Text("Its generator has learnt from test pictures:", "warning", _shortened(seen))] if seen else []),
+        *(
+            [Text("Near-duplicates were not looked for (no `leakage.csv`):", "note", _shortened(unknown))]
+            if unknown
+            else []
+        ),
     ]
     if matter.stage == "mirrored":
         blocks.append(Text("The tested pictures are the training pictures mirrored: a leak by design.", "warning"))
@@ -139,7 +148,8 @@ def cost(matter: Matter) -> Section | None:
     return Section("Time and memory", [Table("cost", columns, rows, "Means over the runs of each arm.")])
 
 
-def _arms_table(matter: Matter) -> Table:
+def _arms_table(matter: Matter) -> Iterator[Block]:
+    """What all arms have in common in a sentence, and the rest as a table."""
     rows: list[list[Cell]] = []
     for arm in matter.grouped.arms:
         run = arm.runs[0]
@@ -170,7 +180,19 @@ def _arms_table(matter: Matter) -> Table:
         Column("steps", 0),
         Column("devices", 0),
     ]
-    return Table("arms", columns, rows, "The arms, with the pictures of the first run of each.")
+    same = [k for k in range(1, len(columns)) if len(rows) > 1 and len({row[k] for row in rows}) == 1]
+    said = [f"{columns[k].name} {_plain(rows[0][k])}" for k in same if rows[0][k] is not None]
+    if said:
+        yield Text(f"The same for all {len(rows)} arms: {'; '.join(said)}.")
+    kept = [k for k in range(len(columns)) if k not in same]
+    if kept == [0]:
+        return
+    rows = [[row[k] for k in kept] for row in rows]
+    yield Table("arms", [columns[k] for k in kept], rows, "The arms, with the pictures of the first run of each.")
+
+
+def _plain(cell: Cell) -> str:
+    return f"{cell:g}" if isinstance(cell, float) else str(cell)
 
 
 def _counts(run: RunInfo) -> tuple[Cell, Cell, Cell, Cell]:
@@ -235,7 +257,9 @@ def _belongs_to_another(key: str, texts: Mapping[str, str], differ: Mapping[str,
 def _side_by_side(name: str, caption: str, keys: Sequence[str], matter: Matter, usual: Mapping[str, str]) -> Table:
     """Options by arms; of more than two arms, what departs from the usual value stands out."""
     arms, differ = matter.grouped.arms, matter.grouped.differ
-    rows: list[list[Cell]] = [[key, *(_shown(differ[key][arm.name]) for arm in arms)] for key in keys]
+    rows: list[list[Cell]] = [
+        [key, *(None if (text := differ[key][arm.name]) == "-" else _shown(text) for arm in arms)] for key in keys
+    ]
     strong = [
         (i, k)
         for i, key in enumerate(keys)
@@ -361,4 +385,4 @@ def _shown(text: str) -> str:
 
 def _shortened(texts: Sequence[str]) -> list[str]:
     """The first few, and how many more there are."""
-    return [*texts[:5], *([f"... and {len(texts) - 5} more of these notes."] if len(texts) > 5 else [])]
+    return [*texts[:5], *([f"... and {len(texts) - 5} more"] if len(texts) > 5 else [])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lit_defect.report.arms import Arm
+from lit_defect.report.arms import Arm, spread_cell
 from lit_defect.report.blocks import Block, Cell, Column, Details, Section, Table, Text
 from lit_defect.report.matter import Matter
 from lit_defect.reporting import contrastive, localization, refinement, zheng_nagata
@@ -77,7 +77,7 @@ def _zheng_nagata(matter: Matter) -> Iterator[Block]:
     rows: list[list[Cell]] = [
         [str(k + 1), *(values[k] if k < len(values) else None for values in columns.values())] for k in range(most)
     ]
-    rows.append(["mean ± sd", *(found.text(digits=2) for found in spreads)])
+    rows.append(["mean ± sd", *(spread_cell(found, digits=2) for found in spreads)])
     heads = [Column("trial or seed"), *(Column(name, 2) for name in columns)]
     yield Table("zheng_nagata", heads, rows, "Accuracy in percent, Zheng & Nagata's table 1 beside ours.")
     yield Text(f"Published, B less A: {zheng_nagata.published_difference()} points.")
@@ -91,7 +91,7 @@ def _contrastive(matter: Matter) -> Iterator[Block]:
     columns = [Column("image AUROC, %"), *(Column(name, 1) for name in contrastive.OBJECTS), Column("mean", 1)]
     rows: list[list[Cell]] = [[row.name, *map(float, row.auroc), row.mean] for row in contrastive.PUBLISHED]
     for arm, category in _of(matter, contrastive.OBJECTS):
-        text = arm.spread(matter.stage, "image/auroc").text(100, 1)
+        text = spread_cell(arm.spread(matter.stage, "image/auroc"), 100, 1)
         rows.append([f"ours, {arm.name}", *(text if name == category else None for name in contrastive.OBJECTS), None])
     yield Table("published_contrastive", columns, rows, "Published image AUROC on MVTec AD beside ours.")
     for row in contrastive.PUBLISHED:
@@ -110,7 +110,7 @@ def _refinement(matter: Matter) -> Iterator[Block]:
     rows.append(["all images", *_published(before.total, after.total), None, None, None])
     for arm, name in _animals(matter):
         cells = [
-            arm.spread(matter.stage, figure).text(100, 1, sign="gain" in figure)
+            spread_cell(arm.spread(matter.stage, figure), 100, 1, sign="gain" in figure)
             for figure in ("stage1/iou", "refined/iou", "gain/refined/iou")
         ]
         rows.append([f"{name}: {arm.name}", None, None, None, *cells])
@@ -142,7 +142,7 @@ def _localization(matter: Matter) -> Iterator[Block]:
     ]
     by_published = {theirs: ours for ours, theirs in _LOCALIZED.items()}
     for arm, category in _of(matter, CATEGORIES):
-        cells = [arm.spread(matter.stage, by_published[name]).text(100, 1) for name in localization.FIGURES]
+        cells = [spread_cell(arm.spread(matter.stage, by_published[name]), 100, 1) for name in localization.FIGURES]
         rows.append([f"ours, {arm.name}", *cells, f"ours, {category} alone"])
     yield Table("published_localization", columns, rows, "Published means over MVTec AD beside ours.")
     yield Text(

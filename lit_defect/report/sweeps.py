@@ -7,11 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lit_defect.errors import UserError
 from lit_defect.report.blocks import Bars, Block, Cell, Code, Column, Curve, Lines, Parallel, Section, Table, Text
+from lit_defect.report.collect import RunInfo
 from lit_defect.report.figures import digits
 from lit_defect.report.keys import short
 
@@ -51,6 +53,14 @@ class Sweep:
         names = dict.fromkeys(name for trial in self.trials for name in trial.get("runs") or ())
         return [path.resolve() for name in names if (path := self.folder.parent / name).is_dir()]
 
+    def made(self, run: RunInfo) -> bool:
+        """Whether a run is of one of its trials, also of one that the file does not tell of yet."""
+        return run.folder.run_id.startswith(f"{self.name}-t") or run.folder.path.resolve() in self._folders
+
+    @cached_property
+    def _folders(self) -> frozenset[Path]:
+        return frozenset(self.run_folders())
+
 
 def find_sweeps(given: Sequence[Path]) -> list[Sweep]:
     """Sweeps whose file lies in a given folder, or in a folder of it."""
@@ -86,8 +96,8 @@ def _blocks(sweep: Sweep) -> Iterator[Block]:
     states = Counter(str(trial.get("state")) for trial in sweep.trials)
     yield Text(
         f"{len(sweep.trials)} trials ({', '.join(f'{count} {state}' for state, count in states.items())}) by "
-        f"{sweep.said.get('method', 'an unnamed method')}, which {'maximize' if sweep.maximize else 'minimize'} "
-        f"`{sweep.metric}`."
+        f"{sweep.said.get('method', 'an unnamed method')}, in search of the "
+        f"{'largest' if sweep.maximize else 'smallest'} `{sweep.metric}`."
     )
     names = list(sweep.said.get("parameters") or (complete[0]["params"] if complete else {}))
     if not complete:

@@ -153,7 +153,8 @@ def _blocks(wr: Any, blocks: Iterable[Block], runset: Any) -> Iterator[Any]:
 
 def _markdown(block: Block) -> str:
     if isinstance(block, Text):
-        return f"> **{block.text}**" if block.kind == "warning" else block.text
+        text = f"> **{block.text}**" if block.kind == "warning" else block.text
+        return "\n".join([text, "", *(f"- {item}" for item in block.items)]).strip()
     if isinstance(block, Code):
         return f"{block.caption}\n\n```\n{block.text}\n```"
     if isinstance(block, Table):

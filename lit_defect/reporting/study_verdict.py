@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lit_defect.reporting.study_runs import FIGURES, HOLD_OUT, Judged, Results, has_stage, judge
 from lit_defect.study_file import Study
@@ -30,8 +30,9 @@ def conclusions(study: Study, results: Results) -> Iterator[str]:
         f"all {len(study.arms) - 1} arms against {study.baseline} together; nothing is concluded from fewer than two "
         f"seeds or {LEAST_PARTS} parts. The tables have intervals of 95 %, each by itself."
     )
-    yield _when_chosen(study, results)
-    yield from _of_one_generation(study)
+    started = [str(run.folder.record().get("started")) for runs in results.values() for run in runs.values()]
+    yield when_chosen(study, started)
+    yield from of_one_generation(study)
 
 
 def verdict(found: Judged, figure: str, level: float) -> str:
@@ -72,8 +73,8 @@ def _sentences(study: Study, results: Results, level: float) -> Iterator[str]:
         yield f"**{arm} ({study.arms[arm].title}) against {study.baseline}: {said}**"
 
 
-def _when_chosen(study: Study, results: Results) -> str:
-    """Whether the figure was written down before there were results to choose it by."""
+def when_chosen(study: Study, started: Sequence[str]) -> str:
+    """Whether the figure was written down before there were results to choose it by; `started`: of the runs."""
     figure = FIGURES[study.judged_by]
     try:
         told = json.loads(study.plan_file.read_text(encoding="utf-8"))
@@ -82,13 +83,12 @@ def _when_chosen(study: Study, results: Results) -> str:
         return f"Judged by {figure}; that it was chosen before the runs is written down nowhere."
     if before != study.judged_by:
         return f"**Judged by {figure}, although {before} was written down at {written}: chosen afterwards.**"
-    started = [str(run.folder.record().get("started")) for runs in results.values() for run in runs.values()]
     if any(start < written for start in started):
         return f"Judged by {figure}, written down at {written}, when some of these runs had begun (at {min(started)})."
     return f"Judged by {figure}, written down at {written}, before the first of these runs."
 
 
-def _of_one_generation(study: Study) -> Iterator[str]:
+def of_one_generation(study: Study) -> Iterator[str]:
     """Steps that are run once, for all seeds: of their chance, no interval tells."""
     arms_of: dict[tuple[str, ...], list[str]] = {}
     for name, arm in study.arms.items():
