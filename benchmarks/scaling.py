@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve()
 FIRST = 10  # steps that are not counted
@@ -61,6 +62,8 @@ def plain(options: argparse.Namespace) -> None:
         loss.backward()
         optimizer.step()
     tell(stamps)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def lightning(options: argparse.Namespace) -> None:
@@ -117,6 +120,27 @@ def ours(options: argparse.Namespace) -> None:
     tell(STAMPS)
 
 
+def reduce(options: argparse.Namespace) -> None:
+    """Seconds to sum gradients of 1, 10 and 100 MB over the processes."""
+    import torch
+    import torch.distributed as distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    found = {}
+    for megabytes in (1, 10, 100):
+        gradients, times = torch.ones(megabytes * 250_000), []
+        for _ in range(FIRST + 10):
+            distributed.barrier()
+            began = time.perf_counter()
+            distributed.all_reduce(gradients)
+            times.append(time.perf_counter() - began)
+        found[megabytes] = statistics.median(times[FIRST:])
+    if int(os.environ["RANK"]) == 0:
+        print("STEP " + json.dumps(found), flush=True)
+    distributed.destroy_process_group()
+
+
 STAMPS: list[float] = []
 
 
@@ -142,8 +166,8 @@ def tell(stamps: list[float]) -> None:
 # ---- the measurement --------------------------------------------------------------------------------------------
 
 
-def measure(contestant: str, processes: int, options: argparse.Namespace) -> float:
-    """Median seconds of a step."""
+def measure(contestant: str, processes: int, options: argparse.Namespace) -> Any:
+    """Median seconds of a step; of `reduce`, by megabytes."""
     words = [str(HERE), "--contestant", contestant, "--steps", str(options.steps), "--network", options.network]
     words += ["--size", str(options.size), "--batch", str(options.batch)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -152,7 +176,7 @@ def measure(contestant: str, processes: int, options: argparse.Namespace) -> flo
     lines = [line for line in found.stdout.splitlines() if line.startswith("STEP ")]
     if not lines:
         raise SystemExit(found.stdout[-2000:] + found.stderr[-3000:])
-    return float(lines[-1].removeprefix("STEP "))
+    return json.loads(lines[-1].removeprefix("STEP "))
 
 
 def main() -> None:
@@ -161,7 +185,7 @@ def main() -> None:
         paper()
         return
     if options.contestant:
-        {"plain": plain, "lightning": lightning, "ours": ours}[options.contestant](options)
+        {"plain": plain, "lightning": lightning, "ours": ours, "reduce": reduce}[options.contestant](options)
         return
     times: dict[tuple[str, int], list[float]] = {}
     for _ in range(options.repeats):
@@ -181,32 +205,39 @@ def main() -> None:
             f"{two / best['plain', 2]:.2f}",
         )
         print(f"| {name} | {' | '.join(shown)} | {2 * one / two:.2f} |")
+    print("\nA sum over 2 processes (gloo, one machine):")
+    for megabytes, seconds in measure("reduce", 2, options).items():
+        print(f"- {megabytes} MB: {1000 * seconds:.1f} ms, {int(megabytes) / 1000 / seconds:.2f} GB/s")
 
 
 # ---- on paper ---------------------------------------------------------------------------------------------------
 
 
+SYSTEMS = {  # trained parameters in millions, forward and backward of a picture in GFLOP, pictures a GPU and step
+    "VGG19, all of it, 224": (139.6, 3 * 39.3, 32),
+    "lite0, all of it, 224": (3.4, 3 * 0.77, 64),
+    "SimCLR, ResNet-18, 256": (11.6, 2 * 3 * 4.7, 32),
+    "AnomalyDiffusion on SD 1.5": (1.0, 2 * 680.0, 4),
+    "LoRA on SD 1.5": (3.2, 3 * 680.0, 4),
+}
+RATE, INSIDE, ACROSS, LATENCY = 150e12, 150e9, 20e9, 15e-6  # assumed: FLOP/s, bytes/s in a node and between, seconds
+HOST, FEED = 5e-3, 5900  # seconds that launching a step takes (assumed); pictures/s of a process's cache (measured)
+
+
 def paper() -> None:
-    """Seconds of a step on N GPUs: computing, and what of the all-reduce does not hide behind the backward pass."""
-    systems = {  # trained parameters (millions), forward and backward of a picture (GFLOP), pictures a GPU and step
-        "classifier, VGG19, all of it, 224": (139.6, 3 * 39.3, 32),
-        "classifier, lite0, 224": (3.4, 3 * 0.77, 64),
-        "SimCLR, ResNet-18, 256": (11.6, 2 * 3 * 4.7, 32),
-        "AnomalyDiffusion on SD 1.5 (vectors only)": (1.0, 2 * 680.0, 4),
-        "LoRA rank 8 on SD 1.5": (3.2, 3 * 680.0, 4),
-    }
-    rate, inside, across, latency = 150e12, 150e9, 20e9, 15e-6  # see experiments/SCALING.md
-    print("| system | GPUs | computes, ms | all-reduces, ms | hidden, ms | step, ms | efficiency |")
-    print("|---|---|---|---|---|---|---|")
-    for name, (millions, work, batch) in systems.items():
-        computes, size = batch * work * 1e9 / rate, 4e6 * millions
+    """Seconds of a step on N GPUs: computing, feeding, and what of the all-reduce the backward pass does not hide."""
+    print("| system | GPUs | computes, ms | fed in, ms | all-reduces, ms | step, ms | pictures/s | efficiency |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (millions, work, batch) in SYSTEMS.items():
+        computes, fed = max(HOST, batch * work * 1e9 / RATE), batch / FEED
         for gpus in (1, 8, 64, 512):
-            width = inside if gpus <= 8 else across
-            sends = 0.0 if gpus == 1 else 2 * (gpus - 1) / gpus * size / width + 2 * latency * gpus.bit_length()
-            hidden = min(sends, 0.5 * computes)
-            step = computes + sends - hidden
-            shown = " | ".join(f"{1000 * value:.1f}" for value in (computes, sends, hidden, step))
-            print(f"| {name} | {gpus} | {shown} | {computes / step:.0%} |")
+            sends = 0.0
+            if gpus > 1:
+                width = INSIDE if gpus <= 8 else ACROSS
+                sends = 2 * (gpus - 1) / gpus * 4e6 * millions / width + 2 * LATENCY * gpus.bit_length()
+            step = max(computes + max(0.0, sends - 0.5 * computes), fed)
+            shown = " | ".join(f"{1000 * value:.1f}" for value in (computes, fed, sends, step))
+            print(f"| {name} | {gpus} | {shown} | {gpus * batch / step:,.0f} | {max(computes, fed) / step:.0%} |")
 
 
 def arguments() -> argparse.Namespace:
@@ -217,7 +248,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8, help="pictures a process and step")
     parser.add_argument("--paper", action="store_true", help="print the cost model")
-    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", choices=[*CONTESTANTS, "reduce"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -69,13 +68,15 @@ class StopRequest:
         self.number, self._deferred, self._owner = None, False, os.getpid()
         self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
         told, tells = os.pipe()
+        over = threading.Event()
         os.set_blocking(tells, False)
         waker = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(told,), daemon=True).start()
+        threading.Thread(target=self._watch, args=(told, over), daemon=True).start()
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `take_over`
             yield
         finally:
+            over.set()
             signal.set_wakeup_fd(waker)
             os.close(tells)
             for number, handler in self._former.items():
@@ -109,15 +110,15 @@ class StopRequest:
         if not self._deferred:
             raise Stopped(self.number)
 
-    def _watch(self, told: int) -> None:
+    def _watch(self, told: int, over: threading.Event) -> None:
         """End the process if a signal came that the main thread does not get to see.
 
         It waits in C++ then, as for processes of the launch that have stopped already.
         """
         with open(told, "rb", buffering=0) as pipe:
             while heard := pipe.read(1):
-                time.sleep(_STUCK)
-                if heard[0] in SIGNALS and self.number is None and self._former and not self._deferred:
+                unseen = heard[0] in SIGNALS and not over.wait(_STUCK)
+                if unseen and self.number is None and not self._deferred:
                     os._exit(ended(Stopped(heard[0])))
 
 

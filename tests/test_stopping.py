@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -198,6 +199,16 @@ def test_a_process_that_waits_in_cpp_ends_all_the_same(tmp_path, number, asked):
     process.send_signal(number)
     assert process.wait(IN_TIME) == 128 + number
     assert (tmp_path / "asked.txt").exists() == asked
+
+
+def test_a_signal_of_before_ends_no_later_program(monkeypatch):
+    monkeypatch.setattr(stopping, "_STUCK", 0.2)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+    with STOP.heeded(), pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with STOP.heeded():
+        time.sleep(0.5)
+    assert not [thread for thread in threading.enumerate() if "_watch" in thread.name]
 
 
 def test_a_stop_that_a_destructor_has_swallowed_is_not_forgotten(monkeypatch):
