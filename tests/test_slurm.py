@@ -190,8 +190,7 @@ def test_a_study_runs_and_only_its_preempted_job_is_put_back(slurm, config):
     study = {"study": "pair", "seeds": [0], "runs_dir": str(slurm.folder / "runs"), "judged_by": "accuracy"}
     path = slurm.folder / "pair.yaml"
     path.write_text(yaml.safe_dump({**study, "config": str(config), "arms": arms}))
-    output = f"--output={slurm.folder}/%j.out"
-    said = slurm.call("experiments/cluster/study.sh", NO_GPU, output, path, "--runs_dir", slurm.folder / "runs")
+    said = slurm.call("experiments/cluster/study.sh", NO_GPU, path, "--runs_dir", slurm.folder / "runs")
     array, report = re.fullmatch(r"jobs 0-1: (\d+)\nreport: (\d+)\n", said).groups()
     runs = [slurm.folder / "runs" / f"pair_{arm}" / "s0" for arm in arms]
     slurm.wait_for(f"{array}_0", lambda: trains(runs[0]) and trains(runs[1]))

@@ -19,6 +19,5 @@ while IFS== read -r _ numbers; do # from lines such as "stage 1: --array=2-11"
     after=(--dependency="afterany:$job")
 done < <(python -m lit_defect.study "$@" --list | grep '^stage .*--array=')
 words=$(printf '%q ' "$@")
-report=$(sbatch --parsable "${after[@]}" --job-name=report --output=slurm-%j.out \
-    --wrap "python -m lit_defect.reporting.study $words")
+report=$(sbatch --parsable "${after[@]}" --job-name=report --wrap "python -m lit_defect.reporting.study $words")
 echo "report: $report"
