@@ -89,6 +89,7 @@ class Slurm:
             "PYTHONPATH": str(ROOT),
             "SLURM_CONF": f"{folder}/slurm.conf",
             "USER": "root",
+            "SBATCH_OUTPUT": f"{folder}/%j.out",
             "MASTER_ADDR": "127.0.0.1",  # the nodes are called what no resolver knows
         }
         for name in ("RANK", "LOCAL_RANK", "LIT_DEFECT_RUN_ID"):
@@ -156,10 +157,7 @@ class Slurm:
 
     def submit(self, script: str, *words: object, options: Sequence[str] = ()) -> str:
         """Submit one of the shipped scripts as it is; returns the job's number."""
-        output = f"--output={self.folder}/%j.out"
-        return self.call(
-            "sbatch", "--parsable", NO_GPU, output, *options, f"experiments/cluster/{script}", *words
-        ).strip()
+        return self.call("sbatch", "--parsable", NO_GPU, *options, f"experiments/cluster/{script}", *words).strip()
 
     def record(self, job: str) -> dict[str, str]:
         """What SLURM says of a job, or of one of an array as `1_0`."""

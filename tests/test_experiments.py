@@ -258,4 +258,4 @@ def test_every_sweep_says_how_to_start_it(path):
     head = path.read_text().partition("name:")[0]
     assert f"#   python -m lit_defect sweep {name}" in head
     assert "sweep status" in head
-    assert f"sbatch --array=0-7 --gpus=1 --wrap 'python -m lit_defect sweep {name}'" in head
+    assert f"sbatch --array=0-7 experiments/cluster/sweep.sbatch {name}\n" in head

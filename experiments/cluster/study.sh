@@ -1,6 +1,6 @@
 #!/bin/bash
 # Checks a study here, then submits it stage by stage, each as an array behind the one before, and last its report:
-#   experiments/cluster/study.sh [OPTIONS OF sbatch, such as --gres=gpu:h100:1] FILE [OPTIONS OF lit_defect.study]
+#   experiments/cluster/study.sh [OPTIONS OF sbatch, such as --gres=gpu:h100:1] FILE [--runs_dir FOLDER]
 # The same command again does what is left.
 set -euo pipefail
 here=$(dirname "$0")
@@ -18,4 +18,6 @@ while IFS== read -r _ numbers; do # from lines such as "stage 1: --array=2-11"
     echo "jobs $numbers: $job"
     after=(--dependency="afterany:$job")
 done < <(python -m lit_defect.study "$@" --list | grep '^stage .*--array=')
-sbatch "${after[@]}" --job-name=report --output=slurm-%j.out --wrap "python -m lit_defect.reporting.study $(printf '%q ' "$@")"
+words=$(printf '%q ' "$@")
+report=$(sbatch --parsable "${after[@]}" --job-name=report --wrap "python -m lit_defect.reporting.study $words")
+echo "report: $report"
