@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -188,7 +188,7 @@ class CLI(LightningCLI):
         config_hash = runs.hash_config(self.config_dump)
         if not getattr(rank_zero_only, "rank", 0):
             self._check_run(config, run, config_hash)
-        elif config.resume and _is_finished(run, config_hash):
+        elif config.resume and _is_finished(run, self.config_dump, config_hash):
             raise SystemExit(0)  # as the first process does, which nobody shall wait for
         if config.resume and run.last.is_file():
             config.ckpt_path, config.weights_only = str(runs.whole_checkpoint(run.last)), True
@@ -213,7 +213,8 @@ class CLI(LightningCLI):
         except OSError as error:
             raise UserError(f"{run.path.parent} cannot be made ({error.strerror}): choose another --runs_dir") from None
         if not record:
-            if run.path.exists() and any(run.path.iterdir()):
+            there = list(run.path.iterdir()) if run.path.exists() else []
+            if not all(config.resume and _is_of_beginning(path) for path in there):
                 raise UserError(f"{run.path} exists and is no run folder; choose another --run_id or --experiment")
             if config.resume:
                 _say(_NOTHING.format(run.path))
@@ -224,10 +225,8 @@ class CLI(LightningCLI):
             )
         elif run.is_alive():
             raise UserError(f"{run.path} is being written by process {record.get('pid')}; wait for it or stop it")
-        elif _is_finished(run, config_hash):
+        elif _is_finished(run, self.config_dump, config_hash):
             _say(f"nothing to do: {run.path} is finished")
-            if config.test_after_fit and not (run.path / f"{runs.test_name(self.config_dump)}_metrics.json").is_file():
-                _say(f"  it is not tested: use the verb test with --run_id {run.run_id} --ckpt_path best")
             raise SystemExit(0)
         elif (wanted := config.trainer.max_epochs) is not None and 0 <= wanted < record.get("epochs", 0):
             raise UserError(
@@ -425,10 +424,16 @@ def _missing(own: list[Callback], extra: list[Callback]) -> list[Callback]:
     return [callback for callback in extra if type(callback) not in kinds]
 
 
-def _is_finished(run: runs.RunFolder, config_hash: str) -> bool:
-    """Whether a run of this very configuration has nothing left to do."""
+def _is_finished(run: runs.RunFolder, config: Mapping[str, Any], config_hash: str) -> bool:
+    """Whether a run of this very configuration has nothing left to do, the test included that may have been killed."""
     record = run.record()
-    return record.get("status") == "finished" and record.get("config_hash") == config_hash
+    tested = not config.get("test_after_fit") or (run.path / f"{runs.test_name(config)}_metrics.json").is_file()
+    return record.get("status") == "finished" and record.get("config_hash") == config_hash and tested
+
+
+def _is_of_beginning(path: Path) -> bool:
+    """Whether a file of a run folder is written before `run.json`, so that a killed run may have left it alone."""
+    return path.name in ("config.yaml", "wandb") or path.name.startswith(".run.json.")
 
 
 def _learns(class_path: str) -> bool:

@@ -119,7 +119,8 @@ class RunFolder:
         if record.get("status") != "running" or record.get("host") != socket.gethostname():
             return False
         pid = int(record.get("pid", 0))
-        return pid > 0 and pid != os.getpid() and bool(process_start(pid))
+        born = process_start(pid) if pid > 0 and pid != os.getpid() else ""
+        return bool(born) and record.get("born", born) == born  # the number may be another process's by now
 
 
 def process_start(pid: int) -> str:
@@ -321,6 +322,7 @@ def describe_process(command: list[str]) -> dict[str, Any]:
         "command": command,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "born": process_start(os.getpid()),
         "commit": _git_commit(),
         "versions": {name: found for name in _RECORDED_PACKAGES if (found := _installed(name))},
         "cpus": os.cpu_count(),

@@ -250,6 +250,33 @@ def test_a_run_is_never_overwritten_and_can_be_resumed(lit_defect, config, tmp_p
     assert epochs == [0, 1, 2, 3, 4]
 
 
+def test_a_run_that_was_killed_in_its_test_is_tested_by_resume(lit_defect, config, tmp_path, capsys):
+    words = ("fit", "--config", config, "--run_id", "one", "--test_after_fit", "true")
+    lit_defect(*words)
+    run = tmp_path / "runs" / "tiny" / "one"
+    before, rows = json.loads((run / "test_metrics.json").read_text()), (run / "metrics.csv").read_text()
+    (run / "test_metrics.json").unlink()
+    lines = rows.splitlines(keepends=True)
+    (run / "metrics.csv").write_text("".join(lines[:-1]))  # the test's figures
+    lit_defect(*words, "--resume")
+    assert json.loads((run / "test_metrics.json").read_text())["nll"] == before["nll"]
+    assert (run / "metrics.csv").read_text() == rows
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    with pytest.raises(SystemExit):
+        lit_defect(*words, "--resume")
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_before_it_was_recorded_is_begun_anew(lit_defect, config, tmp_path, capsys):
+    run = tmp_path / "runs" / "tiny" / "one"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("experiment: tiny\n")
+    (run / ".run.json.host.123").write_text("{")
+    assert "is no run folder" in fails(capsys, lit_defect, "fit", "--config", config, "--run_id", "one")
+    lit_defect("fit", "--config", config, "--run_id", "one", "--resume")
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
 def test_resume_starts_anew_where_there_is_nothing_to_resume(lit_defect, config, tmp_path, capsys):
     lit_defect("fit", "--config", config, "--resume")
     assert "nothing to resume" in capsys.readouterr().out

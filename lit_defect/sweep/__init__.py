@@ -13,7 +13,8 @@ values counts in results.py.
     <runs_dir>/<experiment>/<sweep>-t0007-s0/    the run of trial 7 with seed 0
 
 Exit status: 0 when nothing is left for this worker; 1 when trials of it have failed; 2 for what the user can mend;
-128 + signal when it was stopped, and its trial waits for another worker. No PyTorch here: the trials import it.
+128 + signal when it was stopped, and its trial waits for another worker; by SIGUSR1 under SLURM the worker's job is put
+back into the queue. No PyTorch here: the trials import it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import os
 import secrets
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -31,11 +33,12 @@ from typing import Any
 
 from lit_defect import runs
 from lit_defect.errors import UserError
+from lit_defect.stopping import requeue
 from lit_defect.sweep import commands
 from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.file import SEED, Sweep, read_sweep
 from lit_defect.sweep.space import combinations
-from lit_defect.sweep.training import Stops
+from lit_defect.sweep.training import Stops, tied, without_slurm
 from lit_defect.tracking_login import logged_in
 
 PLAN = "sweep_plan.json"
@@ -56,10 +59,13 @@ def main(arguments: Sequence[str]) -> int:
             from lit_defect.sweep.online import run_trial
 
             return run_trial(sweep, options.runs_dir, _plan(sweep, options.runs_dir), others)
-        return _work(sweep, options)
+        status = _work(sweep, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if status == 128 + signal.SIGUSR1:
+        requeue()
+    return status
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
@@ -125,7 +131,13 @@ def _work(sweep: Sweep, options: argparse.Namespace) -> int:
             example = {parameter.name: parameter.extremes()[0] for parameter in sweep.parameters}
             print(shlex.join(commands.words(sweep, example, extra)))
             return 0
-        plan = _write_plan(sweep, options.runs_dir, config)
+        plan = _write_plan(sweep, options.runs_dir, config, options.options)
+    if (begun := plan.get("options", options.options)) != options.options:  # older plans do not tell
+        print(
+            f"warning: the sweep was begun with --options {begun!r}, this worker has {options.options!r}: "
+            "trials can be compared if they differ in where and how fast only",
+            file=sys.stderr,
+        )
     if is_online(sweep, options):
         from lit_defect.sweep.online import join
 
@@ -153,6 +165,8 @@ def _offline(sweep: Sweep, options: argparse.Namespace, plan: dict[str, Any], ex
         except StoppedError:
             _say("stopped; the same command goes on")
             return stops.status
+        except OSError as error:
+            raise UserError(f"{error}\n{folder} must be writable and have room; the same command goes on") from None
     _say(f"sweep  {write_summary(sweep, study, folder, worker.claims)}")
     return 1 if failed else 0
 
@@ -200,7 +214,7 @@ def _plan(sweep: Sweep, runs_dir: Path) -> dict[str, Any] | None:
     return before
 
 
-def _write_plan(sweep: Sweep, runs_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _write_plan(sweep: Sweep, runs_dir: Path, config: dict[str, Any], extra: str = "") -> dict[str, Any]:
     """Write down what must not change; of several workers that begin at once the first one's word holds."""
     seed = config.get(SEED)
     given = SEED in sweep.constant or any(parameter.name == SEED for parameter in sweep.parameters)
@@ -210,6 +224,7 @@ def _write_plan(sweep: Sweep, runs_dir: Path, config: dict[str, Any]) -> dict[st
         "id": secrets.token_hex(8),
         "experiment": experiment,
         "told_seeds": None if given else list(sweep.seeds or own),
+        "options": extra,
         "begun": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "plan": sweep.plan(),
     }
@@ -227,11 +242,11 @@ def _write_plan(sweep: Sweep, runs_dir: Path, config: dict[str, Any]) -> dict[st
 def _several(options: argparse.Namespace) -> int:
     """Workers of this machine, which share its threads; a stop is handed on to them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // options.workers)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // options.workers)), **without_slurm(os.environ)}
     told = ["--runs_dir", str(options.runs_dir), "--options", options.options, "--offline"]
     told += ["--storage", options.storage] if options.storage else []
     told += ["--count", str(options.count)] if options.count else []
-    command = [sys.executable, "-m", "lit_defect", "sweep", str(options.file), *told]
+    command = tied([sys.executable, "-m", "lit_defect", "sweep", str(options.file), *told])
     with Stops().noted() as stops:
         workers = [subprocess.Popen(command, env=environment, start_new_session=True) for _ in range(options.workers)]
         handed_on = False

@@ -165,8 +165,8 @@ def create(path: Path, content: Any) -> bool:
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     try:
         os.link(temporary, path)  # unlike a rename, it fails where there is a file; also on NFS
-    except FileExistsError:
-        return False
+    except FileExistsError:  # also if our own link was made, and NFS has lost the answer and asked again
+        return os.stat(temporary).st_nlink == 2
     finally:
         temporary.unlink()
     return True

@@ -137,7 +137,7 @@ def run_trial(sweep: Sweep, runs_dir: Path, plan: Mapping[str, Any] | None, argu
             environment = {key: value for key, value in os.environ.items() if key not in _OF_AGENT}
             training = Training(run, command, log, sweep.metric, environment)
             follow = _Follower(ours, sweep.metric) if not values else lambda _: False
-            status = 0 if training.is_finished() else training.carry_out(stops, follow)[0]
+            status = 0 if training.is_done() else training.carry_out(stops, follow)[0]
             if status in STOPPED or (stops.number and status):
                 if stops.number != signal.SIGTERM or "early_terminate" not in sweep.said:
                     ours.mark_preempting()

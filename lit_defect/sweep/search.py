@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from lit_defect.errors import UserError
@@ -95,7 +97,7 @@ def open_study(sweep: Sweep, folder: Path, url: str | None, sweep_id: str, *, cr
     Raises:
         UserError: the storage cannot be used, or holds another sweep of this name.
     """
-    shown = str(folder / "journal.log") if url is None else without_password(url)
+    shown = str(folder / "journal.log") if url is None else f"--storage {without_password(url)}"
     try:
         storage = _storage(folder, url)
         study = (
@@ -111,29 +113,50 @@ def open_study(sweep: Sweep, folder: Path, url: str | None, sweep_id: str, *, cr
     except KeyError:
         raise UserError(f"{shown} has no sweep {sweep.name}: start it first") from None
     except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"--storage {shown}: {_first_line(error, url)}") from None
+        raise UserError(f"{shown}: {_first_line(error, url)}") from None
     except Exception as error:
         if not type(error).__module__.startswith("sqlalchemy"):
             raise
-        raise UserError(f"--storage {shown} cannot be used: {_first_line(error, url)}") from None
+        raise UserError(f"{shown} cannot be used: {_first_line(error, url)}") from None
     known = study.user_attrs.get(_ID)
     if known is None:
         study.set_user_attr(_ID, sweep_id)
     elif known != sweep_id:
         raise UserError(
-            f"--storage {shown} has a sweep {sweep.name} of another folder than {folder}: its workers must share one "
+            f"{shown} has a sweep {sweep.name} of another folder than {folder}: its workers must share one "
             "--runs_dir, which holds the states that trials go on from; or give this sweep another `name`"
         )
     return study
 
 
+class _MendingLock(JournalFileOpenLock):
+    """Of a journal; whoever gets it drops what a killed worker or a full disk has left of a line.
+
+    Nobody has read that. Else the next line would be written behind it, and the journal would be unreadable for ever.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__(str(journal))
+        self._journal = journal
+
+    def acquire(self) -> bool:
+        """As Optuna does."""
+        got = super().acquire()
+        with self._journal.open("rb+") as file:
+            end = size = file.seek(0, os.SEEK_END)
+            while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
+                end -= 1
+            if end < size:
+                file.truncate(end)
+        return got
+
+
 def _storage(folder: Path, url: str | None) -> BaseStorage:
     if url is None:
         from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-        path = str(folder / "journal.log")
-        return JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+        path = folder / "journal.log"
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=_MendingLock(path)))
     if "://" not in url:
         raise ValueError("expected a URL such as postgresql://user@host/database or sqlite:///FILE")
     from optuna.storages import RDBStorage

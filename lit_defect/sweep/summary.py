@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from lit_defect import runs
@@ -34,7 +35,7 @@ def summarise(sweep: Sweep, study: optuna.Study, claims: Claims) -> dict[str, An
             "runs": trial.user_attrs.get("runs", []),
             "seconds": trial.user_attrs.get("seconds"),
             "worker": trial.user_attrs.get("worker"),
-            **({"reason": trial.user_attrs["reason"]} if "reason" in trial.user_attrs else {}),
+            **({"reason": trial.user_attrs.get("reason", "")} if trial.state == TrialState.FAIL else {}),
         }
         for trial in counted(study, sweep)
     ]
@@ -67,10 +68,10 @@ def show(sweep: Sweep, study: optuna.Study, claims: Claims, console: Console) ->
     table.add_column("trial", justify="right")
     table.add_column("state")
     table.add_column(sweep.metric, justify="right")
-    for parameter in sweep.parameters:
-        table.add_column(parameter.name, justify="right")
+    for name in _short_names([parameter.name for parameter in sweep.parameters]):
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("seconds", justify="right")
-    table.add_column("worker")
+    table.add_column("worker", overflow="fold")
     best = _best(content)
     for trial in trials:
         state, value = trial["state"], trial["value"]
@@ -80,6 +81,10 @@ def show(sweep: Sweep, study: optuna.Study, claims: Claims, console: Console) ->
         shown = f"[{_COLOURS[state]}]{state}[/]"
         table.add_row(
             str(trial["number"]), shown, _text(value), *cells, seconds, str(trial["worker"] or ""), style=style
+        )
+    if not console.is_terminal:  # a file is as wide as it needs to be
+        console.width = max(
+            console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum
         )
     console.print(table)
     counts = {state: n for state in _COLOURS if (n := sum(trial["state"] == state for trial in trials))}
@@ -98,6 +103,12 @@ def show(sweep: Sweep, study: optuna.Study, claims: Claims, console: Console) ->
     for trial in trials:
         if reason := trial.get("reason"):
             console.print(f"trial {trial['number']} failed: {reason}", soft_wrap=True, markup=False)
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """The last parts of dotted names, where they tell them apart."""
+    last = [name.rpartition(".")[2] for name in names]
+    return [short if last.count(short) == 1 else name for name, short in zip(names, last, strict=True)]
 
 
 def _best(content: dict[str, Any]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -40,11 +40,29 @@ os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
+def tied(command: Sequence[str]) -> list[str]:
+    """A command that is told to stop (SIGTERM) when this process is gone."""
+    return [sys.executable, "-S", "-c", _TIED, str(os.getpid()), *command]
+
+
+def without_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """For what a worker starts: it is no task of the job, which would be one process of a launch by srun, and it is the
+    worker that puts its job back into the queue, when its trial is given back.
+    """
+    return {key: value for key, value in environment.items() if not key.startswith("SLURM_")}
+
+
 class Stops:
-    """Signals that were sent to this worker: noted, and handed on by whoever waits for a training."""
+    """Signals that were sent to this worker: noted, and handed on by whoever waits for a training.
+
+    Attributes:
+        number: the first one; 0 for none.
+        at_once: whether the user has pressed Ctrl-C again and does not want to wait for a state that is saved.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self.at_once = False
 
     @property
     def status(self) -> int:
@@ -52,6 +70,7 @@ class Stops:
         return 128 + self.number
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        self.at_once = number == self.number == signal.SIGINT
         self.number = self.number or number
 
     @contextlib.contextmanager
@@ -84,8 +103,13 @@ class Training:
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def is_finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether it has been trained to its end."""
         return self.run.record().get("status") == "finished"
+
+    def is_done(self) -> bool:
+        """Whether there is nothing left to do: a run is finished when it is trained, and tested only then."""
+        tested = not self.metric.startswith("test/") or curve(rows(self.run.path / "metrics.csv"), self.metric)
+        return self.is_finished() and bool(tested)
 
     def carry_out(
         self,
@@ -108,9 +132,8 @@ class Training:
             file.write(f"\n$ {shlex.join(self.command)}\n")
             file.flush()
             process = subprocess.Popen(
-                [sys.executable, "-S", "-c", _TIED, str(os.getpid()), *self.command],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                env=self.environment,
+                tied(self.command), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True, env=without_slurm(self.environment),
             )  # fmt: skip
         try:
             return self._wait(process, stops, follow, is_mine)
@@ -129,6 +152,10 @@ class Training:
             if stops.number and not handed_on and ended is None:
                 handed_on = True
                 process.send_signal(signal.SIGTERM if stops.number == signal.SIGINT else stops.number)
+                again = "; Ctrl-C again: at once" if stops.number == signal.SIGINT else ""
+                print(f"stopping: the training saves its state{again}", flush=True)
+            if stops.at_once and ended is None:
+                os.killpg(process.pid, signal.SIGKILL)
             now = time.monotonic()
             if ended is not None or now - looked > LOOK:
                 looked = now

@@ -91,7 +91,7 @@ class Worker:
             try:
                 with held:
                     came_to = self._carry_out(trial, held)
-            except LostError:
+            except (LostError, UpdateFinishedTrialError):
                 self.say(f"trial {trial.number}: another worker has taken it over")
                 continue
             failed += came_to == TrialState.FAIL
@@ -128,7 +128,7 @@ class Worker:
             unsure = [trial for trial in running if not self._lives(newest.get(_task(trial)))]
             if not unsure or time.monotonic() > until:
                 if running:
-                    self.say(f"{len(running)} trials run elsewhere: this command again takes up what they should leave")
+                    self.say(f"{len(running)} still run elsewhere: this command again takes up what they should leave")
                 return None
             if not told:
                 told = True
@@ -163,11 +163,13 @@ class Worker:
         return None
 
     def _begin(self) -> tuple[optuna.Trial, Held] | None:
-        """A new trial, if it is not one too many, which several workers may begin at once."""
+        """A new trial, if it is not one too many, which several workers may begin at once.
+
+        That one is left as it is: it is taken up if more trials are asked for later.
+        """
         trial = self.study.ask()
         limit = self.sweep.limit
         if limit is not None and trial.number >= limit:
-            self.study.tell(trial, state=TrialState.FAIL)
             return None
         held = self.claims.take(_task(trial))
         return None if held is None else (trial, held)
@@ -191,8 +193,6 @@ class Worker:
             trial.set_user_attr("seconds", round(before + time.monotonic() - started, 1))
             held.release()
             write_summary(self.sweep, self.study, self.folder, self.claims)
-            raise
-        except LostError:
             raise
         except PrunedError:
             state, reason, value = TrialState.PRUNED, "", None
@@ -225,7 +225,7 @@ class Worker:
             StoppedError, LostError, PrunedError, FailedError: as they say.
             UserError: the training says that the user must mend something, or the metric is not what is logged.
         """
-        if not training.is_finished():
+        if not training.is_done():
             self._wait_for_other(training.run, held)
             if self.stops.number:
                 raise StoppedError
@@ -236,7 +236,7 @@ class Worker:
             if pruned:
                 raise PrunedError
             if status == MISTAKE:
-                raise UserError(f"trial {trial.number} says what must be mended:\n{end_of(training.log)}")
+                self._refuse(trial, end_of(training.log))
             if status in STOPPED or (self.stops.number and status):
                 self.stops.number = self.stops.number or status - 128  # the training alone was sent the signal
                 raise StoppedError
@@ -253,6 +253,22 @@ class Worker:
             raise FailedError(str(error)) from None
         except NoValueError as error:
             raise FailedError(str(error)) from None
+
+    def _refuse(self, trial: optuna.Trial, said: str) -> None:
+        """A mistake of the user ends this worker; one that a worker has met with already is the trial's own.
+
+        Raises:
+            UserError: the first time: all of the trials may have it, such as data that are not there.
+            FailedError: the second time, so that a combination that cannot be does not hold up the others.
+        """
+        mistake = said.splitlines()[-1]
+        if trial.user_attrs.get("mistake") == mistake:
+            raise FailedError(said)
+        trial.set_user_attr("mistake", mistake)
+        raise UserError(
+            f"trial {trial.number} says what must be mended:\n{said}\n"
+            "if only these values cannot be: start the worker again, and the trial counts as failed"
+        )
 
     def _wait_for_other(self, run: RunFolder, held: Held) -> None:
         """Wait for the process of a dead worker on this machine, which saves its state before it ends."""
@@ -282,7 +298,7 @@ class Worker:
             optuna.Trial(self.study, frozen._trial_id).set_user_attr("reason", reason)
         try:
             self.study.tell(number, value, state=state)
-        except (UpdateFinishedTrialError, ValueError) as error:
+        except ValueError as error:
             raise LostError from error
         what = {TrialState.COMPLETE: f"{self.sweep.metric} {value:.5g}" if value is not None else ""}
         self.say(f"trial {number}: {what.get(state) or state.name.lower() + (': ' + reason if reason else '')}")
