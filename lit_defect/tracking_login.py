@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import netrc
 import os
 from pathlib import Path
@@ -14,10 +15,8 @@ def server() -> str:
     """Address of the W&B server: the environment's, that of `wandb login --host`, or W&B's own."""
     settings = configparser.ConfigParser(interpolation=None)
     folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
-    try:
+    with contextlib.suppress(configparser.Error, UnicodeDecodeError):
         settings.read(folder.expanduser() / "settings", encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError):
-        pass
     told = settings.get("default", "base_url", fallback=None)
     return os.environ.get("WANDB_BASE_URL") or told or f"https://{_CLOUD[0]}"
 

@@ -13,9 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lit_defect.callbacks.tracking import MetricsCSV, finishing, wandb_logger
+from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, finishing, wandb_logger
 from lit_defect.runs import RunFolder
 from lit_defect.tracking_login import logged_in, server
 from tests.wandb_files import told
@@ -69,6 +72,21 @@ def test_rewinding_without_a_file_is_nothing(tmp_path):
     logger.log_metrics({"loss": 1.0}, 0)
     logger.save()
     assert len(rows(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("rates", "columns"), [((0.5, 0.5), {"lr-SGD"}), ((0.5, 0.25), {"lr-SGD", "lr-SGD/least"})])
+def test_rates_are_two_columns_at_most(tmp_path, rates, columns):
+    model = BoringModel()
+    groups = [{"params": [weight], "lr": rate} for weight, rate in zip(model.parameters(), rates, strict=True)]
+    model.configure_optimizers = lambda: torch.optim.SGD(groups)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, limit_val_batches=0, log_every_n_steps=1, logger=MetricsCSV(tmp_path),
+        callbacks=[LearningRate("step")], enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(model)
+    found = rows(tmp_path)
+    assert {name for name in found[0] if name.startswith("lr-")} == columns
+    assert [float(found[1][name]) for name in sorted(columns)] == sorted(set(rates), reverse=True)
 
 
 # --- W&B ---
@@ -180,7 +198,9 @@ def services() -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/cmdline").is_file(), reason="looks for processes in /proc")
 def test_what_was_logged_outlives_the_process_of_wandb(run):
     """Schedulers signal every process of a job; that of W&B ends at once, whatever it still holds in memory."""
-    with pytest.warns(UserWarning, match="finishing the run failed"), finishing():
+
+    @finishing()
+    def launch() -> None:
         logger = wandb_logger("auto", run, CONFIG)
         logger.log_metrics({"val/auroc": 0.75}, step=1)
         time.sleep(2.5)
@@ -188,6 +208,9 @@ def test_what_was_logged_outlives_the_process_of_wandb(run):
             os.kill(service, signal.SIGTERM)
         while services():
             time.sleep(0.05)
+
+    with pytest.warns(UserWarning, match="finishing the run failed"):
+        launch()
     (folder,) = (run.path / "wandb").glob("offline-run-*")
     found = told(folder)
     assert (found["config"], found["summary"]["val/auroc"]) == (CONFIG, 0.75)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -88,6 +89,18 @@ class MetricsCSV(CSVLogger):
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: `config.yaml` has them all."""
+
+
+class LearningRate(LearningRateMonitor):
+    """Logs an optimizer's largest rate as `lr-<name>` and, where its groups differ, the least as `lr-<name>/least`.
+
+    Lightning logs one column for each group: two for weights with and without decay, dozens for rates by layer.
+    """
+
+    def _get_optimizer_stats(self, optimizer: Any, names: list[str]) -> dict[str, float]:
+        rates = list(super()._get_optimizer_stats(optimizer, names).values())
+        name = names[0].partition("/")[0]
+        return {name: max(rates)} | ({f"{name}/least": min(rates)} if min(rates) < max(rates) else {})
 
 
 class RunWandb(WandbLogger):
