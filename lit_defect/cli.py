@@ -36,7 +36,7 @@ from lit_defect.callbacks.seen import SeenPictures
 from lit_defect.callbacks.startup import EpochLines, StartupSummary
 from lit_defect.callbacks.storage import keep_files_whole
 from lit_defect.callbacks.throughput import Throughput
-from lit_defect.callbacks.tracking import MetricsCSV, TrackingMode, finishing, wandb_logger
+from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, TrackingMode, finishing, wandb_logger
 from lit_defect.checking import Findings, Job, Launch, examine, one_process, sources
 from lit_defect.errors import UserError
 from lit_defect.spelling import explain, unknown_environment
@@ -260,7 +260,9 @@ class CLI(LightningCLI):
             kwargs["logger"] = self._loggers(self.run, config.get("logger"))
             kwargs["default_root_dir"] = str(self.run.path)
             if self.subcommand == "fit" and kwargs["logger"]:
-                callbacks += [LearningRateMonitor("step"), Throughput()]
+                callbacks += [Throughput()]
+                if not any(isinstance(callback, LearningRateMonitor) for callback in own):
+                    callbacks += [LearningRate("step")]
         try:
             trainer = super().instantiate_trainer(callbacks=[*own, *_missing(own, callbacks)], **kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:

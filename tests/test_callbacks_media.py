@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.metrics import roc_curve
 
 from lit_defect.callbacks import artifacts, media
+from lit_defect.callbacks.results_tracking import ResultsTracking
 from lit_defect.callbacks.tracking import RunWandb, _exit_code, mark_preempting
 from lit_defect.data import MVTecAD
 from lit_defect.data.fingerprint import fingerprint
@@ -136,6 +137,19 @@ def test_the_figures_of_all_kinds_of_results_have_their_intervals():
     assert {"test/auroc", "test/kde_auroc_high"} <= detector.keys()
     pixels = media.summary_of("val", {"methods": {"refined": {"iou": one}, "stage1": {"iou": one}}}, "refined")
     assert {"val/iou_low", "val/stage1_iou"} <= pixels.keys()
+    parts = {
+        "methods": {"refined": {"iou": one}},
+        "kept": {"methods": {"refined": {"iou": one}, "stage1": {"iou": one}}},
+    }
+    assert {"val/iou", "val/kept/iou", "val/kept/stage1_iou"} <= media.summary_of("val", parts, "refined").keys()
+
+
+def test_pictures_of_thousands_of_epochs_are_few(tmp_path):
+    shown = ResultsTracking(RunFolder(tmp_path), "fit", {})
+    due = [epoch for epoch in range(5000) if shown._is_due(epoch)]
+    assert due[:3] == [0, 10, 20]
+    assert due[99:102] == [990, 1000, 1100]
+    assert len(due) == 140
 
 
 # --- pictures with masks ---
@@ -176,6 +190,8 @@ def test_generated_pictures_stand_beside_their_sources(tmp_path):
     assert [line[2] for line in table.data] == ["crack", *["hole"] * 5]
     assert {(image._width, image._height) for image in table.data[0][:2]} == {(320, 320)}
     assert table.data[0][1]._masks["mask"]
+    many = [{**row, "defect_type": str(kind)} for kind in range(12)]
+    assert len(media.generated_table(tmp_path, many, lambda name: None, 5)["generated/pictures"].data) == 5
 
 
 # --- names and lineage ---
@@ -202,6 +218,13 @@ def test_a_configuration_tells_what_it_builds_upon(tmp_path):
         "ckpt_path": str(own.last),
     }
     assert artifacts.used_by(config, own) == ["model-base-s0", "generated-set", "generated-new-set-s1"]
+
+
+def test_a_run_that_was_moved_keeps_its_names(tmp_path):
+    moved = write_run(tmp_path / "archive" / "old" / "best of all")
+    (moved.path / "config.yaml").write_text("experiment: base\nrun_id: s0\n")
+    assert artifacts.model_name(moved) == "model-base-s0"
+    assert artifacts.generated_name(moved.path / "generated") == "generated-base-s0"
 
 
 def test_a_run_tells_its_data_by_their_fingerprint():

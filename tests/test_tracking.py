@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lit_defect.callbacks.tracking import MetricsCSV, finishing, wandb_logger
+from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, finishing, wandb_logger
 from lit_defect.runs import RunFolder
+from lit_defect.tracking_login import logged_in, server
+from tests.wandb_files import told
 
+LOGIN = wandb.sdk.wandb_login._login
 CONFIG = {"model": {"class_path": "DefectClassifier", "init_args": {"lr": 0.25}}, "seed_everything": 3}
 
 
@@ -62,6 +72,21 @@ def test_rewinding_without_a_file_is_nothing(tmp_path):
     logger.log_metrics({"loss": 1.0}, 0)
     logger.save()
     assert len(rows(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("rates", "columns"), [((0.5, 0.5), {"lr-SGD"}), ((0.5, 0.25), {"lr-SGD", "lr-SGD/least"})])
+def test_rates_are_two_columns_at_most(tmp_path, rates, columns):
+    model = BoringModel()
+    groups = [{"params": [weight], "lr": rate} for weight, rate in zip(model.parameters(), rates, strict=True)]
+    model.configure_optimizers = lambda: torch.optim.SGD(groups)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, limit_val_batches=0, log_every_n_steps=1, logger=MetricsCSV(tmp_path),
+        callbacks=[LearningRate("step")], enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(model)
+    found = rows(tmp_path)
+    assert {name for name in found[0] if name.startswith("lr-")} == columns
+    assert [float(found[1][name]) for name in sorted(columns)] == sorted(set(rates), reverse=True)
 
 
 # --- W&B ---
@@ -146,6 +171,65 @@ def test_which_modes_are_tried_and_that_none_fails_the_run(run, asked, monkeypat
         assert wandb_logger(mode, run, CONFIG) is None
     assert [call["mode"] for call in asked] == tried
     assert all(call["config"] == CONFIG for call in asked)
+
+
+def test_without_an_answer_a_run_is_kept_off_line(run, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr("lit_defect.callbacks.tracking._LOGIN_TIMEOUT", 1.0)
+    monkeypatch.setattr("wandb.sdk.wandb_login._login", LOGIN)  # it has a key, so that it need not ask
+    with finishing(), pytest.warns(UserWarning, match="could not be started on line"):
+        logger = wandb_logger("auto", run, CONFIG)
+    assert logger is not None
+    assert list((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def services() -> list[int]:
+    """Process ids of W&B's own processes that serve this one and still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            words = path.read_bytes().split(b"\0")
+            if words[0].endswith(b"wandb-core") and str(os.getpid()).encode() in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").is_file(), reason="looks for processes in /proc")
+def test_what_was_logged_outlives_the_process_of_wandb(run):
+    """Schedulers signal every process of a job; that of W&B ends at once, whatever it still holds in memory."""
+
+    @finishing()
+    def launch() -> None:
+        logger = wandb_logger("auto", run, CONFIG)
+        logger.log_metrics({"val/auroc": 0.75}, step=1)
+        time.sleep(2.5)
+        for service in services():
+            os.kill(service, signal.SIGTERM)
+        while services():
+            time.sleep(0.05)
+
+    with pytest.warns(UserWarning, match="finishing the run failed"):
+        launch()
+    (folder,) = (run.path / "wandb").glob("offline-run-*")
+    found = told(folder)
+    assert (found["config"], found["summary"]["val/auroc"]) == (CONFIG, 0.75)
+    with finishing():
+        assert wandb_logger("auto", RunFolder(run.path.with_name("next")), CONFIG) is not None
+
+
+@pytest.mark.parametrize("machine", ["api.wandb.ai", "api.forge.coreweave.com"])
+def test_wandb_is_known_by_either_name(monkeypatch, tmp_path, run, machine):
+    (tmp_path / "netrc").write_text(f"machine {machine} login user password " + "k" * 40)
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    assert logged_in()
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.factory.example:8080\n")
+    assert server() == "https://wandb.factory.example:8080"
+    assert not logged_in()
+    (tmp_path / "netrc").write_text("machine wandb.factory.example:8080 login user password " + "k" * 40)
+    assert logged_in()
 
 
 def test_a_login_in_the_netrc_file_counts(run, asked, monkeypatch, tmp_path):

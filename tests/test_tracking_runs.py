@@ -250,7 +250,7 @@ def test_a_resumed_run_goes_on_with_its_curve_under_the_same_id(breakable):
         ("finished", "finished"),
     ]
     rows = [row for folder in (first, second) for row in history(folder)]
-    for key in ("train/loss", "val/loss", "lr-AdamW/pg1"):
+    for key in ("train/loss", "val/loss", "lr-AdamW"):
         steps = [row[STEP] for row in rows if key in row]
         assert steps == [int(row["step"]) for row in csv_rows(run) if row[key]]
         assert steps == sorted(set(steps))

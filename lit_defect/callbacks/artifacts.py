@@ -27,13 +27,19 @@ def name_of(kind: str, *parts: object) -> str:
 
 def model_name(run: RunFolder) -> str:
     """Of a run's checkpoints and of what it exports."""
-    return name_of("model", run.experiment, run.run_id)
+    return _name_of_run("model", run)
 
 
 def generated_name(root: Path) -> str:
-    """Of a generated set: by the run that it lies in, else by its folder."""
+    """Of a generated set: by the run that it lies in; by its folder where it was taken out of that."""
     run = run_around(root)
-    return name_of("generated", run.experiment, run.run_id) if run else name_of("generated", root.name)
+    return _name_of_run("generated", run) if run else name_of("generated", root.name)
+
+
+def _name_of_run(kind: str, run: RunFolder) -> str:
+    """By the names that it was trained under, wherever its folder has been moved since."""
+    said = run.config()
+    return name_of(kind, said.get("experiment") or run.experiment, said.get("run_id") or run.run_id)
 
 
 def data_name(record: Mapping[str, Any]) -> str | None:

@@ -143,7 +143,7 @@ def generated_table(root: Path, rows: Sequence[Row], source: Callable[[str], Any
     columns: list[str | int] = ["source picture", "generated", "type", "category", "prompt", "seed", "area", "source"]
     table = wandb.Table(columns=columns)
     each = max(1, count // max(1, len(by_type)))
-    for found in by_type.values():
+    for found in list(by_type.values())[:count]:
         for row in found[:: max(1, len(found) // each)][:each]:
             made, before = _open(root / row["image"]), source(row["source"])
             mask = _open(root / row["mask"])[..., 0] > 0 if row["mask"] else np.zeros(made.shape[:2], bool)
@@ -191,11 +191,7 @@ def summary_of(stage: str, result: Mapping[str, Any], main: str | None = None) -
         main: the method that is reported first, where there are several.
     """
     main = result.get("score", main)
-    found = dict(_values({key: entry for key, entry in result.items() if key not in ("methods", "image")}))
-    for method, entry in {**result.get("methods", {}), **result.get("image", {})}.items():
-        prefix = "" if method == main else f"{method}_"
-        found |= {f"{prefix}{name}": value for name, value in _values(entry)}
-    return {f"{stage}/{name}": value for name, value in found.items()}
+    return {f"{stage}/{name}": value for name, value in _values(result, main)}
 
 
 def thumbnail(look: Look, path: str, name: str) -> Any:
@@ -289,16 +285,17 @@ def _number(text: str) -> Any:
         return text or None
 
 
-def _values(entry: Any, path: str = "") -> Iterable[tuple[str, float]]:
-    if not isinstance(entry, Mapping):
-        return
+def _values(entry: Mapping[str, Any], main: str | None, path: str = "") -> Iterable[tuple[str, float]]:
     for name, value in entry.items():
-        if isinstance(value, Mapping) and "value" in value:
+        if name in ("methods", "image"):
+            for method, figures in value.items():
+                yield from _values(figures, main, path if method == main else f"{path}{method}_")
+        elif isinstance(value, Mapping) and "value" in value:
             for key, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
                 if isinstance(value.get(key), int | float) and math.isfinite(value[key]):
                     yield f"{path}{name}{suffix}", float(value[key])
         elif isinstance(value, Mapping):
-            yield from _values(value, f"{path}{name}/")
+            yield from _values(value, main, f"{path}{name}/")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class ResultsTracking(Callback):
         verb: fit, validate, test or predict.
         config: the whole configuration, plain types.
         checkpoints: what artifacts hold of them.
-        every_n_epochs: between pictures while training.
+        every_n_epochs: between pictures while training; ten times as many from epoch 1000 on, and so forth.
         rows: of a table of samples, at most.
         pictures: with masks, at most.
     """
@@ -106,9 +106,13 @@ class ResultsTracking(Callback):
         """Pictures of every few epochs of a fit; the results of the verb `validate`."""
         if self.verb == "validate":
             self._show_results(trainer, pl_module, "val")
-        elif not trainer.sanity_checking and trainer.current_epoch % self.every_n_epochs == 0:
+        elif not trainer.sanity_checking and self._is_due(trainer.current_epoch):
             self._show_new_figures(trainer)
             self._show_overlays(trainer, pl_module, "val", "val")
+
+    def _is_due(self, epoch: int) -> bool:
+        """Whether an epoch's pictures are shown: of thousands of epochs less often, or they would fill a disk."""
+        return epoch % (self.every_n_epochs * 10 ** max(0, len(str(epoch)) - 3)) == 0
 
     # --- results ---
 

@@ -7,11 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -27,6 +28,12 @@ GLOBAL_STEP = "trainer/global_step"
 """The axis of every curve, by Lightning's name for it."""
 _LOGIN_TIMEOUT = 20.0  # seconds that W&B may take to answer before the run goes on off line
 _FINISH_TIMEOUT = 300.0  # seconds that the end of a run may wait for its upload; what is left stays on disk
+_YOUNGER = {  # settings that the oldest version that serves has not
+    "finish_timeout": _FINISH_TIMEOUT,
+    # seconds until what was logged is on disk, 15 by default: W&B's process loses the rest when it is ended, as by a
+    # scheduler that signals all processes of a job, or with a run that is killed
+    "x_transaction_log_flush_interval": 1.0,
+}
 _WAITING = "WANDB_DATA_DIR"
 _started: list[tuple[Any, RunFolder]] = []  # W&B's runs that this process has to finish, and their folders
 
@@ -82,6 +89,18 @@ class MetricsCSV(CSVLogger):
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: `config.yaml` has them all."""
+
+
+class LearningRate(LearningRateMonitor):
+    """Logs an optimizer's largest rate as `lr-<name>` and, where its groups differ, the least as `lr-<name>/least`.
+
+    Lightning logs one column for each group: two for weights with and without decay, dozens for rates by layer.
+    """
+
+    def _get_optimizer_stats(self, optimizer: Any, names: list[str]) -> dict[str, float]:
+        rates = list(super()._get_optimizer_stats(optimizer, names).values())
+        name = names[0].partition("/")[0]
+        return {name: max(rates)} | ({f"{name}/least": min(rates)} if min(rates) < max(rates) else {})
 
 
 class RunWandb(WandbLogger):
@@ -154,6 +173,7 @@ def wandb_logger(mode: TrackingMode, run: RunFolder, config: dict[str, Any], ver
             return RunWandb(_start_wandb(offline, run, about), logged, evaluates=of_a_fit)
         except Exception as error:  # W&B raises many kinds; none of them may cost a training run
             warnings.warn(f"W&B could not be started {'off' if offline else 'on'} line: {error}", stacklevel=2)
+            _end_wandb()  # its process holds the run's id from here on
     return None
 
 
@@ -177,8 +197,7 @@ def _start_wandb(offline: bool, run: RunFolder, about: dict[str, Any]) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault(_WAITING, str(folder))  # files to be uploaded wait beside the run, not in the user's home
     settings: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": _LOGIN_TIMEOUT}
-    if "finish_timeout" in wandb.Settings.model_fields:  # younger than the oldest version that serves
-        settings["finish_timeout"] = _FINISH_TIMEOUT
+    settings |= {key: value for key, value in _YOUNGER.items() if key in wandb.Settings.model_fields}
     started = wandb.init(
         name=f"{run.experiment}/{run.run_id}",
         id=wandb_id(run),
@@ -195,6 +214,14 @@ def _start_wandb(offline: bool, run: RunFolder, about: dict[str, Any]) -> Any:
         started.define_metric(GLOBAL_STEP)
         started.define_metric("*", step_metric=GLOBAL_STEP, step_sync=True)
     return started
+
+
+def _end_wandb() -> None:
+    """End W&B's own process, whatever state it is in; the next call starts another one."""
+    with suppress(Exception):  # it is gone, or there is no wandb
+        import wandb
+
+        wandb.teardown()
 
 
 def wandb_id(run: RunFolder) -> str:
@@ -232,8 +259,12 @@ def finishing() -> Iterator[None]:
         while _started:
             started, run = _started.pop()
             with harmless("finishing the run"):
-                started.summary["status"] = run.record().get("status")
-                started.finish(exit_code=code)
+                try:
+                    started.summary["status"] = run.record().get("status")
+                    started.finish(exit_code=code)
+                except Exception:
+                    _end_wandb()  # which is gone, or it would fail again, and loudly, when Python ends
+                    raise
             if os.environ.get(_WAITING) == str(run.path.resolve() / "wandb"):
                 del os.environ[_WAITING]
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from lit_defect.checking.findings import Findings, size
 from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder
-from lit_defect.tracking_login import logged_in
+from lit_defect.tracking_login import logged_in, server
 
 PROBE = 8 * 2**20  # bytes of the file that is written to see whether it can be
 _PATIENCE = 5.0  # seconds that a server of W&B may take to answer
@@ -124,13 +124,13 @@ def check_tracking(findings: Findings, mode: str, logger: Any) -> None:
     elif mode == "offline" or not key or (mode == "auto" and os.environ.get("WANDB_MODE") == "offline"):
         findings.ok("tracking", "metrics.csv and W&B off line (`wandb sync` sends it later)")
     else:
-        server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        if reason := _unreachable(server):
+        address = server()
+        if reason := _unreachable(address):
             findings.warn(
-                "tracking", f"{server} does not answer ({reason}): the run would be kept off line", "--wandb offline"
+                "tracking", f"{address} does not answer ({reason}): the run would be kept off line", "--wandb offline"
             )
         else:
-            findings.ok("tracking", f"metrics.csv and W&B on line: {server} answers, the key is not tried")
+            findings.ok("tracking", f"metrics.csv and W&B on line: {address} answers, the key is not tried")
 
 
 def _unreachable(server: str) -> str:
