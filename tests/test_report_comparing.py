@@ -53,7 +53,7 @@ def test_differences_are_adjusted_together(tmp_path):
     assert found[0].spread.mean == pytest.approx(0.1005)
     assert found[0].adjusted == pytest.approx(2 * found[0].p_value)  # of ece, all the same, there is no test
     assert math.isnan(found[2].adjusted)
-    assert "better on these test pictures, over seeds" in seeds_only(found[0], "a")
+    assert "better on these pictures, over seeds" in seeds_only(found[0], "a")
     assert "no conclusion" in seeds_only(found[2], "a")
 
 

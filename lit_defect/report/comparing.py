@@ -173,7 +173,7 @@ def seeds_only(found: Difference, baseline: str) -> str:
     good = better(found.figure)
     word = "larger" if spread.mean > 0 else "smaller"
     said = word if good is None else "better" if word == good else "worse"
-    return text + f"{said} on these test pictures, over seeds; what other pictures would change is not in it."
+    return text + f"{said} on these pictures, over seeds; what other pictures would change is not in it."
 
 
 def p_text(p_value: float) -> str:

@@ -7,15 +7,23 @@ from datetime import datetime
 from lit_defect import __version__
 from lit_defect.report import appendix, protocol, published, results, sweeps
 from lit_defect.report.blocks import Report, Section
-from lit_defect.report.matter import Matter
+from lit_defect.report.matter import LOGGED, Matter
 
 
 def build(matter: Matter) -> Report:
-    """The whole report of what was gathered."""
+    """The whole report of what was gathered.
+
+    Of the trials of a sweep, which are not tested, the sweep's own section says what they come to: tests between trials
+    that were drawn at random answer nobody's question.
+    """
     found: list[Section | None] = [protocol.question(matter)]
+    of_sweeps = [sweeps.section(sweep) for sweep in matter.sweeps]
+    searched = bool(of_sweeps) and matter.stage == LOGGED
+    if searched:
+        found += of_sweeps
     if matter.runs:
         found += [
-            results.conclusions(matter),
+            None if searched else results.conclusions(matter),
             protocol.protocol(matter),
             protocol.leakage(matter),
             results.tables(matter),
@@ -24,7 +32,8 @@ def build(matter: Matter) -> Report:
             results.parts(matter),
             appendix.examples(matter),
         ]
-    found += [sweeps.section(sweep) for sweep in matter.sweeps]
+    if not searched:
+        found += of_sweeps
     if matter.runs:
         found += [
             protocol.cost(matter),
@@ -32,7 +41,7 @@ def build(matter: Matter) -> Report:
             appendix.repeat(matter),
             appendix.tracking(matter),
         ]
-    summary = results.summary(matter) if matter.runs or not matter.sweeps else sweeps.summary(matter.sweeps)
+    summary = sweeps.summary(matter.sweeps) if searched else results.summary(matter)
     made = [
         f"{len(matter.runs)} runs, {len(matter.grouped.arms)} arms",
         f"made {datetime.now():%Y-%m-%d %H:%M} by lit_defect {__version__}",

@@ -121,7 +121,7 @@ def gather(asked: Asked) -> Matter:
     stage = _stage(runs, asked.stage)
     readable = [run for run in runs if run.config] or runs
     arms = make_arms(readable, asked.group_by, study) if readable else Arms((), {})
-    figures = _figures(asked, readable, stage, study)
+    figures = _figures(asked, readable, stage, study, sweeps)
     judged = figures[0] if figures else ""
     with_results = [arm for arm in arms.arms if arm.by_seed(stage, judged)]
     baseline, others = choose_baseline(with_results, asked.compare, study) if with_results else (None, [])
@@ -170,14 +170,16 @@ def _logged(runs: Sequence[RunInfo]) -> list[RunInfo]:
     return found
 
 
-def _figures(asked: Asked, runs: Sequence[RunInfo], stage: str, study: Study | None) -> list[str]:
+def _figures(
+    asked: Asked, runs: Sequence[RunInfo], stage: str, study: Study | None, sweeps: Sequence[Sweep]
+) -> list[str]:
     measured = [run.measured[stage] for run in runs if stage in run.measured]
     counts = Counter(name for found in measured for name in found.figures)
     names = list(counts)
     if not asked.metrics:
         common = [name for name, count in counts.items() if 2 * count >= len(measured)]
         chosen = choose(common or names)
-        judged = study.judged_by if study else ""
+        judged = study.judged_by if study else sweeps[0].metric if sweeps else ""
         judged = "defect_auroc" if judged == "auroc" and "defect_auroc" in names else judged
         return [judged, *(name for name in chosen if name != judged)] if judged in names else chosen
     for name in asked.metrics:
