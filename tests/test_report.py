@@ -115,6 +115,21 @@ def test_runs_without_results_are_told_by_what_they_have_logged(tmp_path):
     assert "training logs and no results" in built.summary
 
 
+def test_trials_that_are_not_tested_are_judged_by_their_sweep(tmp_path):
+    """Not by the training loss, and not one against the other."""
+    folder = make_sweep(tmp_path)
+    runs = [make_run(tmp_path, f"trial{k}", seed, evaluated=False) for k in range(2) for seed in range(2)]
+    said = json.loads((folder / "sweep.json").read_text())
+    said["trials"][0]["runs"] = [str(run.relative_to(tmp_path)) for run in runs]
+    said["metric"]["name"] = "val/loss"
+    (folder / "sweep.json").write_text(json.dumps(said))
+    matter = gather(Asked(sweep=folder))
+    assert matter.judged == "val/loss"
+    built = build(matter)
+    assert built.summary.startswith("Sweep search: best of 5 complete trials")
+    assert [section.title for section in built.sections][:2] == ["Sweep search", "Protocol"]
+
+
 def test_a_sweep_is_read_from_its_file_alone(tmp_path):
     folder = make_sweep(tmp_path)
     built = build(gather(Asked(sweep=folder)))
