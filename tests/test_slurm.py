@@ -87,10 +87,11 @@ def trains(run: Path, epochs: int = 1) -> bool:
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """What was logged, without what is measured of the machine."""
+    """What was logged of the training, not of the machine (after how many steps that is, a resumed run counts anew)."""
     with (run / "metrics.csv").open(newline="") as lines:
         found = list(csv.DictReader(lines))
-    return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in found]
+    found = [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in found]
+    return [row for row in found if any(row[key] for key in row.keys() - {"step", "epoch"})]
 
 
 def assert_same(run: Path, expected: Path) -> None:
