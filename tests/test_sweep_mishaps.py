@@ -191,7 +191,10 @@ def test_status_in_a_narrow_file_is_readable(tmp_path, capsys, monkeypatch):
                       lit_defect={"trials": 1})  # fmt: skip
     assert work(file) == 0
     capsys.readouterr()
+    summary = tmp_path / "runs/toy/sweep.json"
+    summary.unlink()
     assert main(["status", str(file), "--runs_dir", str(tmp_path / "runs")]) == 0
+    assert summary.is_file()
     head = capsys.readouterr().out.splitlines()[2]
     wanted = "trial state val/score lr weight_decay data.seed model.seed seconds worker"
     assert head.split()[1:-1:2] == wanted.split()

@@ -1,7 +1,7 @@
 """The verb `sweep`: hyper-parameters are searched by any number of workers, from one file in W&B's format.
 
     python -m lit_defect sweep FILE.yaml            a worker, begins the sweep or joins it: the same command on each GPU
-    python -m lit_defect sweep status FILE.yaml     trials, the best one, importance of the parameters
+    python -m lit_defect sweep status FILE.yaml     trials, the best one, importance of the parameters; sweep.json
     python -m lit_defect sweep FILE.yaml --dry_run  checks the options and the metric and shows a trial's command
 
 Logged in to W&B, the sweep is registered there once and its agents run here (online.py). Else Optuna draws the trials
@@ -20,6 +20,7 @@ back into the queue. No PyTorch here: the trials import it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import secrets
 import shlex
@@ -175,7 +176,7 @@ def _status(sweep: Sweep, options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lit_defect.sweep.search import open_study
-    from lit_defect.sweep.summary import show
+    from lit_defect.sweep.summary import show, write_summary
 
     folder = options.runs_dir / sweep.name
     plan = _plan(sweep, options.runs_dir)
@@ -184,7 +185,10 @@ def _status(sweep: Sweep, options: argparse.Namespace) -> int:
             raise UserError(f"{folder} is a sweep at W&B, which shows how it stands: {known['project']}, {known['id']}")
         raise UserError(f"{folder} has no sweep yet: start it by sweep {sweep.file}")
     study = open_study(sweep, folder, options.storage or sweep.storage, plan["id"], create=False)
-    show(sweep, study, Claims(folder / "claims"), Console(highlight=False))
+    claims = Claims(folder / "claims")
+    with contextlib.suppress(OSError):  # whoever only looks may not be allowed to write
+        write_summary(sweep, study, folder, claims)
+    show(sweep, study, claims, Console(highlight=False))
     return 0
 
 
