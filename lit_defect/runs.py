@@ -119,7 +119,8 @@ class RunFolder:
         if record.get("status") != "running" or record.get("host") != socket.gethostname():
             return False
         pid = int(record.get("pid", 0))
-        return pid > 0 and pid != os.getpid() and bool(process_start(pid))
+        started = process_start(pid) if pid > 0 and pid != os.getpid() else ""
+        return bool(started) and started == record.get("process_start", started)
 
 
 def process_start(pid: int) -> str:
@@ -141,6 +142,12 @@ def process_start(pid: int) -> str:
         return "unknown"
     fields = stat.rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def is_finished(run: RunFolder, config_hash: str) -> bool:
+    """Whether a run of this very configuration has nothing left to do."""
+    record = run.record()
+    return record.get("status") == "finished" and record.get("config_hash") == config_hash
 
 
 def new_run_id(seed: int | None) -> str:
@@ -321,6 +328,7 @@ def describe_process(command: list[str]) -> dict[str, Any]:
         "command": command,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "process_start": process_start(os.getpid()),
         "commit": _git_commit(),
         "versions": {name: found for name in _RECORDED_PACKAGES if (found := _installed(name))},
         "cpus": os.cpu_count(),
