@@ -119,8 +119,8 @@ class RunFolder:
         if record.get("status") != "running" or record.get("host") != socket.gethostname():
             return False
         pid = int(record.get("pid", 0))
-        born = process_start(pid) if pid > 0 and pid != os.getpid() else ""
-        return bool(born) and record.get("born", born) == born  # the number may be another process's by now
+        started = process_start(pid) if pid > 0 and pid != os.getpid() else ""
+        return bool(started) and started == record.get("process_start", started)
 
 
 def process_start(pid: int) -> str:
@@ -142,6 +142,13 @@ def process_start(pid: int) -> str:
         return "unknown"
     fields = stat.rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def is_finished(run: RunFolder, config: Mapping[str, Any]) -> bool:
+    """Whether a run of this very configuration has nothing left to do, the test included that may have been killed."""
+    record = run.record()
+    tested = not config.get("test_after_fit") or (run.path / f"{test_name(config)}_metrics.json").is_file()
+    return record.get("status") == "finished" and record.get("config_hash") == hash_config(config) and tested
 
 
 def new_run_id(seed: int | None) -> str:
@@ -322,7 +329,7 @@ def describe_process(command: list[str]) -> dict[str, Any]:
         "command": command,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "born": process_start(os.getpid()),
+        "process_start": process_start(os.getpid()),
         "commit": _git_commit(),
         "versions": {name: found for name in _RECORDED_PACKAGES if (found := _installed(name))},
         "cpus": os.cpu_count(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 import shutil
@@ -18,13 +19,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LOST = r"^Dist|gloo|NCCL|[Cc]onnection (closed|reset)"  # what errors of torch.distributed are known by
 _PARENT = "_LIT_DEFECT_PARENT"  # process id of the one that has started this one as a part of its launch
 _STUCK = 2.0  # seconds in which the main thread sees a signal unless it waits in C++
+# Seconds that are left to a run that stops, most of them for W&B's upload; a job is put back while there is time.
+_LEFT = {signal.SIGTERM: 330.0, signal.SIGUSR1: 120.0}
+_PATIENCE = 10.0  # seconds in which the other processes of a run that ends early have to end by themselves
 
 
 class Stopped(SystemExit):
@@ -56,32 +62,51 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self._deferred = False
+        self._ends_at = math.inf
         self._owner = 0
+        self._tells = -1
+        self._launcher: Any = None
         self._former: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
-        """Handle the signals in here; outside the main thread, where that is impossible, they stay as they are."""
+        """Handle the signals in here; outside the main thread, where that is impossible, they stay as they are.
+
+        Raises:
+            SystemExit: the run was stopped; what is left to do then (`ended`) is done.
+        """
         if self._former or threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.number, self._deferred, self._owner = None, False, os.getpid()
-        self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        told, tells = os.pipe()
+        told, self._tells = os.pipe()
         over = threading.Event()
-        os.set_blocking(tells, False)
-        waker = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(told, over), daemon=True).start()
+        os.set_blocking(self._tells, False)
+        self._forget()
+        self._owner = os.getpid()
+        self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        waker = signal.set_wakeup_fd(self._tells, warn_on_full_buffer=False)
+        watcher = threading.Thread(target=self._watch, args=(told, over), daemon=True)
+        watcher.start()
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `take_over`
             yield
+        except Stopped as stop:
+            over.set()
+            self.number, self._deferred = stop.number, True
+            raise SystemExit(ended(stop)) from None
         finally:
             over.set()
             signal.set_wakeup_fd(waker)
-            os.close(tells)
+            self._wake(0)  # a forked process may hold the pipe open
+            os.close(self._tells)
+            watcher.join(_STUCK)
             for number, handler in self._former.items():
                 signal.signal(number, handler)
-            self.number, self._deferred, self._former = None, False, {}
+            self._former = {}
+            self._forget()
+
+    def _forget(self) -> None:
+        self.number, self._deferred, self._ends_at, self._launcher = None, False, math.inf, None
 
     def defer(self) -> None:
         """From here on only note a signal: the training asks for it.
@@ -100,29 +125,78 @@ class StopRequest:
         """
         self._deferred = False
         if self.number is not None:
-            raise Stopped(self.number)
+            self.stop(self.number)
+
+    def stop(self, number: int, follows: bool = False) -> NoReturn:
+        """Stop now, and end in good order in the time that is left.
+
+        Args:
+            number, follows: as in `Stopped`.
+
+        Raises:
+            Stopped: always.
+        """
+        self.number = number
+        self._ends_at = time.monotonic() + _LEFT[signal.Signals(number)]
+        if self._former:
+            self._wake(number)  # where no signal has come to this process
+        raise Stopped(number, follows)
+
+    def explained(self, error: BaseException) -> BaseException:
+        """The stop behind an error: another process was quicker, and this one has lost its connection."""
+        lost = isinstance(error, RuntimeError) and re.search(_LOST, f"{type(error).__name__} {error}")
+        return Stopped(self.number) if self.number is not None and lost else error
+
+    def launches(self, launcher: Any) -> None:
+        """The launcher's processes, if it has any, are told when this one has to end in a hurry."""
+        self._launcher = launcher
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._owner:
             return  # a worker of a data loader, forked from here: it ends with its parent
-        if self.number is None:
-            self.number = number
+        if self.number is not None:
+            return  # an echo: schedulers and launchers tell all processes, which tell each other
+        self.number = number
         if not self._deferred:
-            raise Stopped(self.number)
+            self.stop(number)
+
+    def _wake(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # full, or nobody listens any more
+            os.write(self._tells, bytes([number]))
 
     def _watch(self, told: int, over: threading.Event) -> None:
-        """End the process if a signal came that the main thread does not get to see.
+        """End the process if the main thread does not get to see a signal, or does not get to its end after it.
 
-        It waits in C++ then, as for processes of the launch that have stopped already.
+        It waits in C++ then, as for processes of the launch that have stopped already, or for a server.
         """
         with open(told, "rb", buffering=0) as pipe:
-            while heard := pipe.read(1):
-                unseen = heard[0] in SIGNALS and not over.wait(_STUCK)
-                if unseen and self.number is None and not self._deferred:
-                    os._exit(ended(Stopped(heard[0])))
+            while not over.is_set() and (heard := pipe.read(1)):
+                while heard[0] in SIGNALS and not over.wait(_STUCK):
+                    unseen = self.number is None and not self._deferred
+                    if unseen or time.monotonic() > self._ends_at:
+                        end_all(self._launcher, patience=0.0, kill=False)
+                        os._exit(ended(Stopped(self.number or heard[0])))
 
 
 STOP = StopRequest()
+# A process that is forked from here, as a worker of a data loader, must not tell `_watch` of its own signals.
+os.register_at_fork(after_in_child=lambda: STOP._former and signal.set_wakeup_fd(-1))
+
+
+def end_all(launcher: Any, patience: float = _PATIENCE, kill: bool = True) -> None:
+    """End the processes that Lightning's launcher has started.
+
+    Args:
+        launcher: of the strategy, or None.
+        patience: seconds in which they may end by themselves.
+        kill: give them no further chance; otherwise they are told to end.
+    """
+    deadline = time.monotonic() + patience
+    for process in getattr(launcher, "procs", ()):
+        if isinstance(process, subprocess.Popen):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill() if kill else process.terminate()
 
 
 def take_over(trainer: Any) -> None:
@@ -139,6 +213,7 @@ def take_over(trainer: Any) -> None:
         if hasattr(holder, name):
             setattr(holder, name, lambda: None)
     launcher = trainer.strategy.launcher
+    STOP.launches(launcher)
     if hasattr(launcher, "_call_children_scripts"):
         launcher._call_children_scripts = functools.partial(_start_shielded, launcher._call_children_scripts)
 
@@ -150,6 +225,7 @@ def _start_shielded(start: Callable[[], None]) -> None:
         start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        del os.environ[_PARENT]  # of these processes alone
 
 
 def shield_worker(_: int = 0) -> None:
@@ -178,15 +254,17 @@ def ended(stop: Stopped, environ: Mapping[str, str] = os.environ) -> int:
     Returns:
         The exit code.
     """
-    if environ.get(_PARENT) == str(os.getppid()):
+    parent = os.getppid()  # asked for once: where it dies meanwhile, the next answer is process 1
+    if environ.get(_PARENT) == str(parent):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(os.getppid(), stop.number)
+            os.kill(parent, stop.number)
         return 0
     if stop.follows:
         return 0
-    if stop.preempted and environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0":  # of torchrun, of srun
+    first = environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"  # of torchrun, of srun
+    if stop.preempted and first and _PARENT not in environ:
         requeue(environ)
-    return int(stop.code or 0)
+    return 128 + stop.number
 
 
 def requeue(environ: Mapping[str, str] = os.environ) -> None:

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 from lit_defect import runs
 from lit_defect.errors import UserError
-from lit_defect.stopping import SIGNALS, Stopped
+from lit_defect.stopping import SIGNALS, Stopped, ended
 from lit_defect.study_check import changes_since, parsed
 from lit_defect.study_file import Study, read_study
 from lit_defect.study_plan import Job, plan
@@ -175,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("stopped; the same command goes on")
         return 128 + signal.SIGINT
+    except Stopped as stop:
+        raise SystemExit(ended(stop)) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -253,11 +255,14 @@ def _run(command: list[str], log: Path) -> int:
             return process.wait()
         except BaseException as stop:
             process.send_signal(stop.number if isinstance(stop, Stopped) else signal.SIGTERM)  # it saves and ends
-            process.wait()
+            if process.wait() == getattr(stop, "code", None):
+                raise SystemExit(process.returncode) from None  # it has also put the job back
             raise
 
 
 def _stop(number: int, _: Any) -> NoReturn:
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)  # told once is enough: the run is waited for
     raise Stopped(number)
 
 

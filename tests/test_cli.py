@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from lit_defect.__main__ import main as run_module
 from tests.anomaly_diffusion import make_base, make_parts
 from tests.editing import write_config
 from tests.fakes import make_mvtec
@@ -329,6 +330,34 @@ def test_help_is_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
     assert "HEAVY []" in done.stdout, done.stdout[-500:] + done.stderr[-500:]
     assert "--resume" in done.stdout
+
+
+def test_all_verbs_are_listed_at_once():
+    code = "import sys; from lit_defect.__main__ import usage; print(usage()); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for verb in ("fit", "check", "validate", "test", "predict", "sweep", "report", "export"):
+        assert f"\n  {verb} " in done.stdout
+    assert "python -m lit_defect.study" in done.stdout
+
+
+def test_a_verb_that_is_none(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lit_defect", "swep"])
+    with pytest.raises(SystemExit) as stop:
+        run_module()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: unknown verb 'swep': did you mean sweep?\n"
+
+
+def test_going_on_with_other_devices_is_said_to_change_the_steps(lit_defect, config, capsys, tmp_path):
+    lit_defect("fit", "--config", config, "--run_id", "one", "--trainer.max_epochs", "1")
+    record = tmp_path / "runs" / "tiny" / "one" / "run.json"
+    for epochs, option, said in ((2, (), True), (3, ("--data.global_batch_size", "8"), False)):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"devices": 2, "status": "interrupted"}))
+        words = ("--run_id", "one", "--resume", "--trainer.max_epochs", epochs, *option)
+        lit_defect("fit", "--config", config, *words)
+        err = capsys.readouterr().err
+        assert ("the run had 2 processes and goes on with 1" in err) is said, err
 
 
 def test_pictures_that_were_trained_on_are_not_evaluated(lit_defect, config, capsys, tmp_path):

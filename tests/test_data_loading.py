@@ -74,6 +74,10 @@ def test_small_sets_still_train_and_too_few_samples_are_an_error():
     assert [len(batch) for batch in TrainBatchSampler([0, 1, 1], batch_size=32, seed=0)] == [3]
     pair = [list(TrainBatchSampler([0] * 5, batch_size=32, seed=0, rank=r, world_size=2)) for r in (0, 1)]
     assert [[len(batch) for batch in share] for share in pair] == [[2], [2]]
+    added_up = list(TrainBatchSampler([0] * 50, batch_size=32, seed=0, together=2))
+    (alone,) = TrainBatchSampler([0] * 50, batch_size=64, seed=0)
+    assert sorted(chain(*added_up)) == sorted(alone), "one step of all, in two parts"
+    assert [len(batch) for batch in added_up] == [25, 25]
     with pytest.raises(DataError, match="3 processes"):
         TrainBatchSampler([0, 1], batch_size=1, seed=0, world_size=3)
 

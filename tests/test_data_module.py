@@ -551,3 +551,4 @@ def test_a_step_that_cannot_be_shared_says_what_could_be():
         share_of_step(30, 4, 2)
     with pytest.raises(UserError, match=r"3 cannot be shared by 8 processes: 8 can"):
         share_of_step(3, 8, 1)
+    assert share_of_step(30, 4, 2, evenly=False) == 3, "an evaluation takes no steps"

@@ -72,6 +72,8 @@ def test_a_run_is_alive_as_long_as_its_process(tmp_path, dead_pid):
     assert not make_run(tmp_path / "e" / "4", **{**parent, "pid": os.getpid()}).is_alive()  # this process itself
     assert not make_run(tmp_path / "e" / "5", **{**parent, "host": "elsewhere"}).is_alive()
     assert not RunFolder(tmp_path / "e" / "6").is_alive()
+    assert make_run(tmp_path / "e" / "7", **parent, process_start=runs.process_start(os.getppid())).is_alive()
+    assert not make_run(tmp_path / "e" / "8", **parent, process_start="1").is_alive(), "its number was given again"
 
 
 def test_the_newest_free_run_of_the_same_configuration_is_resumed(tmp_path):

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch
 from lit_defect import stopping
 from lit_defect.callbacks.run import LastCheckpoint
 from lit_defect.stopping import STOP, Stopped, ended, slurm_job
+from lit_defect.tasks import DefectClassifier
 from tests.test_survival import LIMIT, config, rows, run, start, weights  # noqa: F401  (config is a fixture)
 
 IN_TIME = 60  # seconds in which a signalled run has to end; a hang takes half an hour
@@ -34,7 +36,7 @@ def interrupt(folder: Path, after: float, number: int, *arguments: object) -> in
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, number)
     try:
-        return process.wait(IN_TIME)
+        return process.wait(IN_TIME) or None
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"hangs since a signal after {after:.1f} s:\n{(folder / 'log.txt').read_text()[-3000:]}")
@@ -147,6 +149,20 @@ def test_usr1_saves_puts_the_job_back_and_the_run_goes_on(config, tmp_path):  # 
     assert rows(folder) == rows(tmp_path / "runs" / "tiny" / "whole")
 
 
+def test_a_signal_after_the_end_changes_nothing(tmp_path):
+    """Python takes seconds to leave a process with PyTorch; the exit code of a finished run stands."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import atexit, os, signal, sys\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGUSR1)])\n"
+        "from lit_defect.__main__ import main\n"
+        "sys.argv = ['lit_defect', 'fit', '--help']\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert subprocess.run([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL).returncode == 0
+
+
 def test_a_signal_to_one_process_stops_all(config, tmp_path):  # noqa: F811
     words = ("fit", "--config", config, "--run_id", "one", "--trainer.devices", "2", "--trainer.strategy", "ddp")
     assert signalled(tmp_path, "SIGTERM", (1,), {}, *words) != 0  # torchrun has an exit code of its own
@@ -209,6 +225,95 @@ def test_a_signal_of_before_ends_no_later_program(monkeypatch):
     with STOP.heeded():
         time.sleep(0.5)
     assert not [thread for thread in threading.enumerate() if "_watch" in thread.name]
+
+
+def test_an_echo_of_the_signal_does_not_break_into_what_is_done_at_the_end(monkeypatch, tmp_path):
+    """torchrun, SLURM and a sweep may each tell the same process."""
+    monkeypatch.setenv("PATH", scontrol(tmp_path)["PATH"])
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    done = []
+
+    @STOP.heeded()
+    def told_twice():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("run.json")
+
+    with pytest.raises(SystemExit) as stop:
+        told_twice()
+    assert (stop.value.code, done) == (138, ["run.json"])
+    assert (tmp_path / "asked.txt").read_text() == "requeue 17\n"
+
+
+def test_a_server_that_hangs_keeps_no_job_from_the_queue(monkeypatch):
+    monkeypatch.setattr(stopping, "_STUCK", 0.1)
+    monkeypatch.setattr(stopping, "_LEFT", {signal.SIGUSR1: 0.3})
+    monkeypatch.setattr(stopping, "ended", lambda stop: stop.code)
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+
+    @STOP.heeded()
+    def hangs():
+        STOP.defer()
+        try:
+            STOP.stop(signal.SIGUSR1)  # as another process has asked for
+        finally:
+            time.sleep(1)
+
+    with pytest.raises(SystemExit):
+        hangs()
+    assert left[:1] == [138]
+
+
+def test_a_signal_to_a_forked_process_is_not_taken_for_ours(monkeypatch):
+    leave = os._exit
+    monkeypatch.setattr(stopping, "_STUCK", 0.1)
+    with STOP.heeded():
+        if not (child := os.fork()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            leave(0)
+        monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+        os.waitpid(child, 0)
+        time.sleep(0.5)
+    assert STOP.number is None
+
+
+@pytest.mark.parametrize(
+    ("error", "stops"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1"), True),
+        (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (OSError(28, "No space left on device"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_only_a_lost_connection_is_explained_by_a_signal(error, stops):
+    assert STOP.explained(error) is error, "nobody has asked to stop"
+    with STOP.heeded():
+        STOP.defer()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert isinstance(STOP.explained(error), Stopped) is stops
+
+
+def test_a_state_that_could_not_be_saved_is_a_failure(lit_defect, config, tmp_path, monkeypatch):  # noqa: F811
+    """Not `preempted`: the job would be put back, and fail again, for ever."""
+
+    def full(self, trainer):
+        raise OSError(28, "No space left on device")
+
+    step = DefectClassifier.training_step
+
+    def told(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LastCheckpoint, "_save", full)
+    monkeypatch.setattr(DefectClassifier, "training_step", told)
+    with pytest.raises(OSError, match="No space"):
+        lit_defect("fit", "--config", config, "--run_id", "one")
+    assert json.loads((tmp_path / "runs" / "tiny" / "one" / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_stop_that_a_destructor_has_swallowed_is_not_forgotten(monkeypatch):
@@ -280,6 +385,32 @@ def test_a_process_of_lightnings_launcher_tells_its_parent(monkeypatch):
     assert told == [(os.getppid(), signal.SIGTERM)]
     assert ended(Stopped(signal.SIGTERM), {"_LIT_DEFECT_PARENT": str(os.getpid())}) == 143, "its parent is gone"
     assert len(told) == 1
+    parents = iter([17, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))  # it dies meanwhile
+    assert ended(Stopped(signal.SIGTERM), {"_LIT_DEFECT_PARENT": "17"}) == 0
+    assert told[1:] == [(17, signal.SIGTERM)]
+
+
+def test_the_mark_of_a_launched_process_is_inherited_by_no_other():
+    seen = []
+    stopping._start_shielded(lambda: seen.append(os.environ.get("_LIT_DEFECT_PARENT")))
+    assert seen == [str(os.getpid())]
+    assert "_LIT_DEFECT_PARENT" not in os.environ
+
+
+def test_an_orphan_of_a_launch_does_not_put_the_job_back_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", scontrol(tmp_path)["PATH"])
+    assert ended(Stopped(signal.SIGUSR1), {"_LIT_DEFECT_PARENT": "1", "SLURM_JOB_ID": "17"}) == 138
+    assert not (tmp_path / "asked.txt").exists()
+
+
+def test_processes_that_are_started_elsewhere_do_not_hide_an_error():
+    """As those of ddp_spawn, which are of another kind."""
+    stopping.end_all(SimpleNamespace(procs=[SimpleNamespace(pid=1)]))
+    stopping.end_all(None)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    stopping.end_all(SimpleNamespace(procs=[process]), patience=0.0)
+    assert process.wait() == -signal.SIGKILL
 
 
 class FakeTrainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -482,6 +483,32 @@ def test_a_stop_is_handed_on_and_the_study_goes_on_later(write, play, monkeypatc
     assert Path("saved.txt").is_file()
     Path("play.py").write_text(PLAY)
     assert play(file) == ["fit toy_A s0", "fit toy_A s1"]
+
+
+def test_a_study_waits_for_its_run_whoever_else_tells_it(write, play, monkeypatch):
+    """SLURM tells all processes of a job, and the run may be told before it listens: then the study puts the job back."""
+    program = Path("bin/scontrol")
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $@ >> {Path('asked.txt').absolute()}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent.absolute()}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    told = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(0.5),\n"
+        "                                          open('saved.txt', 'w').close(), sys.exit({code})))\n"
+        "os.kill(os.getppid(), signal.SIGUSR1)\n"
+        "time.sleep(30)\n"
+    )
+    for code, asked in ((138, ""), (3, "requeue 17\n")):
+        Path("play.py").write_text(told.format(code=code))
+        Path("asked.txt").write_text("")
+        Path("saved.txt").unlink(missing_ok=True)
+        with pytest.raises(SystemExit) as stopped:
+            play(write(steps=None, arms={"A": {}}))
+        assert stopped.value.code == 138
+        assert Path("saved.txt").is_file()
+        assert Path("asked.txt").read_text() == asked
 
 
 # --- the real command line ---

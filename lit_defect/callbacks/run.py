@@ -12,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.callbacks.tracking import MetricsCSV, mark_preempting
 from lit_defect.errors import UserError
@@ -46,6 +47,8 @@ class RunRecorder(Callback):
         """
         if trainer.strategy.broadcast(self.run.run_id) != self.run.run_id:
             raise UserError("the processes of this launch disagree on the run's folder: give all of them one --run_id")
+        if not self._begun and self.stage == "fit" and self.run.last.is_file():
+            self._compare_devices(trainer)
         if not self._begun and trainer.is_global_zero and (self.stage == "fit" or not self.run.record()):
             self.run.path.mkdir(parents=True, exist_ok=True)
             config = self.run.path / "config.yaml"
@@ -68,6 +71,17 @@ class RunRecorder(Callback):
                 devices=trainer.world_size,
             )
         self._begun = True
+
+    def _compare_devices(self, trainer: Trainer) -> None:
+        """Warn where a run goes on with steps of other samples than those that its schedule counts."""
+        before = self.run.record().get("devices", trainer.world_size)
+        data: Any = getattr(trainer, "datamodule", None)
+        if before != trainer.world_size and getattr(data, "global_batch_size", None) is None:
+            rank_zero_warn(
+                f"the run had {before} processes and goes on with {trainer.world_size}: its steps have other samples, "
+                "while its learning rate and the steps that are behind it stay as they were. "
+                "Go on with as many, or train with data.global_batch_size from the start"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write which sample went into which split, and what the checks found."""
@@ -100,7 +114,8 @@ class RunRecorder(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say in `run.json` that the run broke off, and why."""
         if trainer.is_global_zero and self.stage == "fit" and self._begun:
-            stopped = isinstance(exception, KeyboardInterrupt | SystemExit) or STOP.number is not None
+            exception = STOP.explained(exception)
+            stopped = isinstance(exception, KeyboardInterrupt | SystemExit)
             if preempted := isinstance(exception, Stopped) and exception.preempted:
                 mark_preempting(trainer)
             with contextlib.suppress(OSError):  # a full disk must not hide what it has caused
@@ -227,7 +242,7 @@ class LastCheckpoint(Checkpoint):
         if (due or number) and not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
         if number:
-            raise Stopped(number, follows=not trainer.is_global_zero)
+            STOP.stop(number, follows=not trainer.is_global_zero)
 
     def _agree(self, trainer: Trainer, late: bool = False) -> tuple[bool, int]:
         """Whether a save is due and which signal asks to stop (0 for none), of any process, on all of them."""
@@ -254,7 +269,7 @@ class LastCheckpoint(Checkpoint):
         if not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
         if number := self._agree(trainer)[1]:
-            raise Stopped(number, follows=not trainer.is_global_zero)
+            STOP.stop(number, follows=not trainer.is_global_zero)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All is saved: from here on a signal stops the run at once.
@@ -263,7 +278,7 @@ class LastCheckpoint(Checkpoint):
             Stopped: on all processes, where one came since the last epoch's end.
         """
         if number := self._agree(trainer)[1]:
-            raise Stopped(number, follows=not trainer.is_global_zero)
+            STOP.stop(number, follows=not trainer.is_global_zero)
         STOP.at_once()
 
     def _save(self, trainer: Trainer) -> None:

@@ -97,10 +97,12 @@ class Watch(Callback):
 
     Args:
         cache_dir: where the task may keep what it prepares.
+        resumes: whether it goes on from a state, which may stand behind the last of fewer batches.
     """
 
-    def __init__(self, cache_dir: Path) -> None:
+    def __init__(self, cache_dir: Path, resumes: bool = False) -> None:
         self.cache_dir = cache_dir
+        self.resumes = resumes
         self.seen = Seen()
         self._counting = ExitStack()
         self._without: set[str] = set()
@@ -110,8 +112,8 @@ class Watch(Callback):
         """Let the task look at all samples, as it would; then leave some of them."""
         self.seen.stage = "model"
         data = getattr(trainer, "datamodule", None)
-        if stage != "fit" or not isinstance(data, DefectDataModule) or trainer.ckpt_path:
-            return  # a state to go on from may stand behind the last of fewer batches
+        if stage != "fit" or not isinstance(data, DefectDataModule) or self.resumes:
+            return
         pl_module.setup(stage)
         whole, few = data.samples, fewer(data.samples, STEPS * data.batch_size)
         data.samples, data.cache_dir = few, self.cache_dir
@@ -215,7 +217,7 @@ def try_steps(
         ckpt_path: state to go on from, or None.
         small: take small batches.
     """
-    watch = Watch(Path(trainer.default_root_dir) / "cache")
+    watch = Watch(Path(trainer.default_root_dir) / "cache", resumes=ckpt_path is not None)
     trainer.callbacks.insert(0, watch)
     with _batches_of(data, _FEW if small else None):
         try:

@@ -99,8 +99,8 @@ class TrainBatchSampler:
 
     The samples are taken in passes, each in an order of its own. Samples that do not fill the last global
     batch of a pass are left out of it (`drop_last`) or make a smaller batch, without the n mod world_size
-    that cannot be shared evenly. A set that is smaller than one global batch gives one smaller batch. Every
-    process gets the same number of batches, of the same sizes.
+    that cannot be shared evenly. A set that is smaller than one step gives one smaller step. Every process
+    gets the same number of batches, of the same sizes.
 
     An epoch is one pass, or `batches` steps: epoch e then holds the steps e * batches, ..., of the passes
     laid end to end. A pass that an epoch cuts goes on in the next one, so that samples are seen equally
@@ -138,7 +138,7 @@ class TrainBatchSampler:
         if len(labels) < world_size:
             raise DataError(f"{len(labels)} training samples cannot be shared by {world_size} processes")
         self.labels = np.asarray(labels)
-        self.batch_size = min(batch_size, len(labels) // world_size)
+        self.batch_size = min(batch_size, max(1, len(labels) // (world_size * together)))
         self.seed = seed
         self.rank = rank
         self.world_size = world_size

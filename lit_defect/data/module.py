@@ -195,7 +195,10 @@ class DefectDataModule(KnownFiles, Serving):
         """
         if self.global_batch_size is not None and self.trainer is not None:
             self.batch_size = share_of_step(
-                self.global_batch_size, self.trainer.world_size, self.trainer.accumulate_grad_batches
+                self.global_batch_size,
+                self.trainer.world_size,
+                self.trainer.accumulate_grad_batches,
+                evenly=stage == TrainerFn.FITTING,
             )
         if self.predict_root and stage == "predict":
             self._to_predict = self._check(list_pictures(self.predict_root))

@@ -40,18 +40,21 @@ def check_settings(values: Mapping[str, Any]) -> None:
         )
 
 
-def share_of_step(samples: int, processes: int, accumulated: int) -> int:
+def share_of_step(samples: int, processes: int, accumulated: int, evenly: bool = True) -> int:
     """Samples that a process takes at a time, of those of an optimizer step.
 
     Args:
         samples: of an optimizer step.
         processes: that share it.
         accumulated: batches whose gradients a step adds up.
+        evenly: whether all have to have as many; not where nothing is trained.
 
     Raises:
         UserError: they cannot be shared evenly.
     """
     share, rest = divmod(samples, processes * accumulated)
+    if not evenly:
+        return max(1, share)
     if rest or not share:
         by = f"{processes} processes" + (f" x {accumulated} accumulated batches" if accumulated > 1 else "")
         near = max(1, round(samples / (processes * accumulated))) * processes * accumulated
