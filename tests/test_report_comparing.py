@@ -247,3 +247,14 @@ def test_seeds_that_all_say_the_same_have_no_interval_of_no_width(tmp_path):
     assert math.isnan(matter.differences[0].limits(0.95).low)
     assert "no conclusion: b" in build(matter).summary
     assert _chart(matter) is None
+
+
+def test_numbers_that_were_drawn_are_read_with_four_digits(tmp_path):
+    for name, lr in (("plain", 0.001), ("drawn", 0.025750846143454856), ("tiny", 3.1234567890123e-05)):
+        for seed in range(2):
+            make_run(tmp_path, name, seed, lr=lr)
+    built = build(gather(Asked(runs=[tmp_path])))
+    protocol = next(section for section in built.sections if section.title == "Protocol")
+    (table,) = (block for block in protocol.blocks if getattr(block, "name", "") == "differences_of_options")
+    (row,) = (row for row in table.rows if row[0] == "model.lr")
+    assert set(row[1:]) == {"0.001", "0.02575", "3.123e-05"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -380,6 +381,9 @@ def _value(number: float) -> float | None:
 
 
 def _shown(text: str) -> str:
+    """A value of an option; a number that was drawn has more digits than anybody reads (the command has them all)."""
+    if re.fullmatch(r"-?\d*\.\d{7,}(e-?\d+)?", text):
+        return f"{float(text):.4g}"
     return text if len(text) <= 80 else f"{text[:38]} ... {text[-38:]}"
 
 
