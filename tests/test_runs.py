@@ -50,7 +50,9 @@ def test_records_are_updated_and_survive_damage(tmp_path):
     assert run.record() == {}
 
 
-def test_new_run_ids_are_unique_and_sort_by_time():
+def test_new_run_ids_are_unique_and_sort_by_time(monkeypatch):
+    drawn = iter(range(51))
+    monkeypatch.setattr("lit_defect.runs.secrets.token_hex", lambda size: f"{next(drawn):0{2 * size}x}")
     ids = {runs.new_run_id(7) for _ in range(50)}
     assert len(ids) == 50
     assert all(re.fullmatch(r"\d{8}-\d{6}-s7-[0-9a-f]{4}", name) for name in ids)

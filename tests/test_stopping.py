@@ -116,9 +116,9 @@ main()
 
 
 def signalled(folder: Path, name: str, ranks: tuple[int, ...], environment: dict[str, str], *words: object) -> int:
-    """The exit code of a fit in whose fifth step these ranks get a signal; the processes start by torchrun if several."""
+    """The exit code of a fit in whose tenth step, which is logged, these ranks get a signal; the processes start by torchrun if several."""
     script = folder / "signalled.py"
-    script.write_text(textwrap.dedent(SELF_SIGNALLED).format(at=4, ranks=ranks, name=name))
+    script.write_text(textwrap.dedent(SELF_SIGNALLED).format(at=9, ranks=ranks, name=name))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*(launch if len(ranks) > 1 or max(ranks) else [sys.executable]), str(script), *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
@@ -141,7 +141,7 @@ def test_usr1_saves_puts_the_job_back_and_the_run_goes_on(config, tmp_path):  # 
     assert signalled(tmp_path, "SIGUSR1", (0,), job, *words) == 138
     folder = tmp_path / "runs" / "tiny" / "one"
     assert json.loads((folder / "run.json").read_text())["status"] == "preempted"
-    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5, "after the batch"
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 10, "after the batch"
     assert (tmp_path / "asked.txt").read_text() == "requeue 12_5\n"
     assert signalled(tmp_path, "SIGUSR1", (0,), job, *words) == 0
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"

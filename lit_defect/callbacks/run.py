@@ -240,6 +240,7 @@ class LastCheckpoint(Checkpoint):
             late, number = self._agree(trainer, late)
             due |= late
         if (due or number) and not getattr(trainer, "fast_dev_run", False):
+            _log_step(trainer)
             self._save(trainer)
         if number:
             STOP.stop(number, follows=not trainer.is_global_zero)
@@ -287,3 +288,17 @@ class LastCheckpoint(Checkpoint):
             logger.save()  # what was logged before this state is on disk with it
         trainer.save_checkpoint(path, weights_only=False)
         self._saved_at = time.monotonic()
+
+
+def _log_step(trainer: Trainer) -> None:
+    """Log what Lightning would log of this step after the hook: a state must not be ahead of its metrics.
+
+    Whoever goes on from it logs the next step, and the row of this one would be missing.
+    """
+    connector = trainer._logger_connector
+    connector.update_train_step_metrics()
+
+    def only_once() -> None:
+        del connector.__dict__["update_train_step_metrics"]
+
+    connector.__dict__["update_train_step_metrics"] = only_once  # in place of Lightning's own call, which follows
