@@ -7,11 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lit_defect.errors import UserError
+from lit_defect.sweep.file import read_sweep
+from lit_defect.sweep.search import open_study
 
 PLAY = """
 import json, os, signal, sys, time
@@ -81,6 +87,22 @@ def start(file: Path, *words: str) -> subprocess.Popen[str]:
         command, cwd=file.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": root},
     )  # fmt: skip
+
+
+def at_once(folder: Path, url: str, workers: int = 6) -> list[str]:
+    """Names of the study that workers find in a database that all come to at the same moment; errors as their text."""
+    sweep = read_sweep(sweep_file(folder))
+    together = threading.Barrier(workers)
+
+    def join(_: int) -> str:
+        together.wait()
+        try:
+            return open_study(sweep, folder, url, "of this folder").study_name
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(join, range(workers)))
 
 
 def outcome(file: Path) -> dict[str, Any]:

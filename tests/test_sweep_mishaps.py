@@ -14,7 +14,7 @@ from lit_defect.runs import RunFolder
 from lit_defect.sweep import main
 from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.training import Training
-from tests.sweeping import outcome, start, sweep_file, until
+from tests.sweeping import at_once, outcome, start, sweep_file, until
 
 
 def work(file: Path, *words: str) -> int:
@@ -47,6 +47,11 @@ def test_a_link_whose_answer_the_network_has_lost_is_ours(tmp_path, monkeypatch)
     assert create(tmp_path / "t0000-0.json", {})
     monkeypatch.undo()
     assert not create(tmp_path / "t0000-0.json", {})
+
+
+def test_workers_that_come_to_an_empty_database_at_the_same_moment_all_find_the_study(tmp_path):
+    for name in "abc":
+        assert at_once(tmp_path, f"sqlite:///{tmp_path}/{name}.db") == ["toy"] * 6
 
 
 def test_a_trial_too_many_is_not_lost_when_more_are_asked_for(tmp_path, monkeypatch):

@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from lit_defect.sweep import main
-from tests.sweeping import epochs_of, outcome, run_record, start, sweep_file, until
+from tests.sweeping import at_once, epochs_of, outcome, run_record, start, sweep_file, until
 
 PASSWORD = "kept-to-itself"
 SERVERS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
@@ -51,6 +52,13 @@ def url() -> Iterator[str]:
 
 def _run(command: list[object], user: dict) -> None:
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, **user)
+
+
+def test_workers_that_come_to_an_empty_database_at_the_same_moment_all_find_the_study(tmp_path, url):
+    with psycopg.connect(url, autocommit=True) as server:
+        for name in ("one", "two", "three"):
+            server.execute(f"CREATE DATABASE {name}")
+            assert at_once(tmp_path, f"{url.removesuffix('postgres')}{name}") == ["toy"] * 6
 
 
 def test_two_workers_of_which_one_is_killed(tmp_path, url):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+_TRIES = 10  # to make the tables
 _ID = "sweep_id"  # of the folder that a study in a database belongs to
 
 
@@ -159,9 +162,31 @@ def _storage(folder: Path, url: str | None) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=_MendingLock(path)))
     if "://" not in url:
         raise ValueError("expected a URL such as postgresql://user@host/database or sqlite:///FILE")
-    from optuna.storages import RDBStorage
+    return _database(_with_driver(url))
 
-    return RDBStorage(_with_driver(url), engine_kwargs={"pool_pre_ping": True})
+
+def _database(url: str) -> BaseStorage:
+    """Optuna's tables, made where there are none.
+
+    Workers that come to an empty database at the same moment all begin to make them, and all but one trip over the
+    tables of that one: those try again.
+    """
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    def connect() -> BaseStorage:
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+
+    for _ in range(_TRIES):
+        try:
+            return connect()
+        except (IntegrityError, ProgrammingError):  # PostgreSQL, by how far the other one has come
+            pass
+        except OperationalError as error:  # SQLite and MySQL
+            if "already exists" not in str(error):
+                raise
+        time.sleep(random.uniform(0.1, 0.5))
+    return connect()
 
 
 def _with_driver(url: str) -> str:
