@@ -31,14 +31,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_defect import runs
-from lit_defect.errors import UserError
+from lit_defect.yaml_files import YamlReader, near_word, read_yaml
 
 PAPERS = ("zheng_nagata",)
 JUDGES = ("accuracy", "balanced_accuracy", "auroc")
@@ -119,29 +116,7 @@ def read_study(file: Path, runs_dir: Path | None = None) -> Study:
     Raises:
         UserError: no such file, unknown keys or names, or needs that go round in a circle.
     """
-    try:
-        said = yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text in UTF-8; a study's file is needed") from None
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}; a study's file is needed") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is no YAML: {error}") from None
-    return _Reader(file).study(said, runs_dir)
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """Refuses a name that stands twice, of which YAML would drop the first silently."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return node
+    return _Reader(file).study(read_yaml(file, "a study's file"), runs_dir)
 
 
 def _named_steps(options: Mapping[str, Any], steps: Iterable[str]) -> list[str]:
@@ -151,12 +126,7 @@ def _named_steps(options: Mapping[str, Any], steps: Iterable[str]) -> list[str]:
     return [name for name in steps if name in named]
 
 
-class _Reader:
-    """Reads a file and says where in it something is wrong."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
+class _Reader(YamlReader):
     def study(self, said: Any, runs_dir: Path | None) -> Study:
         """All of it."""
         entries = self.known(said, "", _STUDY_KEYS)
@@ -266,7 +236,7 @@ class _Reader:
         """Options of the command line by their dotted keys."""
         options = {str(key): value for key, value in self.mapping(said or {}, f"{where}.options").items()}
         for key, value in options.items():
-            at = f"{where}.options.{key}".lstrip(".")
+            at = f"{where}.options.{key}"
             if key.lstrip("-") in _OURS:
                 raise self.wrong(at, "is set by the study itself")
             if key.startswith("-"):
@@ -309,39 +279,16 @@ class _Reader:
         for name in step.needs:
             self.not_in_circle(steps[name], steps, [*above, step.name])
 
-    def known(self, said: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
-        """A mapping of known keys."""
-        entries = self.mapping(said, where)
-        for key in entries:
-            if key not in keys:
-                raise self.wrong(f"{where}.{key}".lstrip("."), f"is unknown{near_word(str(key), keys)}")
-        return entries
-
-    def mapping(self, said: Any, where: str) -> dict[str, Any]:
-        if not isinstance(said, dict):
-            raise self.wrong(where.lstrip(".") or "the file", "is no mapping of keys to values")
-        return said
-
     def flag(self, entries: Mapping[str, Any], key: str, where: str = "") -> bool:
         value = entries.get(key, False)
         if not isinstance(value, bool):
-            raise self.wrong(f"{where}.{key}".lstrip("."), f"is {value}: expected true or false")
+            raise self.wrong(f"{where}.{key}", f"is {value}: expected true or false")
         return value
 
     def plain_name(self, name: str, where: str) -> None:
         if not re.fullmatch(r"\w+", name) or name in _TAKEN:
             raise self.wrong(where, f"needs a name of letters, digits and _ (and none of {', '.join(_TAKEN)})")
 
-    def wrong(self, key: str, what: str) -> UserError:
-        return UserError(f"{self.file}: {key} {what}")
-
 
 def _is_seed(said: Any) -> bool:
     return type(said) is int and said >= 0
-
-
-def near_word(word: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?`, or what there is."""
-    known = list(known)
-    near = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known) or 'none'}"

@@ -15,9 +15,9 @@ from typing import Any
 from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder
 from lit_defect.study import end_of
-from lit_defect.study_file import near_word
 from lit_defect.sweep.file import SEED, Sweep
 from lit_defect.sweep.results import logged_names
+from lit_defect.yaml_files import near_word
 
 _ALWAYS = ("train/loss",)
 

@@ -29,16 +29,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from lit_defect.errors import UserError
-from lit_defect.study_file import UniqueKeys, near_word
 from lit_defect.sweep.space import Parameter, combinations, read_parameters
+from lit_defect.yaml_files import YamlReader, read_yaml
 
 SEED = "seed_everything"
 _KEYS = (
@@ -116,23 +114,10 @@ def read_sweep(file: Path) -> Sweep:
     Raises:
         UserError: no such file, unknown keys, values that cannot be, parameters that cannot be mapped.
     """
-    try:
-        said = yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text in UTF-8; a sweep's file is needed") from None
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}; a sweep's file is needed") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is no YAML: {error}") from None
-    return _Reader(file).sweep(said)
+    return _Reader(file).sweep(read_yaml(file, "a sweep's file"))
 
 
-class _Reader:
-    """Reads a file and says where in it something is wrong."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
+class _Reader(YamlReader):
     def sweep(self, said: Any) -> Sweep:
         entries = self.known(said, "", _KEYS)
         for key in ("method", "metric", "parameters"):
@@ -246,7 +231,7 @@ class _Reader:
     def whole(self, entries: Mapping[str, Any], key: str, where: str, otherwise: int | None, least: int) -> int | None:
         value = entries.get(key, otherwise)
         if value is not None and (type(value) is not int or value < least):
-            raise self.wrong(f"{where}.{key}".lstrip("."), f"is {value}: expected a whole number from {least} on")
+            raise self.wrong(f"{where}.{key}", f"is {value}: expected a whole number from {least} on")
         return value
 
     def one_of(self, entries: Mapping[str, Any], key: str, where: str, known: Any, otherwise: str | None = None) -> str:
@@ -254,20 +239,5 @@ class _Reader:
         value = "none" if value is None and "none" in known else value
         if value not in known:
             names = [str(name) for name in known]
-            raise self.wrong(f"{where}.{key}".lstrip("."), f"is {value}: expected one of {', '.join(names)}")
+            raise self.wrong(f"{where}.{key}", f"is {value}: expected one of {', '.join(names)}")
         return str(value)
-
-    def known(self, said: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
-        entries = self.mapping(said, where)
-        for key in entries:
-            if key not in keys:
-                raise self.wrong(f"{where}.{key}".lstrip("."), f"is unknown{near_word(str(key), keys)}")
-        return entries
-
-    def mapping(self, said: Any, where: str) -> dict[str, Any]:
-        if not isinstance(said, dict):
-            raise self.wrong(where or "the file", "is no mapping of keys to values")
-        return said
-
-    def wrong(self, key: str, what: str) -> UserError:
-        return UserError(f"{self.file}: {key} {what}")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_defect.errors import UserError
-from lit_defect.study_file import near_word
+from lit_defect.yaml_files import near_word
 
 if TYPE_CHECKING:
     import optuna
