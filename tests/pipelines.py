@@ -139,16 +139,52 @@ def tiny_unclip(folder: Path) -> Path:
 
 
 @kept
+def tiny_sd3(folder: Path, *, channels: int = 16, t5: bool = True) -> Path:
+    """Stable Diffusion 3; without its third text encoder, as most run it, or with fewer channels, if so asked."""
+    import diffusers
+    from transformers import CLIPTextModelWithProjection
+
+    tokenizer = tiny_tokenizer(TOLD)
+    first, second = (CLIPTextModelWithProjection(_text_config(tokenizer)).eval() for _ in range(2))
+    third = _tiny_t5(tokenizer, 2 * WIDTH) if t5 else None
+    torch.manual_seed(1)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=16,
+    )
+    vae = tiny_vae(channels=channels, factor=FACTOR)
+    vae.register_to_config(shift_factor=0.1)
+    diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=third,
+        tokenizer_3=tokenizer if t5 else None,
+    ).save_pretrained(folder)
+    return folder
+
+
+@kept
 def tiny_flux(folder: Path, *, fill: bool = False) -> Path:
     """Flux, or Flux Fill; its second text encoder is a CLIP's tokenizer with T5's network."""
     import diffusers
-    from transformers import T5Config, T5EncoderModel
 
     tokenizer = tiny_tokenizer(TOLD)
+    second = _tiny_t5(tokenizer, WIDTH)
     torch.manual_seed(1)
-    second = T5EncoderModel(
-        T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    )
     latents = 4 * 4  # four channels in patches of two by two
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
@@ -171,7 +207,7 @@ def tiny_flux(folder: Path, *, fill: bool = False) -> Path:
         vae=vae,
         text_encoder=tiny_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        text_encoder_2=second.eval(),
+        text_encoder_2=second,
         tokenizer_2=tokenizer,
         transformer=transformer,
     ).save_pretrained(folder)
@@ -250,3 +286,11 @@ def _text_config(tokenizer: Any) -> Any:
     config = tiny_text_encoder(tokenizer, seed=2).config
     config.projection_dim = WIDTH
     return config
+
+
+def _tiny_t5(tokenizer: Any, width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(1)
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval()

@@ -24,6 +24,7 @@ from tests.pipelines import (
     tiny_ip_adapter,
     tiny_lora,
     tiny_sd,
+    tiny_sd3,
     tiny_unclip,
     tiny_variation,
     tiny_xl,
@@ -167,6 +168,8 @@ def test_kinds_that_do_not_fit_the_mode(tmp_path, folder):
         (tiny_xl, "ip_adapter", "StableDiffusionXLImg2ImgPipeline", False, 8),
         (lambda path: tiny_xl(path, extra_channels=5), "inpaint", "StableDiffusionXLInpaintPipeline", True, 8),
         (lambda path: tiny_xl(path, extra_channels=4), "instruct_pix2pix", "StableDiffusionXLInstructPix2PixPipeline", False, 8),
+        (tiny_sd3, "img2img", "StableDiffusion3Img2ImgPipeline", False, 16),
+        (tiny_sd3, "inpaint", "StableDiffusion3InpaintPipeline", False, 16),
         (tiny_flux, "inpaint", "FluxInpaintPipeline", False, 16),
         (lambda path: tiny_flux(path, fill=True), "inpaint", "FluxFillPipeline", True, 16),
     ],
@@ -208,7 +211,7 @@ def test_slices_and_tiles(folder):
     assert refused(folder, "reference_only", attention_slicing=True).startswith(f"{NETWORK}.attention_slicing does not")
 
 
-@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sd3, tiny_flux])
 def test_latents_are_means_and_come_back(tmp_path, make):
     pipeline = opened(make(tmp_path / "base"))
     vae, shown = pipeline.pipe.vae, pictures(size=(48, 64))

@@ -267,6 +267,8 @@ def _load(folder: Path, mode: Mode, dtype: torch.dtype) -> Any:
     _check_channels(folder, index, mode)
     factory = getattr(diffusers, _factory(folder, index, mode))
     options: dict[str, Any] = {"torch_dtype": dtype, "variant": variant(folder, index)}
+    # Stable Diffusion 3 is often kept without its largest text encoder, which diffusers takes only if it is told.
+    options |= {name: None for name, kind in index.items() if kind == [None, None]}
     if "safety_checker" in index:
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:

@@ -35,6 +35,9 @@ from lit_defect.editing.samplers import make_scheduler, start, told_strength
 from lit_defect.errors import UserError
 
 _MAIN, _CONTENT, _SURROUNDINGS, _REFERENCE = range(4)  # what a request draws noise for
+_FORGETS_SHIFT = (
+    "StableDiffusion3InpaintPipeline",
+)  # when it decodes, not when it encodes: huggingface/diffusers#13611
 _FROM_NOISE = ("instruct_pix2pix", "variation")  # modes that know no strength
 
 
@@ -187,7 +190,7 @@ def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
         "generator": [_generator(r, _MAIN) for r in requests],
         "height": height,
         "width": width,
-        "output_type": "pt",
+        "output_type": "latent" if type(pipe).__name__ in _FORGETS_SHIFT else "pt",
     }
     if mode not in _FROM_NOISE:
         arguments["strength"] = _told(opened, requests[0].strength, edit)
@@ -211,6 +214,8 @@ def _call(opened: Opened, requests: Sequence[Request], edit: Edit) -> Tensor:
                 f"the GPU's memory does not hold {len(requests)} pictures of {height} x {width}: set {KEY}.batch lower "
                 f"({edit.batch} now; each candidate counts) or {KEY}.size smaller, or {NETWORK_KEY}.offload to model"
             ) from problem
+        if arguments["output_type"] == "latent":
+            made = opened.decode(made)
     return made.float().cpu()
 
 
