@@ -66,7 +66,7 @@ def request(number=0, **changes):
     return Request(**{**given, **changes})
 
 
-def _flows(kind):
+def flows(kind):
     """Whether it is a transformer that matches flows."""
     return "Flux" in kind or "of 3" in kind
 
@@ -74,7 +74,7 @@ def _flows(kind):
 def fitting(kind, number=0, **changes):
     """A request that the kind can do."""
     mode = KINDS[kind][0]
-    size = (48, 64) if _flows(kind) else SIZE
+    size = (48, 64) if flows(kind) else SIZE
     given = {"picture": picture(number, size)}
     if mode == "inpaint":
         given["mask"] = mask(size=size)
@@ -84,7 +84,7 @@ def fitting(kind, number=0, **changes):
 
 
 def edit_of(kind, **changes):
-    sampler = "default" if _flows(kind) else EDIT.sampler
+    sampler = "default" if flows(kind) else EDIT.sampler
     return Edit(**{"steps": EDIT.steps, "sampler": sampler, **changes})
 
 

@@ -23,7 +23,7 @@ from tests.editing import edited, editor, write_config
 from tests.latent import tiny_unet
 from tests.pipelines import tiny_ip_adapter, tiny_sd
 from tests.segmentation import fit, refused
-from tests.test_editing_running import KINDS
+from tests.test_editing_running import KINDS, flows
 from tests.test_survival import run
 from tests.test_tasks_anomaly_diffusion_processes import kill_when
 
@@ -108,13 +108,16 @@ def assert_untouched(root: Path, made: Made, masks: dict[str, np.ndarray] | None
 # --- every mode ---
 
 
-MODES = ["img2img", "img2img of XL", "inpaint", "inpaint, 9 channels", "instruct", "variation", "variation of unCLIP", "reference_only", "ip_adapter"]  # fmt: skip
+WHOLE = ["img2img of 3", "img2img of Flux"]  # that know no masks in this mode
+MODES = ["img2img", "img2img of XL", "inpaint", "inpaint, 9 channels", "inpaint of 3", "inpaint of Flux Fill", "instruct", "variation", "variation of unCLIP", "reference_only", "ip_adapter"]  # fmt: skip
 
 
 def asked(kind: str, given: Given) -> dict[str, Any]:
     """Mode, base and what else a kind of pipeline needs."""
     mode, make = KINDS[kind]
     options: dict[str, Any] = {"mode": mode, "base": make(given.folder / kind)}
+    if flows(kind):
+        options["sampler"] = "default"
     if mode in ("reference_only", "ip_adapter"):
         options["references"] = "hole"
     if mode == "ip_adapter":
@@ -136,7 +139,7 @@ def test_every_mode_edits_within_masks(given, edit, kind):
     assert pixels(made.root.parent / "figures" / "edits.png").std() > 10
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODES if not kind.startswith("inpaint")])
+@pytest.mark.parametrize("kind", [*(kind for kind in MODES if not kind.startswith("inpaint")), *WHOLE])
 def test_every_mode_but_inpainting_edits_whole_pictures(given, edit, kind):
     """Of their own type: the mask of a defective one stays, but for variations; a good one has none."""
     made = edit(**asked(kind, given), sources=["crack", "good"], count=2)
@@ -149,6 +152,13 @@ def test_every_mode_but_inpainting_edits_whole_pictures(given, edit, kind):
         if row["mask"]:
             own = given.root / row["source"].replace("/test/", "/ground_truth/").replace(".png", "_mask.png")
             assert (marked(made.root / row["mask"]) == marked(own)).all()
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_model_that_knows_no_masks_in_a_mode_says_which_does(given, edit, kind, capsys):
+    with pytest.raises(SystemExit):
+        edit(**asked(kind, given), result="hole", masks="augmented", count=3)
+    assert "edit.masks: with this model take the mode inpaint" in capsys.readouterr().err
 
 
 # --- masks of every kind ---
