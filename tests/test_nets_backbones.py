@@ -185,6 +185,14 @@ def test_parameter_groups_by_hand():
     assert {id(p) for g in frozen for p in g["params"]} == {id(named["fc.weight"]), id(named["fc.bias"])}
 
 
+def test_layers_that_learn_alike_are_one_group():
+    backbone = make("resnet18")
+    groups = backbone.parameter_groups(lr=0.8, weight_decay=0.1)
+    assert sorted((g["lr"], g["weight_decay"]) for g in groups) == [(0.8, 0.0), (0.8, 0.1)]
+    assert len({id(p) for g in groups for p in g["params"]}) == len(list(backbone.model.parameters()))
+    assert len(backbone.parameter_groups(lr=0.8, weight_decay=0.0)) == 1
+
+
 def test_position_embeddings_have_no_weight_decay():
     backbone = make("vit_tiny_patch16_224")
     groups = backbone.parameter_groups(lr=1.0, weight_decay=0.1)

@@ -259,8 +259,12 @@ class Backbone(nn.Module):
         groups = param_groups_layer_decay(
             self.model, weight_decay=weight_decay, no_weight_decay_list=excepted, layer_decay=layer_decay
         )
-        # A plain `lr` in place of timm's `lr_scale`, which only timm's own schedulers read.
-        return [{"params": g["params"], "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]} for g in groups]
+        # A plain `lr` in place of timm's `lr_scale`, which only timm's own schedulers read. Layers that learn alike go
+        # into one group: an optimizer's step costs a GPU as many launches as it has groups.
+        alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for group in groups:
+            alike.setdefault((lr * group["lr_scale"], group["weight_decay"]), []).extend(group["params"])
+        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in alike.items()]
 
     def fingerprint(self) -> str:
         """Identity of the map from normalised images to features: equal for equal networks and weights."""
