@@ -45,10 +45,8 @@ def test_a_sweep_is_registered_once_and_joined_by_all(tmp_path, server, capsys):
     assert [agent[0] for agent in server.agents] == [("sweep1",), ("sweep1",)]
     assert server.agents[0][1]["count"] == 2
     assert server.agents[0][1]["project"] == "tiles"
-    assert main([*words, "--workers", "2"]) == 2
     assert main(["status", *words[:3]]) == 2
     said = capsys.readouterr().err
-    assert "--workers is for off-line sweeps" in said
     assert "is a sweep at W&B, which shows how it stands: tiles, sweep1" in said
 
 

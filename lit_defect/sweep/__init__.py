@@ -25,7 +25,6 @@ import os
 import secrets
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -35,11 +34,11 @@ from typing import Any
 from lit_defect import runs
 from lit_defect.errors import UserError
 from lit_defect.stopping import requeue
-from lit_defect.sweep import commands
+from lit_defect.sweep import commands, several
 from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.file import SEED, Sweep, read_sweep
 from lit_defect.sweep.space import combinations
-from lit_defect.sweep.training import Stops, tied, without_slurm
+from lit_defect.sweep.training import Stops
 from lit_defect.tracking_login import logged_in
 
 PLAN = "sweep_plan.json"
@@ -85,10 +84,11 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     )
     if verb == "status":
         return parser
-    parser.add_argument("--count", type=_positive, help="leave after this many trials")
+    parser.add_argument("--count", type=_positive, help="leave after this many trials, each worker")
     parser.add_argument(
-        "--workers", type=_positive, default=1, help="start several on this machine, threads shared [1]"
+        "--workers", type=_positive, default=1, help="start several on this machine, each with its part of the GPUs [1]"
     )
+    parser.add_argument("--share_gpus", action="store_true", help="let several workers of --workers use one GPU")
     parser.add_argument("--options", default="", help='added to every command, such as "--trainer.devices 2"')
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--online", action="store_true", help="by W&B [if logged in, and no --storage is given]")
@@ -120,6 +120,8 @@ def _work(sweep: Sweep, options: argparse.Namespace) -> int:
     extra = shlex.split(options.options)
     if options.list:
         return _list(sweep)
+    workers = options.workers
+    devices = several.shares(several.gpus(), workers, share_gpus=options.share_gpus) if workers > 1 else []
     for text in commands.warnings(sweep):
         print(f"warning: {text}", file=sys.stderr)
     plan = _plan(sweep, options.runs_dir)
@@ -139,14 +141,17 @@ def _work(sweep: Sweep, options: argparse.Namespace) -> int:
             "trials can be compared if they differ in where and how fast only",
             file=sys.stderr,
         )
-    if is_online(sweep, options):
+    online = is_online(sweep, options)
+    if devices:
+        told = [str(options.file), "--runs_dir", str(options.runs_dir), f"--options={options.options}"]
+        told += ["--online" if online else "--offline"]
+        told += ["--storage", options.storage] if options.storage else []
+        told += ["--count", str(options.count)] if options.count else []
+        return several.work(devices, told)
+    if online:
         from lit_defect.sweep.online import join
 
-        if options.workers > 1:
-            raise UserError("--workers is for off-line sweeps: at W&B, start this command once for each")
         return join(sweep, options.runs_dir, options.count, extra)
-    if options.workers > 1:
-        return _several(options)
     return _offline(sweep, options, plan, extra)
 
 
@@ -241,26 +246,6 @@ def _write_plan(sweep: Sweep, runs_dir: Path, config: dict[str, Any], extra: str
     found = _plan(sweep, runs_dir)
     assert found is not None
     return found
-
-
-def _several(options: argparse.Namespace) -> int:
-    """Workers of this machine, which share its threads; a stop is handed on to them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // options.workers)), **without_slurm(os.environ)}
-    told = ["--runs_dir", str(options.runs_dir), "--options", options.options, "--offline"]
-    told += ["--storage", options.storage] if options.storage else []
-    told += ["--count", str(options.count)] if options.count else []
-    command = tied([sys.executable, "-m", "lit_defect", "sweep", str(options.file), *told])
-    with Stops().noted() as stops:
-        workers = [subprocess.Popen(command, env=environment, start_new_session=True) for _ in range(options.workers)]
-        handed_on = False
-        while any(worker.poll() is None for worker in workers):
-            if stops.number and not handed_on:
-                handed_on = True
-                for worker in workers:
-                    worker.send_signal(stops.number)
-            time.sleep(0.2)
-    return stops.status if stops.number else max((abs(worker.returncode) for worker in workers), default=0)
 
 
 def _say(text: str) -> None:
