@@ -2,6 +2,7 @@
 
     python -m lit_defect sweep FILE.yaml            a worker, begins the sweep or joins it: the same command on each GPU
     python -m lit_defect sweep status FILE.yaml     trials, the best one, importance of the parameters; sweep.json
+    python -m lit_defect sweep retry FILE.yaml      failed trials, all or --trials 3 7, wait to be run again
     python -m lit_defect sweep FILE.yaml --dry_run  checks the options and the metric and shows a trial's command
 
 Logged in to W&B, the sweep is registered there once and its agents run here (online.py). Else Optuna draws the trials
@@ -29,7 +30,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_defect import runs
 from lit_defect.errors import UserError
@@ -41,13 +42,16 @@ from lit_defect.sweep.space import combinations
 from lit_defect.sweep.training import Stops
 from lit_defect.tracking_login import logged_in
 
+if TYPE_CHECKING:
+    import optuna
+
 PLAN = "sweep_plan.json"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the verb; returns the exit status."""
     words = list(arguments)
-    verb = words.pop(0) if words[:1] in (["status"], ["trial"]) else "work"
+    verb = words.pop(0) if words[:1] in (["status"], ["retry"], ["trial"]) else "work"
     options, others = _parser(verb).parse_known_args(words)
     if others and verb != "trial":
         _parser(verb).error(f"unknown: {' '.join(others)}")
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
         sweep = read_sweep(options.file)
         if verb == "status":
             return _status(sweep, options)
+        if verb == "retry":
+            return _retry(sweep, options)
         if verb == "trial":
             from lit_defect.sweep.online import run_trial
 
@@ -82,7 +88,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage", help="Optuna's, such as postgresql://user@host/database (password: PGPASSWORD or ~/.pgpass)"
     )
-    if verb == "status":
+    if verb == "retry":
+        parser.add_argument("--trials", type=int, nargs="+", metavar="NUMBER", help="only these [all that have failed]")
+    if verb != "work":
         return parser
     parser.add_argument("--count", type=_positive, help="leave after this many trials, each worker")
     parser.add_argument(
@@ -180,8 +188,42 @@ def _offline(sweep: Sweep, options: argparse.Namespace, plan: dict[str, Any], ex
 def _status(sweep: Sweep, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lit_defect.sweep.search import open_study
     from lit_defect.sweep.summary import show, write_summary
+
+    folder = options.runs_dir / sweep.name
+    study, claims = _begun(sweep, options)
+    with contextlib.suppress(OSError):  # whoever only looks may not be allowed to write
+        write_summary(sweep, study, folder, claims)
+    show(sweep, study, claims, Console(highlight=False))
+    return 0
+
+
+def _retry(sweep: Sweep, options: argparse.Namespace) -> int:
+    from lit_defect.sweep.attempts import retry
+    from lit_defect.sweep.summary import write_summary
+
+    folder = options.runs_dir / sweep.name
+    study, claims = _begun(sweep, options)
+    try:
+        again = retry(study, sweep, claims, options.trials)
+        write_summary(sweep, study, folder, claims)
+    except OSError as error:
+        raise UserError(f"{error}\n{folder} must be writable and have room") from None
+    if not again:
+        _say("no trial has failed and does not wait already")
+        return 0
+    _say(f"trials that wait to be run again: {', '.join(map(str, again))}")
+    _say(f"workers that still run take them up; else start one: sweep {sweep.file}")
+    return 0
+
+
+def _begun(sweep: Sweep, options: argparse.Namespace) -> tuple[optuna.Study, Claims]:
+    """An off-line sweep that there is.
+
+    Raises:
+        UserError: there is none, or it is at W&B.
+    """
+    from lit_defect.sweep.search import open_study
 
     folder = options.runs_dir / sweep.name
     plan = _plan(sweep, options.runs_dir)
@@ -190,11 +232,7 @@ def _status(sweep: Sweep, options: argparse.Namespace) -> int:
             raise UserError(f"{folder} is a sweep at W&B, which shows how it stands: {known['project']}, {known['id']}")
         raise UserError(f"{folder} has no sweep yet: start it by sweep {sweep.file}")
     study = open_study(sweep, folder, options.storage or sweep.storage, plan["id"], create=False)
-    claims = Claims(folder / "claims")
-    with contextlib.suppress(OSError):  # whoever only looks may not be allowed to write
-        write_summary(sweep, study, folder, claims)
-    show(sweep, study, claims, Console(highlight=False))
-    return 0
+    return study, Claims(folder / "claims")
 
 
 def _list(sweep: Sweep) -> int:
