@@ -111,13 +111,14 @@ def planned(tmp_path, **changes):
 
 
 def test_a_trial_trains_with_each_seed_and_logs_the_mean(tmp_path):
-    file = planned(tmp_path, lit_defect={"seeds": [0, 1]})
+    file = planned(tmp_path, lit_defect={"seeds": [0, 1], "seeded": ["data.val_seed"]})
     trial = trial_of(file, "--x=2", "--options=--note 'a b'")
     said, _ = trial.communicate(timeout=120)
     assert trial.returncode == 0, said
     for seed in (0, 1):
         told = run_record(file, f"toy/toy-ab12-s{seed}")["told"]
         assert (told["x"], told["seed_everything"], told["note"]) == ("2", str(seed), "a b")
+        assert told["data.val_seed"] == str(seed)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*-ab12")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(folder)]
     found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)})

@@ -21,7 +21,7 @@ from lit_defect.runs import RunFolder
 from lit_defect.study import end_of
 from lit_defect.sweep.attempts import counted, number_of, task_of
 from lit_defect.sweep.claims import Claim, Claims, Held
-from lit_defect.sweep.commands import placed, words
+from lit_defect.sweep.commands import placed, seeding, words
 from lit_defect.sweep.file import SEED, Sweep
 from lit_defect.sweep.results import Logged, NotLoggedError, NoValueError, value_of
 from lit_defect.sweep.summary import write_summary
@@ -217,8 +217,8 @@ class Worker:
         for seed in seeds:
             name = f"{self.sweep.name}-t{number:04d}-s{seed}"
             run = RunFolder(self.runs_dir / self.experiment / name)
-            told = placed(run, None if self.seeds is None else seed)
-            command = words(self.sweep, parameters, [*self.extra, *told])
+            told = seeding(self.sweep, None if self.seeds is None else seed)
+            command = words(self.sweep, parameters, [*self.extra, *told, *placed(run)])
             made[seed] = Training(run, command, self.logs / f"{name}.log", self.sweep.metric)
         return made
 
