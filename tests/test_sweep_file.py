@@ -198,6 +198,12 @@ def test_pruners(tmp_path):
     assert isinstance(pruner(read_sweep(sweep_file(tmp_path))), optuna.pruners.NopPruner)
 
 
+def test_a_goal_that_is_not_given_is_told(tmp_path):
+    (text,) = warnings(read_sweep(sweep_file(tmp_path, metric={"name": "val/auroc"})))
+    assert "the smallest val/auroc is looked for" in text
+    assert not warnings(read_sweep(sweep_file(tmp_path, metric={"name": "val/loss"})))
+
+
 def test_the_test_split_must_not_choose(tmp_path):
     metric = {"name": "test/auroc", "goal": "maximize"}
     assert not warnings(read_sweep(sweep_file(tmp_path, metric=metric)))  # a grid chooses nothing

@@ -125,7 +125,10 @@ def is_online(sweep: Sweep, options: argparse.Namespace) -> bool:
 
 
 def _work(sweep: Sweep, options: argparse.Namespace) -> int:
-    extra = shlex.split(options.options)
+    try:
+        extra = shlex.split(options.options)
+    except ValueError as error:
+        raise UserError(f"--options {options.options}: {str(error).lower()}") from None
     if options.list:
         return _list(sweep)
     workers = options.workers

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_defect.errors import UserError
-from lit_defect.runs import RunFolder
+from lit_defect.runs import RunFolder, better
 from lit_defect.study import end_of
 from lit_defect.sweep.file import SEED, Sweep
 from lit_defect.sweep.results import logged_names
@@ -159,6 +159,8 @@ def _probed(sweep: Sweep, command: Sequence[str]) -> list[str]:
 def warnings(sweep: Sweep) -> list[str]:
     """What a user should think over, though it can be done."""
     found = []
+    if "goal" not in sweep.said["metric"] and better(sweep.metric) == "max":
+        found.append(f"{sweep.file}: the smallest {sweep.metric} is looked for, as metric.goal is not given")
     if sweep.metric.startswith("test/") and sweep.method != "grid":
         found.append(
             f"{sweep.file}: {sweep.metric} chooses among the trials, so its figure is no test any more: choose by the "

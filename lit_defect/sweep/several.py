@@ -45,10 +45,10 @@ def work(devices: Sequence[Sequence[str]], words: Sequence[str]) -> int:
             )
             for names in devices
         ]  # fmt: skip
-        handed_on = False
+        handed_on = 0
         while any(worker.poll() is None for worker in workers):
-            if stops.number and not handed_on:
-                handed_on = True
+            if handed_on < bool(stops.number) + stops.at_once:  # Ctrl-C again as well
+                handed_on += 1
                 for worker in workers:
                     worker.send_signal(stops.number)
             time.sleep(0.2)

@@ -7,6 +7,7 @@ run folders, and its trainings go on by `--resume`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -323,11 +324,12 @@ class _Reporter:
         self.known = len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
     def __call__(self, values: list[Logged]) -> bool:
-        for step, logged in enumerate(values[self.known :], self.known + 1):
-            self.trial.report(logged.value, step)
-            self.known = step
-            if self.trial.should_prune():
-                return True
+        with contextlib.suppress(OSError):  # a folder that is away for a while: told with the next value
+            for step, logged in enumerate(values[self.known :], self.known + 1):
+                self.trial.report(logged.value, step)
+                self.known = step
+                if self.trial.should_prune():
+                    return True
         return False
 
 
