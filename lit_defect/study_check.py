@@ -26,7 +26,7 @@ from lit_defect.errors import UserError
 from lit_defect.reporting.seeds import INCIDENTAL
 from lit_defect.study_plan import Job
 
-_DECIDING = ("seed_everything", "data.init_args.seed", "data.init_args.category")
+_DECIDING = ("seed_everything", "data.init_args.seed", "data.init_args.val_seed", "data.init_args.category")
 _ELSEWHERE = tuple(key for key in INCIDENTAL if key not in _DECIDING)
 
 

@@ -71,6 +71,17 @@ def test_order_of_the_samples_does_not_matter_and_the_seed_does() -> None:
     assert split_of(assign_splits(samples, seed=8)) != split_of(first)
 
 
+def test_a_validation_seed_leaves_the_test_alone() -> None:
+    samples = make({"good": 40, "hole": 20}, per_group=3)
+    plain, same, other = (assign_splits(samples, seed=7, val_seed=seed) for seed in (None, 7, 8))
+    assert same == plain
+    val, test = ({s.name for s in plain if s.split == split} for split in ("val", "test"))
+    assert {s.name for s in other if s.split == "test"} == test
+    assert {s.name for s in other if s.split == "val"} != val
+    with pytest.raises(UserError, match=r"data\.val_seed is -1"):
+        assign_splits(samples, seed=7, val_seed=-1)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_groups_stay_together_and_the_shares_are_near(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -129,6 +129,15 @@ def test_the_mean_over_seeds_is_the_objective(tmp_path):
         assert len(trial["runs"]) == 3
 
 
+def test_the_seed_is_given_to_other_options_as_well(tmp_path):
+    file = sweep_file(tmp_path, lit_defect={"seeds": [0, 4], "seeded": ["data.val_seed"]}, run_cap=1)
+    assert work(file) == 0
+    told = [run_record(file, f"toy/toy-t0000-s{seed}")["told"] for seed in (0, 4)]
+    assert [(one["seed_everything"], one["data.val_seed"]) for one in told] == [("0", "0"), ("4", "4")]
+    changed = sweep_file(tmp_path, lit_defect={"seeds": [0, 4]}, run_cap=1)
+    assert work(changed) == 2  # they are other trainings
+
+
 def test_pruning_stops_the_training(tmp_path):
     file = sweep_file(
         tmp_path, parameters={"x": {"values": [5, 6, 7, 8, 9, 1]}}, options={"epochs": 12, "pause": 0.25},

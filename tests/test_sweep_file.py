@@ -139,6 +139,11 @@ def test_what_cannot_be_mapped_names_parameter_and_remedy(entry, message):
             {"lit_defect": {"seeds": [0]}, "parameters": {"seed_everything": {"values": [0, 1]}}},
             "both set the seed",
         ),
+        ({"lit_defect": {"seeded": ["data.val_seed"]}}, "seeded needs lit_defect.seeds"),
+        ({"lit_defect": {"seeds": [0], "seeded": "x"}}, "seeded is x: expected names of options"),
+        ({"lit_defect": {"seeds": [0], "seeded": ["x"]}}, "seeded names x, which is set twice"),
+        ({"lit_defect": {"seeds": [0], "seeded": ["a", "a"]}}, "seeded names a, which is set twice"),
+        ({"lit_defect": {"seeds": [0], "seeded": ["run_id"]}}, "names run_id, which is set by the sweep itself"),
         ({"name": "a/b"}, "name is 'a/b'"),
     ],
 )
@@ -191,6 +196,12 @@ def test_pruners(tmp_path):
     median = read_sweep(sweep_file(tmp_path, lit_defect={"pruner": "median"}))
     assert isinstance(pruner(median), optuna.pruners.MedianPruner)
     assert isinstance(pruner(read_sweep(sweep_file(tmp_path))), optuna.pruners.NopPruner)
+
+
+def test_a_goal_that_is_not_given_is_told(tmp_path):
+    (text,) = warnings(read_sweep(sweep_file(tmp_path, metric={"name": "val/auroc"})))
+    assert "the smallest val/auroc is looked for" in text
+    assert not warnings(read_sweep(sweep_file(tmp_path, metric={"name": "val/loss"})))
 
 
 def test_the_test_split_must_not_choose(tmp_path):
@@ -260,6 +271,16 @@ def test_options_are_checked_with_every_choice(tmp_path, monkeypatch):
 def test_options_are_checked_at_both_ends(tmp_path, monkeypatch, parameters, message):
     with pytest.raises(UserError, match=message):
         check(real(tmp_path, monkeypatch, parameters=parameters), [])
+
+
+@pytest.mark.slow
+def test_options_that_are_given_the_seed_are_checked(tmp_path, monkeypatch):
+    seeded = {"seeds": [3], "seeded": ["data.val_sed"]}
+    with pytest.raises(UserError, match=r"unknown key --data\.val_sed; did you mean val_seed"):
+        check(real(tmp_path, monkeypatch, parameters=LR, lit_defect=seeded), [])
+    seeded["seeded"] = ["data.val_seed"]
+    config = check(real(tmp_path, monkeypatch, parameters=LR, lit_defect=seeded), [])
+    assert config["data"]["init_args"]["val_seed"] == 3
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ import pytest
 
 from lit_defect import runs
 from lit_defect.runs import RunFolder
-from lit_defect.sweep import main
+from lit_defect.sweep import _write_plan, main
 from lit_defect.sweep.claims import Claims, create
+from lit_defect.sweep.file import read_sweep
+from lit_defect.sweep.search import open_study
 from lit_defect.sweep.training import Training
 from tests.sweeping import at_once, outcome, start, sweep_file, until
 
@@ -110,6 +112,59 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path, monkeypatch, capsys)
     assert "Traceback" not in said
 
 
+def test_a_folder_that_is_away_while_a_trial_trains_costs_nothing(tmp_path, monkeypatch):
+    import optuna
+
+    report, exists, away, asked = optuna.Trial.report, Path.exists, [1, 1, 1], []
+
+    def reported(self, value, step):
+        if away:
+            away.pop()
+            raise OSError(116, "Stale file handle")
+        report(self, value, step)
+
+    def existing(self, **named):
+        if self.match("t000?-1.json") and not asked:
+            asked.append(self)
+            raise OSError(5, "Input/output error")
+        return exists(self, **named)
+
+    monkeypatch.setattr(optuna.Trial, "report", reported)
+    monkeypatch.setattr(Path, "exists", existing)
+    file = sweep_file(tmp_path, lit_defect={"pruner": "median"}, options={"epochs": 8, "pause": 0.3},
+                      parameters={"x": {"values": [1, 2]}})  # fmt: skip
+    assert work(file) == 0
+    assert not away
+    assert asked
+    assert [trial["state"] for trial in outcome(file)["trials"]] == ["complete", "complete"]
+
+
+def test_a_claim_is_kept_alive_when_the_folder_is_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_defect.sweep.claims.BEAT", 0.01)
+    exists, away = Path.exists, [1, 1]
+
+    def existing(self, **named):
+        if self.parent == tmp_path and away:
+            away.pop()
+            raise OSError(116, "Stale file handle")
+        return exists(self, **named)
+
+    monkeypatch.setattr(Path, "exists", existing)
+    with Claims(tmp_path).take("t0000") as held:
+        os.utime(held.claim.path, (1, 1))
+        until(lambda: held.claim.path.stat().st_mtime > 1 and not away, 10)
+
+
+def test_a_runs_folder_may_be_moved(tmp_path):
+    file = sweep_file(tmp_path, options={"epochs": 4}, parameters={"x": {"values": [1, 2]}})
+    assert work(file, "--count", "1") == 0
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert main([str(file), "--runs_dir", str(tmp_path / "moved")]) == 0
+    trials = json.loads((tmp_path / "moved/toy/sweep.json").read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["complete", "complete"]
+    assert not (tmp_path / "runs").exists()
+
+
 # --- stops ---
 
 
@@ -123,6 +178,19 @@ def test_ctrl_c_again_does_not_wait(tmp_path):
     said, _ = worker.communicate(timeout=20)
     assert worker.returncode == 130, said
     assert [trial["state"] for trial in outcome(file)["trials"]] == ["waiting"]
+
+
+def test_ctrl_c_again_reaches_all_workers_of_a_machine(tmp_path):
+    file = sweep_file(tmp_path, options={"epochs": 2, "pause": 60}, parameters={"x": {"values": [1, 2]}})
+    parent = start(file, "--workers", "2", "--offline")
+    until(lambda: len(list((tmp_path / "runs/toy").glob("toy-t000?-s0/metrics.csv"))) == 2)
+    parent.send_signal(signal.SIGINT)
+    for _ in range(2):
+        until(lambda: "Ctrl-C again: at once" in parent.stdout.readline())
+    parent.send_signal(signal.SIGINT)
+    said, _ = parent.communicate(timeout=20)
+    assert parent.returncode == 130, said
+    assert [trial["state"] for trial in outcome(file)["trials"]] == ["waiting"] * 2
 
 
 def test_a_worker_puts_its_slurm_job_back_when_its_trial_is_given_back(tmp_path, monkeypatch):
@@ -203,3 +271,23 @@ def test_status_in_a_narrow_file_is_readable(tmp_path, capsys, monkeypatch):
     head = capsys.readouterr().out.splitlines()[2]
     wanted = "trial state val/score lr weight_decay data.seed model.seed seconds worker"
     assert head.split()[1:-1:2] == wanted.split()
+
+
+def test_an_empty_sweep_has_a_status(tmp_path, capsys):
+    file = sweep_file(tmp_path)
+    _write_plan(read_sweep(file), tmp_path / "runs", {})
+    assert main(["status", str(file), "--runs_dir", str(tmp_path / "runs")]) == 2
+    assert "has no sweep yet" in capsys.readouterr().err
+    open_study(
+        read_sweep(file),
+        tmp_path / "runs/toy",
+        None,
+        json.loads((tmp_path / "runs/toy/sweep_plan.json").read_text())["id"],
+    )
+    assert main(["status", str(file), "--runs_dir", str(tmp_path / "runs")]) == 0
+    assert "0 of 3 trials begun" in capsys.readouterr().out
+
+
+def test_options_that_are_no_words_are_named(tmp_path, capsys):
+    assert work(sweep_file(tmp_path), "--options", "--note 'a") == 2
+    assert "error: --options --note 'a: no closing quotation" in capsys.readouterr().err

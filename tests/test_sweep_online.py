@@ -45,10 +45,8 @@ def test_a_sweep_is_registered_once_and_joined_by_all(tmp_path, server, capsys):
     assert [agent[0] for agent in server.agents] == [("sweep1",), ("sweep1",)]
     assert server.agents[0][1]["count"] == 2
     assert server.agents[0][1]["project"] == "tiles"
-    assert main([*words, "--workers", "2"]) == 2
     assert main(["status", *words[:3]]) == 2
     said = capsys.readouterr().err
-    assert "--workers is for off-line sweeps" in said
     assert "is a sweep at W&B, which shows how it stands: tiles, sweep1" in said
 
 
@@ -113,13 +111,14 @@ def planned(tmp_path, **changes):
 
 
 def test_a_trial_trains_with_each_seed_and_logs_the_mean(tmp_path):
-    file = planned(tmp_path, lit_defect={"seeds": [0, 1]})
+    file = planned(tmp_path, lit_defect={"seeds": [0, 1], "seeded": ["data.val_seed"]})
     trial = trial_of(file, "--x=2", "--options=--note 'a b'")
     said, _ = trial.communicate(timeout=120)
     assert trial.returncode == 0, said
     for seed in (0, 1):
         told = run_record(file, f"toy/toy-ab12-s{seed}")["told"]
         assert (told["x"], told["seed_everything"], told["note"]) == ("2", str(seed), "a b")
+        assert told["data.val_seed"] == str(seed)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*-ab12")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(folder)]
     found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,23 @@ def test_a_killed_workers_training_ends_and_goes_on(tmp_path):
     (trial,) = outcome(file)["trials"]
     assert trial["state"] == "complete"
     assert run_record(file, trial["runs"][0])["status"] == "finished"
+    assert len(run_record(file, trial["runs"][0])["resumed"]) == 1
+    assert validated(run) == list(range(40))
+
+
+def test_a_trial_whose_training_was_killed_goes_on_from_its_state_when_it_is_run_again(tmp_path):
+    file = tiny_sweep(tmp_path, epochs=40, metric={"name": "val/auroc", "goal": "maximize"}, run_cap=1)
+    worker = start(file)
+    run = tmp_path / "runs/tiny/toy-t0000-s7"
+    until(lambda: (run / "checkpoints/last.ckpt").exists(), 120)
+    os.kill(run_record(file, "tiny/toy-t0000-s7")["pid"], signal.SIGKILL)  # as the kernel does for want of memory
+    said, _ = worker.communicate(timeout=120)
+    assert worker.returncode == 1, said
+    assert "exit status 137" in outcome(file)["trials"][0]["reason"]
+    assert main(["retry", str(file), "--runs_dir", str(tmp_path / "runs")]) == 0
+    assert work(file) == 0
+    (trial,) = outcome(file)["trials"]
+    assert (trial["state"], trial["attempts"]) == ("complete", 2)
     assert len(run_record(file, trial["runs"][0])["resumed"]) == 1
     assert validated(run) == list(range(40))
 

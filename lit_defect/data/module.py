@@ -52,6 +52,9 @@ class DefectDataModule(KnownFiles, Serving):
             variable LIT_DEFECT_CACHE, else ~/.cache/lit_defect.
         with_masks: check the masks and put them into the batches.
         seed: decides the splits and the order of training.
+        val_seed: decides in place of `seed` which of the training samples validate, where the layout prescribes no
+            validation split; the test split stays the same, so that a search can look at several validation splits
+            and sees nothing of the test.
         val_fraction: share of the training samples that validates.
         test_fraction: share of the samples that tests, where the layout prescribes no test split.
         folds: cut the samples into this many parts instead; part `fold` tests.
@@ -96,6 +99,7 @@ class DefectDataModule(KnownFiles, Serving):
         cache_dir: str | None = None,
         with_masks: bool = False,
         seed: int = 0,
+        val_seed: int | None = None,
         val_fraction: float = 0.2,
         test_fraction: float = 0.25,
         folds: int | None = None,
@@ -132,6 +136,7 @@ class DefectDataModule(KnownFiles, Serving):
         self.cache_dir = Path(folder).expanduser()
         self.with_masks = with_masks
         self.seed = seed
+        self.val_seed = val_seed
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.folds = folds
@@ -170,6 +175,7 @@ class DefectDataModule(KnownFiles, Serving):
         return assign_splits(
             samples,
             seed=self.seed,
+            val_seed=self.val_seed,
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction if self.test == "holdout" else 0.0,
             folds=self.folds,

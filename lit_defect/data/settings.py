@@ -31,8 +31,10 @@ def check_settings(values: Mapping[str, Any]) -> None:
     sides = values["image_size"]
     if sides is not None and (len(sides) != 2 or min(sides) < 1):
         raise UserError(f"data.image_size is {sides}; expected a side or [height, width] in pixels.")
-    if values["split_file"] and (values["folds"] is not None or values["shots"] is not None):
-        raise UserError("data.split_file says who trains and tests: leave data.folds and data.shots out.")
+    if values["split_file"] and any(values[key] is not None for key in ("folds", "shots", "val_seed")):
+        raise UserError(
+            "data.split_file says who trains, validates and tests: leave data.folds, data.shots and data.val_seed out."
+        )
     if values["test"] == "mirrored_train" and values["leakage"] == "error":
         raise UserError(
             "data.test=mirrored_train tests on the training pictures, which data.leakage=error forbids. "

@@ -36,6 +36,7 @@ def assign_splits(
     samples: Sequence[Sample],
     *,
     seed: int,
+    val_seed: int | None = None,
     val_fraction: float = 0.2,
     test_fraction: float = 0.25,
     folds: int | None = None,
@@ -47,6 +48,7 @@ def assign_splits(
     Args:
         samples: with different names; a `split` that is set is kept.
         seed: decides every draw; not negative.
+        val_seed: decides the draw of the validation split in place of `seed`; the test split is the same for all.
         val_fraction: share of the samples left after the test split; 0 draws no validation split.
         test_fraction: share of the samples without a prescribed split; 0 draws no test split.
         folds: cut the samples without a prescribed split into this many parts.
@@ -62,7 +64,8 @@ def assign_splits(
         UserError: a fraction, fold or number of shots is out of range.
         DataError: names repeat, a split cannot be drawn, or a class would have no training samples.
     """
-    _check_settings(seed, val_fraction, test_fraction, folds, fold, shots)
+    val_seed = seed if val_seed is None else val_seed
+    _check_settings(seed, val_seed, val_fraction, test_fraction, folds, fold, shots)
     _check_names(samples)
     ordered = sorted(samples, key=lambda sample: sample.name)
     levels = {kind: i for i, kind in enumerate(sorted({_kind(s) for s in ordered}, key=repr))}
@@ -97,7 +100,7 @@ def assign_splits(
         split[_among(free, counts, classes, test_fraction, rng, "data.test_fraction")] = "test"
     training = (split == "train") & real
     if "val" not in prescribed and training.any() and val_fraction > 0:
-        rng = np.random.default_rng([seed, VAL_DRAW])
+        rng = np.random.default_rng([val_seed, VAL_DRAW])
         split[_among(training, counts, classes, val_fraction, rng, "data.val_fraction")] = "val"
 
     result = [UNUSED] * len(ordered)
@@ -253,10 +256,18 @@ def _keep_shots(
 
 
 def _check_settings(
-    seed: int, val_fraction: float, test_fraction: float, folds: int | None, fold: int, shots: int | None
+    seed: int,
+    val_seed: int,
+    val_fraction: float,
+    test_fraction: float,
+    folds: int | None,
+    fold: int,
+    shots: int | None,
 ) -> None:
     if seed < 0:
         raise UserError(f"data.seed is {seed}; expected 0 or more.")
+    if val_seed < 0:
+        raise UserError(f"data.val_seed is {val_seed}; expected 0 or more.")
     for key, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
             raise UserError(f"data.{key} is {value:g}; expected at least 0 and less than 1.")

@@ -30,7 +30,7 @@ from lit_defect.runs import RunFolder, flatten
 INCIDENTAL = (
     "config", "run_id", "resume", "runs_dir", "wandb", "wandb_checkpoints", "ckpt_path", "weights_only",
     "test_after_fit", "experiment", "seed_everything", "data.init_args.seed", "data.init_args.category",
-    "data.init_args.root",
+    "data.init_args.val_seed", "data.init_args.root",
     "data.init_args.num_workers", "data.init_args.cache", "data.init_args.eval_batch_size", "data.init_args.download",
     "model.init_args.channels_last", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.logger", "trainer.callbacks", "trainer.enable_", "trainer.log_every_n_steps", "trainer.default_root_dir",

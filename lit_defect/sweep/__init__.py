@@ -2,6 +2,7 @@
 
     python -m lit_defect sweep FILE.yaml            a worker, begins the sweep or joins it: the same command on each GPU
     python -m lit_defect sweep status FILE.yaml     trials, the best one, importance of the parameters; sweep.json
+    python -m lit_defect sweep retry FILE.yaml      failed trials, all or --trials 3 7, wait to be run again
     python -m lit_defect sweep FILE.yaml --dry_run  checks the options and the metric and shows a trial's command
 
 Logged in to W&B, the sweep is registered there once and its agents run here (online.py). Else Optuna draws the trials
@@ -25,22 +26,24 @@ import os
 import secrets
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_defect import runs
 from lit_defect.errors import UserError
 from lit_defect.stopping import requeue
-from lit_defect.sweep import commands
+from lit_defect.sweep import commands, several
 from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.file import SEED, Sweep, read_sweep
 from lit_defect.sweep.space import combinations
-from lit_defect.sweep.training import Stops, tied, without_slurm
+from lit_defect.sweep.training import Stops
 from lit_defect.tracking_login import logged_in
+
+if TYPE_CHECKING:
+    import optuna
 
 PLAN = "sweep_plan.json"
 
@@ -48,7 +51,7 @@ PLAN = "sweep_plan.json"
 def main(arguments: Sequence[str]) -> int:
     """Run the verb; returns the exit status."""
     words = list(arguments)
-    verb = words.pop(0) if words[:1] in (["status"], ["trial"]) else "work"
+    verb = words.pop(0) if words[:1] in (["status"], ["retry"], ["trial"]) else "work"
     options, others = _parser(verb).parse_known_args(words)
     if others and verb != "trial":
         _parser(verb).error(f"unknown: {' '.join(others)}")
@@ -56,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
         sweep = read_sweep(options.file)
         if verb == "status":
             return _status(sweep, options)
+        if verb == "retry":
+            return _retry(sweep, options)
         if verb == "trial":
             from lit_defect.sweep.online import run_trial
 
@@ -83,12 +88,15 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage", help="Optuna's, such as postgresql://user@host/database (password: PGPASSWORD or ~/.pgpass)"
     )
-    if verb == "status":
+    if verb == "retry":
+        parser.add_argument("--trials", type=int, nargs="+", metavar="NUMBER", help="only these [all that have failed]")
+    if verb != "work":
         return parser
-    parser.add_argument("--count", type=_positive, help="leave after this many trials")
+    parser.add_argument("--count", type=_positive, help="leave after this many trials, each worker")
     parser.add_argument(
-        "--workers", type=_positive, default=1, help="start several on this machine, threads shared [1]"
+        "--workers", type=_positive, default=1, help="start several on this machine, each with its part of the GPUs [1]"
     )
+    parser.add_argument("--share_gpus", action="store_true", help="let several workers of --workers use one GPU")
     parser.add_argument("--options", default="", help='added to every command, such as "--trainer.devices 2"')
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--online", action="store_true", help="by W&B [if logged in, and no --storage is given]")
@@ -117,9 +125,14 @@ def is_online(sweep: Sweep, options: argparse.Namespace) -> bool:
 
 
 def _work(sweep: Sweep, options: argparse.Namespace) -> int:
-    extra = shlex.split(options.options)
+    try:
+        extra = shlex.split(options.options)
+    except ValueError as error:
+        raise UserError(f"--options {options.options}: {str(error).lower()}") from None
     if options.list:
         return _list(sweep)
+    workers = options.workers
+    devices = several.shares(several.gpus(), workers, share_gpus=options.share_gpus) if workers > 1 else []
     for text in commands.warnings(sweep):
         print(f"warning: {text}", file=sys.stderr)
     plan = _plan(sweep, options.runs_dir)
@@ -139,14 +152,17 @@ def _work(sweep: Sweep, options: argparse.Namespace) -> int:
             "trials can be compared if they differ in where and how fast only",
             file=sys.stderr,
         )
-    if is_online(sweep, options):
+    online = is_online(sweep, options)
+    if devices:
+        told = [str(options.file), "--runs_dir", str(options.runs_dir), f"--options={options.options}"]
+        told += ["--online" if online else "--offline"]
+        told += ["--storage", options.storage] if options.storage else []
+        told += ["--count", str(options.count)] if options.count else []
+        return several.work(devices, told)
+    if online:
         from lit_defect.sweep.online import join
 
-        if options.workers > 1:
-            raise UserError("--workers is for off-line sweeps: at W&B, start this command once for each")
         return join(sweep, options.runs_dir, options.count, extra)
-    if options.workers > 1:
-        return _several(options)
     return _offline(sweep, options, plan, extra)
 
 
@@ -175,8 +191,42 @@ def _offline(sweep: Sweep, options: argparse.Namespace, plan: dict[str, Any], ex
 def _status(sweep: Sweep, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lit_defect.sweep.search import open_study
     from lit_defect.sweep.summary import show, write_summary
+
+    folder = options.runs_dir / sweep.name
+    study, claims = _begun(sweep, options)
+    with contextlib.suppress(OSError):  # whoever only looks may not be allowed to write
+        write_summary(sweep, study, folder, claims)
+    show(sweep, study, claims, Console(highlight=False))
+    return 0
+
+
+def _retry(sweep: Sweep, options: argparse.Namespace) -> int:
+    from lit_defect.sweep.attempts import retry
+    from lit_defect.sweep.summary import write_summary
+
+    folder = options.runs_dir / sweep.name
+    study, claims = _begun(sweep, options)
+    try:
+        again = retry(study, sweep, claims, options.trials)
+        write_summary(sweep, study, folder, claims)
+    except OSError as error:
+        raise UserError(f"{error}\n{folder} must be writable and have room") from None
+    if not again:
+        _say("no trial has failed and does not wait already")
+        return 0
+    _say(f"trials that wait to be run again: {', '.join(map(str, again))}")
+    _say(f"workers that still run take them up; else start one: sweep {sweep.file}")
+    return 0
+
+
+def _begun(sweep: Sweep, options: argparse.Namespace) -> tuple[optuna.Study, Claims]:
+    """An off-line sweep that there is.
+
+    Raises:
+        UserError: there is none, or it is at W&B.
+    """
+    from lit_defect.sweep.search import open_study
 
     folder = options.runs_dir / sweep.name
     plan = _plan(sweep, options.runs_dir)
@@ -185,11 +235,7 @@ def _status(sweep: Sweep, options: argparse.Namespace) -> int:
             raise UserError(f"{folder} is a sweep at W&B, which shows how it stands: {known['project']}, {known['id']}")
         raise UserError(f"{folder} has no sweep yet: start it by sweep {sweep.file}")
     study = open_study(sweep, folder, options.storage or sweep.storage, plan["id"], create=False)
-    claims = Claims(folder / "claims")
-    with contextlib.suppress(OSError):  # whoever only looks may not be allowed to write
-        write_summary(sweep, study, folder, claims)
-    show(sweep, study, claims, Console(highlight=False))
-    return 0
+    return study, Claims(folder / "claims")
 
 
 def _list(sweep: Sweep) -> int:
@@ -241,26 +287,6 @@ def _write_plan(sweep: Sweep, runs_dir: Path, config: dict[str, Any], extra: str
     found = _plan(sweep, runs_dir)
     assert found is not None
     return found
-
-
-def _several(options: argparse.Namespace) -> int:
-    """Workers of this machine, which share its threads; a stop is handed on to them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // options.workers)), **without_slurm(os.environ)}
-    told = ["--runs_dir", str(options.runs_dir), "--options", options.options, "--offline"]
-    told += ["--storage", options.storage] if options.storage else []
-    told += ["--count", str(options.count)] if options.count else []
-    command = tied([sys.executable, "-m", "lit_defect", "sweep", str(options.file), *told])
-    with Stops().noted() as stops:
-        workers = [subprocess.Popen(command, env=environment, start_new_session=True) for _ in range(options.workers)]
-        handed_on = False
-        while any(worker.poll() is None for worker in workers):
-            if stops.number and not handed_on:
-                handed_on = True
-                for worker in workers:
-                    worker.send_signal(stops.number)
-            time.sleep(0.2)
-    return stops.status if stops.number else max((abs(worker.returncode) for worker in workers), default=0)
 
 
 def _say(text: str) -> None:

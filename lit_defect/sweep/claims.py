@@ -139,10 +139,11 @@ class Held:
         self._thread.join()
 
     def is_mine(self) -> bool:
-        """Whether no other worker has taken the task over."""
+        """Whether no other worker has taken the task over; also while the folder is away and nobody can tell."""
         following = self.claim.path.with_name(f"{self.claim.task}-{self.claim.generation + 1}.json")
-        if following.exists():
-            self.lost.set()
+        with contextlib.suppress(OSError):
+            if following.exists():
+                self.lost.set()
         return not self.lost.is_set()
 
     def release(self) -> None:

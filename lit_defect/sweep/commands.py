@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_defect.errors import UserError
-from lit_defect.runs import RunFolder
+from lit_defect.runs import RunFolder, better
 from lit_defect.study import end_of
 from lit_defect.sweep.file import SEED, Sweep
 from lit_defect.sweep.results import logged_names
@@ -43,11 +43,15 @@ def words(sweep: Sweep, parameters: Mapping[str, Any], extra: Sequence[str] = ()
     return [*made, *extra]
 
 
-def placed(run: RunFolder, seed: int | None) -> list[str]:
+def seeding(sweep: Sweep, seed: int | None) -> list[str]:
+    """Options of a training's seed; none where the seed is a parameter."""
+    return [] if seed is None else [f"--{name}={seed}" for name in (SEED, *sweep.seeded)]
+
+
+def placed(run: RunFolder) -> list[str]:
     """Options that say where a run is kept and that it goes on if it was begun."""
-    told = [] if seed is None else [f"--{SEED}", str(seed)]
     where = ["--runs_dir", str(run.path.parent.parent), "--experiment", run.experiment, "--run_id", run.run_id]
-    return [*told, *where, "--resume"]
+    return [*where, "--resume"]
 
 
 def _written(value: Any) -> str:
@@ -81,7 +85,8 @@ def check(sweep: Sweep, extra: Sequence[str], *, probe: bool = True) -> dict[str
         {name: values[min(number, len(values) - 1)] for name, values in varied.items()}
         for number in range(max(map(len, varied.values())))
     ]
-    asked = {json.dumps(values): _ours(words(sweep, values, extra)) for values in tried}
+    seed = sweep.seeds[0] if sweep.seeds else None
+    asked = {json.dumps(values): _ours(words(sweep, values, [*extra, *seeding(sweep, seed)])) for values in tried}
     first = next(iter(asked.values()))
     if first is None:
         return {}
@@ -141,7 +146,7 @@ def _probed(sweep: Sweep, command: Sequence[str]) -> list[str]:
         ]
         one += ["--test_after_fit=false", "--wandb=off"]
         log = Path(folder) / "log"
-        line = [sys.executable, "-m", "lit_defect", *command, *one, *placed(run, None)]
+        line = [sys.executable, "-m", "lit_defect", *command, *one, *placed(run)]
         with log.open("w", encoding="utf-8") as file:
             status = subprocess.run(line, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode
         if status:
@@ -154,6 +159,8 @@ def _probed(sweep: Sweep, command: Sequence[str]) -> list[str]:
 def warnings(sweep: Sweep) -> list[str]:
     """What a user should think over, though it can be done."""
     found = []
+    if "goal" not in sweep.said["metric"] and better(sweep.metric) == "max":
+        found.append(f"{sweep.file}: the smallest {sweep.metric} is looked for, as metric.goal is not given")
     if sweep.metric.startswith("test/") and sweep.method != "grid":
         found.append(
             f"{sweep.file}: {sweep.metric} chooses among the trials, so its figure is no test any more: choose by the "

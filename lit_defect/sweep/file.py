@@ -10,6 +10,8 @@
     run_cap: 40
     lit_defect:
       seeds: [0, 1, 2]          # trainings of each trial; their mean is the objective [the experiment's own seed]
+      seeded: [data.val_seed]   # options that are given each training's seed as well, here for a validation split of
+                                # its own: else all seeds share one, and a search on few pictures fits itself to it
       trials: 40                # in all, by all workers [run_cap]
       value: checkpoint         # which of the logged values counts: checkpoint | best | last; see results.py
       sampler: tpe              # off line: tpe | random | grid [as `method` says]
@@ -29,7 +31,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +46,7 @@ _KEYS = (
     "project", "entity", "lit_defect",
 )  # fmt: skip
 _OWN_KEYS = (
-    "seeds", "trials", "value", "sampler", "startup", "seed", "pruner", "warmup", "max_failures", "storage",
+    "seeds", "seeded", "trials", "value", "sampler", "startup", "seed", "pruner", "warmup", "max_failures", "storage",
 )  # fmt: skip
 _SAMPLERS = {"grid": "grid", "random": "random", "bayes": "tpe"}
 _PRUNERS = ("none", "median", "hyperband")
@@ -76,6 +78,7 @@ class Sweep:
     constant: Mapping[str, Any]
     command: tuple[str, ...]
     seeds: tuple[int, ...] | None
+    seeded: tuple[str, ...]
     trials: int | None
     value: Literal["checkpoint", "best", "last"]
     sampler: str
@@ -105,6 +108,7 @@ class Sweep:
             "seeds": None if self.seeds is None else list(self.seeds),
             "parameters": {parameter.name: parameter.describe() for parameter in self.parameters},
             "constant": dict(self.constant),
+            **({"seeded": list(self.seeded)} if self.seeded else {}),  # older plans do not tell
         }
 
 
@@ -163,6 +167,7 @@ class _Reader(YamlReader):
             constant=constant,
             command=self.command(entries),
             seeds=seeds,
+            seeded=self.seeded(own.get("seeded"), seeds, names),
             trials=self.whole(own, "trials", "lit_defect", cap, 1),
             value=self.one_of(own, "value", "lit_defect", _VALUES, "checkpoint"),  # type: ignore[arg-type]
             sampler=sampler,
@@ -226,6 +231,21 @@ class _Reader(YamlReader):
         whole = isinstance(said, list) and bool(said) and all(type(seed) is int and seed >= 0 for seed in said)
         if not whole or len(set(said)) < len(said):
             raise self.wrong("lit_defect.seeds", f"is {said}: expected different whole numbers, such as [0, 1, 2]")
+        return tuple(said)
+
+    def seeded(self, said: Any, seeds: Any, taken: Sequence[str]) -> tuple[str, ...]:
+        """Options that are given the seed, too."""
+        if said is None:
+            return ()
+        if not isinstance(said, list) or not all(isinstance(name, str) for name in said):
+            raise self.wrong("lit_defect.seeded", f"is {said}: expected names of options, such as [data.val_seed]")
+        if said and seeds is None:
+            raise self.wrong("lit_defect.seeded", "needs lit_defect.seeds, such as [0, 1, 2]")
+        for name in said:
+            if name in (*_OURS, SEED):
+                raise self.wrong("lit_defect.seeded", f"names {name}, which is set by the sweep itself")
+            if name in taken or said.count(name) > 1:
+                raise self.wrong("lit_defect.seeded", f"names {name}, which is set twice: leave one of them out")
         return tuple(said)
 
     def whole(self, entries: Mapping[str, Any], key: str, where: str, otherwise: int | None, least: int) -> int | None:

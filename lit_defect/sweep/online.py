@@ -24,7 +24,7 @@ from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder
 from lit_defect.study import end_of
 from lit_defect.sweep.claims import Claims
-from lit_defect.sweep.commands import placed, words
+from lit_defect.sweep.commands import placed, seeding, words
 from lit_defect.sweep.file import SEED, Sweep
 from lit_defect.sweep.results import Logged, NoValueError, value_of
 from lit_defect.sweep.training import STOPPED, Stops, Training
@@ -132,8 +132,8 @@ def run_trial(sweep: Sweep, runs_dir: Path, plan: Mapping[str, Any] | None, argu
         values: list[float] = []
         for seed, run in folders.items():
             log = runs_dir / sweep.name / "logs" / f"{run.run_id}.log"
-            where = placed(run, seed if plan["told_seeds"] else None)
-            command = words(sweep, parameters, [*extra, *where])
+            told_seed = seeding(sweep, seed if plan["told_seeds"] else None)
+            command = words(sweep, parameters, [*extra, *told_seed, *placed(run)])
             environment = {key: value for key, value in os.environ.items() if key not in _OF_AGENT}
             training = Training(run, command, log, sweep.metric, environment)
             follow = _Follower(ours, sweep.metric) if not values else lambda _: False

@@ -17,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from lit_defect.errors import UserError
+from lit_defect.sweep.attempts import counted, number_of
 from lit_defect.sweep.file import Sweep
 from lit_defect.sweep.space import combinations, label
 
@@ -45,9 +46,10 @@ class ByNumber(BaseSampler):
         self._number = -1
         self._of_number: BaseSampler = RandomSampler()
 
-    def _sampler(self, trial: FrozenTrial) -> BaseSampler:
+    def _sampler(self, study: optuna.Study, trial: FrozenTrial) -> BaseSampler:
         if trial.number != self._number:
-            seed = int(np.random.SeedSequence([self.sweep.seed, trial.number]).generate_state(1)[0])
+            number = number_of(study, trial)
+            seed = int(np.random.SeedSequence([self.sweep.seed, number]).generate_state(1)[0])
             self._number = trial.number
             self._of_number = (
                 TPESampler(seed=seed, n_startup_trials=self.sweep.startup, constant_liar=True)
@@ -58,21 +60,21 @@ class ByNumber(BaseSampler):
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """As Optuna's sampler does."""
-        return self._sampler(trial).infer_relative_search_space(study, trial)
+        return self._sampler(study, trial).infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """As Optuna's sampler does."""
-        return self._sampler(trial).sample_relative(study, trial, search_space)
+        return self._sampler(study, trial).sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """The grid's value, or as Optuna's sampler does."""
         if self.sweep.sampler == "grid":
-            return label(self._grid[trial.number % len(self._grid)][param_name])
-        return self._sampler(trial).sample_independent(study, trial, param_name, param_distribution)
+            return label(self._grid[number_of(study, trial) % len(self._grid)][param_name])
+        return self._sampler(study, trial).sample_independent(study, trial, param_name, param_distribution)
 
 
 def pruner(sweep: Sweep) -> BasePruner:
@@ -212,18 +214,12 @@ def _first_line(error: BaseException, url: str | None) -> str:
     return text.replace(secret, "***") if secret else text
 
 
-def counted(study: optuna.Study, sweep: Sweep) -> list[FrozenTrial]:
-    """The sweep's trials; those are left out that two workers began at once beyond the last one."""
-    limit = sweep.limit
-    return [trial for trial in study.get_trials(deepcopy=False) if limit is None or trial.number < limit]
-
-
 def importance(study: optuna.Study, sweep: Sweep) -> dict[str, float] | None:
     """Each parameter's share in what makes trials good (PED-ANOVA), None while there are too few to tell.
 
     With few trials a share is mostly chance: at least 4 for each parameter and 10 in all are asked for.
     """
-    done = [t for t in counted(study, sweep) if t.state == TrialState.COMPLETE]
+    done = [t for t in counted(study, sweep).values() if t.state == TrialState.COMPLETE]
     if len(done) < max(10, 4 * len(sweep.parameters)) or len({t.value for t in done}) < 2:
         return None
     local = optuna.create_study(direction=sweep.goal)

@@ -13,9 +13,10 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lit_defect import runs
+from lit_defect.sweep.attempts import attempts, counted, task_of
 from lit_defect.sweep.claims import DEAD_AFTER, Claim, Claims
 from lit_defect.sweep.file import Sweep
-from lit_defect.sweep.search import counted, importance
+from lit_defect.sweep.search import importance
 
 _STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 _COLOURS = {"complete": "green", "pruned": "yellow", "failed": "red", "running": "cyan", "waiting": "magenta"}
@@ -26,8 +27,8 @@ def summarise(sweep: Sweep, study: optuna.Study, claims: Claims) -> dict[str, An
     newest = claims.newest()
     trials = [
         {
-            "number": trial.number,
-            "state": _state(trial, newest.get(f"t{trial.number:04d}"), claims),
+            "number": number,
+            "state": _state(trial, newest.get(task_of(number, trial)), claims),
             "value": trial.value if trial.state == TrialState.COMPLETE else None,
             "params": trial.user_attrs.get("parameters", {}),
             "seeds": trial.user_attrs.get("seeds", []),
@@ -35,9 +36,10 @@ def summarise(sweep: Sweep, study: optuna.Study, claims: Claims) -> dict[str, An
             "runs": trial.user_attrs.get("runs", []),
             "seconds": trial.user_attrs.get("seconds"),
             "worker": trial.user_attrs.get("worker"),
+            "attempts": attempts(trial),
             **({"reason": trial.user_attrs.get("reason", "")} if trial.state == TrialState.FAIL else {}),
         }
-        for trial in counted(study, sweep)
+        for number, trial in counted(study, sweep).items()
     ]
     return {
         "sweep": sweep.name,
@@ -103,6 +105,8 @@ def show(sweep: Sweep, study: optuna.Study, claims: Claims, console: Console) ->
     for trial in trials:
         if reason := trial.get("reason"):
             console.print(f"trial {trial['number']} failed: {reason}", soft_wrap=True, markup=False)
+    if counts.get("failed"):
+        console.print(f"failed trials are run again after: sweep retry {sweep.file}", soft_wrap=True)
 
 
 def _short_names(names: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ run folders, and its trainings go on by `--resume`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,16 +20,18 @@ from optuna.trial import FrozenTrial, TrialState
 from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder
 from lit_defect.study import end_of
+from lit_defect.sweep.attempts import counted, number_of, task_of
 from lit_defect.sweep.claims import Claim, Claims, Held
-from lit_defect.sweep.commands import placed, words
+from lit_defect.sweep.commands import placed, seeding, words
 from lit_defect.sweep.file import SEED, Sweep
 from lit_defect.sweep.results import Logged, NotLoggedError, NoValueError, value_of
-from lit_defect.sweep.search import counted
 from lit_defect.sweep.summary import write_summary
 from lit_defect.sweep.training import MISTAKE, STOPPED, Stops, Training
 
 _MOST_DEATHS = 3  # of workers of one trial: then it is the trial that kills them
 _POLL = 1.0  # seconds
+
+Taken = tuple[int, optuna.Trial, Held]  # the sweep's number of a trial, an attempt of it, and this worker's claim
 
 
 class StoppedError(Exception):
@@ -87,12 +90,12 @@ class Worker:
         failed = in_succession = done = 0
         while (count is None or done < count) and (taken := self._next()) is not None:
             done += 1
-            trial, held = taken
+            number, trial, held = taken
             try:
                 with held:
-                    came_to = self._carry_out(trial, held)
+                    came_to = self._carry_out(number, trial, held)
             except (LostError, UpdateFinishedTrialError):
-                self.say(f"trial {trial.number}: another worker has taken it over")
+                self.say(f"trial {number}: another worker has taken it over")
                 continue
             failed += came_to == TrialState.FAIL
             in_succession = in_succession + 1 if came_to == TrialState.FAIL else 0
@@ -107,7 +110,7 @@ class Worker:
 
     # --- which trial is next ---
 
-    def _next(self) -> tuple[optuna.Trial, Held] | None:
+    def _next(self) -> Taken | None:
         """A trial that waits to be taken up, else a new one; None when there is nothing left for this worker.
 
         Before it goes, it looks whether the workers of running trials still live: only that long.
@@ -116,7 +119,7 @@ class Worker:
         told = False
         while not self.stops.number:
             trials = counted(self.study, self.sweep)
-            running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+            running = {number: trial for number, trial in trials.items() if trial.state == TrialState.RUNNING}
             if taken := self._take_up(running):
                 return taken
             limit = self.sweep.limit
@@ -125,7 +128,7 @@ class Worker:
                     return taken
                 continue
             newest = self.claims.newest()
-            unsure = [trial for trial in running if not self._lives(newest.get(_task(trial)))]
+            unsure = [n for n, trial in running.items() if not self._lives(newest.get(task_of(n, trial)))]
             if not unsure or time.monotonic() > until:
                 if running:
                     self.say(f"{len(running)} still run elsewhere: this command again takes up what they should leave")
@@ -139,56 +142,58 @@ class Worker:
     def _lives(self, claim: Claim | None) -> bool:
         return claim is not None and self.claims.is_alive(claim)
 
-    def _take_up(self, running: Sequence[FrozenTrial]) -> tuple[optuna.Trial, Held] | None:
+    def _take_up(self, running: Mapping[int, FrozenTrial]) -> Taken | None:
         newest = self.claims.newest() if running else {}
-        for trial in running:
-            claim = newest.get(_task(trial))
+        for number, trial in running.items():
+            task = task_of(number, trial)
+            claim = newest.get(task)
             if claim is None:  # its worker has begun it just now, or died before it could claim it
-                if self.claims.unchanged(self.claims.folder / f"{_task(trial)}-0.json"):
-                    held = self.claims.take(_task(trial))
+                if self.claims.unchanged(self.claims.folder / f"{task}-0.json"):
+                    held = self.claims.take(task)
                 else:
                     continue
             elif claim.released or self.claims.is_dead(claim):
-                held = self.claims.take(_task(trial), claim)
+                held = self.claims.take(task, claim)
             else:
                 continue
             if held is None:
                 continue
             if held.claim.deaths > _MOST_DEATHS:
-                self._tell(trial.number, TrialState.FAIL, reason=f"its worker has died {held.claim.deaths} times")
+                self._tell(number, trial, TrialState.FAIL, reason=f"its worker has died {held.claim.deaths} times")
                 continue
             why = "was given back" if claim is not None and claim.released else "lost its worker"
-            self.say(f"trial {trial.number}: {why}, and is taken up again")
-            return optuna.Trial(self.study, trial._trial_id), held
+            self.say(f"trial {number}: {why}, and is taken up again")
+            return number, optuna.Trial(self.study, trial._trial_id), held
         return None
 
-    def _begin(self) -> tuple[optuna.Trial, Held] | None:
+    def _begin(self) -> Taken | None:
         """A new trial, if it is not one too many, which several workers may begin at once.
 
         That one is left as it is: it is taken up if more trials are asked for later.
         """
         trial = self.study.ask()
+        number = number_of(self.study, trial)
         limit = self.sweep.limit
-        if limit is not None and trial.number >= limit:
+        if limit is not None and number >= limit:
             return None
-        held = self.claims.take(_task(trial))
-        return None if held is None else (trial, held)
+        held = self.claims.take(task_of(number, trial))
+        return None if held is None else (number, trial, held)
 
     # --- one trial ---
 
-    def _carry_out(self, trial: optuna.Trial, held: Held) -> TrialState:
+    def _carry_out(self, number: int, trial: optuna.Trial, held: Held) -> TrialState:
         """Train with each seed and tell the value; returns the state that the trial has come to."""
         parameters = {parameter.name: parameter.suggest(trial) for parameter in self.sweep.parameters}
-        trainings = self.trainings(trial.number, parameters)
+        trainings = self.trainings(number, parameters)
         self._note(trial, parameters=parameters, seeds=list(trainings), runs=self._told(trainings.values()))
         trial.set_user_attr("worker", held.claim.worker)
         shown = ", ".join(f"{name} {_short(value)}" for name, value in parameters.items())
-        self.say(f"trial {trial.number}: {shown}")
+        self.say(f"trial {number}: {shown}")
         started, before = time.monotonic(), float(trial.user_attrs.get("seconds", 0.0))
         values: list[float] = []
         try:
-            for number, training in enumerate(trainings.values()):
-                values.append(self._train(trial, held, training, first=number == 0))
+            for place, training in enumerate(trainings.values()):
+                values.append(self._train(trial, held, training, first=place == 0))
         except (StoppedError, UserError):
             trial.set_user_attr("seconds", round(before + time.monotonic() - started, 1))
             held.release()
@@ -203,7 +208,7 @@ class Worker:
         self._note(trial, values=values, seconds=round(before + time.monotonic() - started, 1))
         if not held.is_mine():
             raise LostError
-        self._tell(trial.number, state, value, reason)
+        self._tell(number, trial, state, value, reason)
         return state
 
     def trainings(self, number: int, parameters: Mapping[str, Any]) -> dict[int, Training]:
@@ -213,8 +218,8 @@ class Worker:
         for seed in seeds:
             name = f"{self.sweep.name}-t{number:04d}-s{seed}"
             run = RunFolder(self.runs_dir / self.experiment / name)
-            told = placed(run, None if self.seeds is None else seed)
-            command = words(self.sweep, parameters, [*self.extra, *told])
+            told = seeding(self.sweep, None if self.seeds is None else seed)
+            command = words(self.sweep, parameters, [*self.extra, *told, *placed(run)])
             made[seed] = Training(run, command, self.logs / f"{name}.log", self.sweep.metric)
         return made
 
@@ -266,7 +271,7 @@ class Worker:
             raise FailedError(said)
         trial.set_user_attr("mistake", mistake)
         raise UserError(
-            f"trial {trial.number} says what must be mended:\n{said}\n"
+            f"trial {number_of(self.study, trial)} says what must be mended:\n{said}\n"
             "if only these values cannot be: start the worker again, and the trial counts as failed"
         )
 
@@ -291,13 +296,19 @@ class Worker:
             if trial.user_attrs.get(key) != value:
                 trial.set_user_attr(key, value)
 
-    def _tell(self, number: int, state: TrialState, value: float | None = None, reason: str = "") -> None:
+    def _tell(
+        self,
+        number: int,
+        trial: FrozenTrial | optuna.Trial,
+        state: TrialState,
+        value: float | None = None,
+        reason: str = "",
+    ) -> None:
         """End a trial for good, and write how the sweep stands."""
         if reason:
-            frozen = self.study.get_trials(deepcopy=False)[number]
-            optuna.Trial(self.study, frozen._trial_id).set_user_attr("reason", reason)
+            optuna.Trial(self.study, trial._trial_id).set_user_attr("reason", reason)
         try:
-            self.study.tell(number, value, state=state)
+            self.study.tell(trial.number, value, state=state)
         except ValueError as error:
             raise LostError from error
         what = {TrialState.COMPLETE: f"{self.sweep.metric} {value:.5g}" if value is not None else ""}
@@ -313,16 +324,13 @@ class _Reporter:
         self.known = len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
     def __call__(self, values: list[Logged]) -> bool:
-        for step, logged in enumerate(values[self.known :], self.known + 1):
-            self.trial.report(logged.value, step)
-            self.known = step
-            if self.trial.should_prune():
-                return True
+        with contextlib.suppress(OSError):  # a folder that is away for a while: told with the next value
+            for step, logged in enumerate(values[self.known :], self.known + 1):
+                self.trial.report(logged.value, step)
+                self.known = step
+                if self.trial.should_prune():
+                    return True
         return False
-
-
-def _task(trial: FrozenTrial | optuna.Trial) -> str:
-    return f"t{trial.number:04d}"
 
 
 def _short(value: Any) -> str:
