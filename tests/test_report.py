@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 from lit_defect import report
 from lit_defect.errors import UserError
 from lit_defect.report import wandb_report
-from lit_defect.report.blocks import Column, Details, Parallel, Pictures, Table, Text
+from lit_defect.report.blocks import Column, Details, Intervals, Parallel, Pictures, Table, Text
 from lit_defect.report.contents import build
 from lit_defect.report.latex import latex
 from lit_defect.report.matter import Asked, gather
@@ -100,6 +101,62 @@ def test_examples_stand_side_by_side_and_can_be_left_out(two_arms):
     assert [(block.caption, len(block.pictures)) for block in shown] == [("test mistakes", 2)]
     without = build(gather(Asked(runs=[two_arms], pictures=False)))
     assert "Examples" not in [section.title for section in without.sections]
+
+
+def _text(built):
+    return str(built.sections)
+
+
+def test_a_single_run_has_no_interval_over_seeds_and_none_is_told_of(tmp_path):
+    make_run(tmp_path, "one", 0)
+    built = build(gather(Asked(runs=[tmp_path])))
+    assert "tandard deviation over seeds" not in _text(built)
+    assert "An interval tells" not in _text(built)
+    assert _table(built, "results").caption.startswith("Values of single runs")
+    make_run(tmp_path, "other", 0)
+    make_run(tmp_path, "other", 1)
+    built = build(gather(Asked(runs=[tmp_path])))
+    assert "tandard deviation over seeds" in _text(built)
+    charts = [block for section in built.sections for block in _blocks(section.blocks) if isinstance(block, Intervals)]
+    one = next(line for chart in charts for line in chart.intervals if line.name == "one")
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+    assert "(one, one seed)" in built.summary
+
+
+def test_what_is_judged_by_is_explained_and_counted(two_arms):
+    text = _text(build(gather(Asked(runs=[two_arms]))))
+    assert "Judged by AUROC (chance that a defective one scores higher" in text
+    assert "on 40 test pictures." in text
+
+
+def test_a_run_is_a_row_with_all_figures(two_arms):
+    table = _table(build(gather(Asked(runs=[two_arms]))), "runs")
+    names = [column.name for column in table.columns]
+    assert {"AUROC", "accuracy", "balanced accuracy"} <= set(names)
+    assert [row[names.index("accuracy")] for row in table.rows] == pytest.approx([0.7, 0.71, 0.72, 0.8, 0.79, 0.78])
+
+
+def test_of_leakage_nothing_is_shown_where_nothing_was_looked_for(two_arms):
+    for file in two_arms.rglob("leakage.csv"):
+        file.unlink()
+    built = build(gather(Asked(runs=[two_arms])))
+    assert "leakage" not in [table.name for table in all_tables(built)]
+    assert "Near-duplicates were not looked for (no `leakage.csv`)." in _text(built)
+
+
+def test_different_tests_of_arms_are_no_chance_of_the_split(two_arms):
+    make_run(two_arms, "elpv_c", 0, tested=30)
+    assert "2 different sets of tested pictures, of 30 to 40: only runs" in _text(build(gather(Asked(runs=[two_arms]))))
+    make_run(two_arms, "elpv_c", 1, tested=20)
+    assert "hold the chance of the split, too, and only runs" in _text(build(gather(Asked(runs=[two_arms]))))
+
+
+def test_arms_without_any_figure_of_the_report_have_no_row_in_its_table(two_arms):
+    folder = make_run(two_arms, "elpv_c", 0)
+    (folder / "test_metrics.json").write_text(json.dumps({"refined": {"iou": {"value": 0.5}}}))
+    table = _table(build(gather(Asked(runs=[two_arms]))), "results")
+    assert [row[0] for row in table.rows] == ["a", "b"]
 
 
 def test_mixtures_are_named_in_the_first_sentence(two_arms):

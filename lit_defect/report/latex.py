@@ -148,7 +148,7 @@ class _Layout:
         return rf"\textbf{{{text}}}" if strong else text
 
     def _lines(self, text: str, k: int) -> int:
-        return math.ceil(len(text) / self._letters[k]) if self._broken[k] else 1
+        return math.ceil(1.25 * len(text) / self._letters[k]) if self._broken[k] else 1  # lines end early
 
     def _kind(self, k: int) -> str:
         if not self._broken[k]:
