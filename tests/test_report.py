@@ -260,6 +260,21 @@ def test_the_wandb_report_is_valid_and_holds_tables_and_curves(two_arms, tmp_pat
     assert "| a | 3 |" in file.read_text()
 
 
+def test_the_coordinates_of_a_sweep_on_wandb_are_options_as_its_runs_have_them(tmp_path):
+    said = wandb_report.specification(wandb_report.build(build(gather(Asked(sweep=make_sweep(tmp_path)))), []))
+    panels = [
+        panel
+        for block in said["spec"]["blocks"]
+        if block["type"] == "panel-grid"
+        for panel in block["metadata"]["panelBankSectionConfig"]["panels"]
+    ]
+    columns = next(panel["config"]["columns"] for panel in panels if "columns" in panel["config"])
+    assert [column["accessor"] for column in columns] == [
+        "config:model.value.init_args.lr", "config:model.value.init_args.augment", "summary:val/auroc"
+    ]  # fmt: skip
+    assert [column["log"] for column in columns] == [True, False, False]
+
+
 def test_a_broken_specification_is_noticed(two_arms):
     said = wandb_report.specification(wandb_report.build(build(gather(Asked(runs=[two_arms]))), []))
     wandb_report.validate(said)

@@ -123,6 +123,7 @@ def _blocks(sweep: Sweep) -> Iterator[Block]:
             if sweep.said.get("parameters")
             else [],
             "larger" if sweep.maximize else "smaller",
+            names,
         )
     if importance := sweep.said.get("importance"):
         bars = sorted(((short(name), float(share)) for name, share in importance.items()), key=lambda bar: -bar[1])
