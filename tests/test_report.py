@@ -261,7 +261,12 @@ def test_the_wandb_report_is_valid_and_holds_tables_and_curves(two_arms, tmp_pat
 
 
 def test_the_coordinates_of_a_sweep_on_wandb_are_options_as_its_runs_have_them(tmp_path):
-    said = wandb_report.specification(wandb_report.build(build(gather(Asked(sweep=make_sweep(tmp_path)))), []))
+    folder = make_sweep(tmp_path)
+    run = make_run(tmp_path, "trial", 0)
+    sweep = json.loads((folder / "sweep.json").read_text().replace("model.init_args.", "model."))  # as typed
+    sweep["trials"][0]["runs"] = [str(run.relative_to(tmp_path))]
+    (folder / "sweep.json").write_text(json.dumps(sweep))
+    said = wandb_report.specification(wandb_report.build(build(gather(Asked(sweep=folder))), []))
     panels = [
         panel
         for block in said["spec"]["blocks"]
