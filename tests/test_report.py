@@ -113,6 +113,10 @@ def test_a_single_run_has_no_interval_over_seeds_and_none_is_told_of(tmp_path):
     assert "tandard deviation over seeds" not in _text(built)
     assert "An interval tells" not in _text(built)
     assert _table(built, "results").caption.startswith("Values of single runs")
+    make_run(tmp_path, "two", 0)
+    alone = _text(build(gather(Asked(runs=[tmp_path]))))
+    assert "AUROC of single runs" in alone
+    assert "p-values of the paired t test" not in alone
     make_run(tmp_path, "other", 0)
     make_run(tmp_path, "other", 1)
     built = build(gather(Asked(runs=[tmp_path])))
@@ -146,6 +150,13 @@ def test_of_leakage_nothing_is_shown_where_nothing_was_looked_for(two_arms):
 
 
 def test_different_tests_of_arms_are_no_chance_of_the_split(two_arms):
+    splits = two_arms / "elpv_a" / "s0" / "splits.csv"
+    whole = splits.read_bytes()
+    splits.write_text("name,split\nhalf")
+    assert "The runs were tested on the same 40 pictures; of 1 it is not known" in _text(
+        build(gather(Asked(runs=[two_arms])))
+    )
+    splits.write_bytes(whole)
     make_run(two_arms, "elpv_c", 0, tested=30)
     assert "2 different sets of tested pictures, of 30 to 40: only runs" in _text(build(gather(Asked(runs=[two_arms]))))
     make_run(two_arms, "elpv_c", 1, tested=20)

@@ -11,10 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_defect.report.arms import Arm
 from lit_defect.report.blocks import Block, Cell, Code, Column, Details, Section, Table, Text
 from lit_defect.report.collect import RunInfo
-from lit_defect.report.curves import read_series
 from lit_defect.report.figures import label, meaning
 from lit_defect.report.matter import Matter, common_folder
 from lit_defect.report.splits import read_splits, tested_names
@@ -22,13 +20,6 @@ from lit_defect.reporting.seeds import Spread, experiment_of
 from lit_defect.reporting.study_runs import REAL
 
 _SIDE_BY_SIDE = 8
-_TIMED = {
-    "time/pictures_per_second": "pictures a second",
-    "time/step_seconds": "seconds a step",
-    "time/data_share": "share of waiting for data",
-    "memory/gpu_gib": "GPU memory, GiB",
-}
-_TIMED_ARMS = 30
 
 
 def question(matter: Matter) -> Section:
@@ -134,23 +125,6 @@ def leakage(matter: Matter) -> Section | None:
         blocks.append(Text("The tested pictures are the training pictures mirrored: a leak by design.", "warning"))
     blocks += _different_tests(matter)
     return Section("Data and leakage", blocks)
-
-
-def cost(matter: Matter) -> Section | None:
-    """Time, throughput and memory of each arm."""
-    rows: list[list[Cell]] = []
-    names: dict[str, None] = {}
-    costs = [
-        {**_times(arm), **_logged_times(arm, k < _TIMED_ARMS)} for k, arm in enumerate(matter.grouped.arms)
-    ]  # fmt: skip
-    for found in costs:
-        names.update(dict.fromkeys(found))
-    for arm, found in zip(matter.grouped.arms, costs, strict=True):
-        rows.append([arm.name, *(found.get(name) for name in names)])
-    if not names:
-        return None
-    columns = [Column("arm"), *(Column(name, 2) for name in names)]
-    return Section("Time and memory", [Table("cost", columns, rows, "Means over the runs of each arm.")])
 
 
 def _arms_table(matter: Matter) -> Iterator[Block]:
@@ -347,11 +321,12 @@ def _synthetic(run: RunInfo) -> dict[str, Any]:
 
 def _different_tests(matter: Matter) -> Iterator[Block]:
     """Whether all runs were tested on the same pictures."""
-    by_arm = [{tested_names(run, matter.stage) for run in arm.runs} for arm in matter.arms]
-    tests = set().union(*by_arm)
-    known = [names for names in tests if names]
-    if len(known) == 1 and len(tests) == 1:
-        yield Text(f"All runs were tested on the same {len(known[0])} pictures.")
+    by_arm = [{names for run in arm.runs if (names := tested_names(run, matter.stage))} for arm in matter.arms]
+    known = list(set().union(*by_arm))
+    unknown = sum(not tested_names(run, matter.stage) for arm in matter.arms for run in arm.runs)
+    if len(known) == 1:
+        others = f"; of {unknown} it is not known, for want of a `splits.csv`" if unknown else ""
+        yield Text(f"{'The' if unknown else 'All'} runs were tested on the same {len(known[0])} pictures{others}.")
     elif known:
         sizes = sorted(map(len, known))
         within = " means over seeds then hold the chance of the split, too, and" if max(map(len, by_arm)) > 1 else ""
@@ -362,25 +337,6 @@ def _different_tests(matter: Matter) -> Iterator[Block]:
         )
     else:
         yield Text("Which pictures were tested is not known: there is no `splits.csv`.", "note")
-
-
-def _times(arm: Arm) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for run in arm.runs:
-        seconds = run.record.get("seconds")
-        if isinstance(seconds, list) and seconds:
-            found.setdefault("minutes of training", []).append(sum(map(float, seconds)) / 60)
-        for measured in run.measured.values():
-            for name, value in measured.costs.items():
-                if name != "training_minutes":
-                    found.setdefault(label(name), []).append(value)
-    return {name: math.fsum(values) / len(values) for name, values in found.items()}
-
-
-def _logged_times(arm: Arm, read: bool) -> dict[str, float]:
-    """Of the first run, where its log has them."""
-    series = read_series(arm.runs[0].folder.path / "metrics.csv") if read else {}
-    return {word: float(series[name][1].mean()) for name, word in _TIMED.items() if name in series}
 
 
 def _mean(values: Any) -> float | None:

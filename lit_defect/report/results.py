@@ -163,9 +163,11 @@ def _charts(matter: Matter) -> Iterator[Block]:
             continue
         lines = [_interval(name, spread, arm, matter.stage, figure) for name, spread, arm in found[:_ON_CHART]]
         left = f", the best {_ON_CHART} of {len(found)} arms" if len(found) > _ON_CHART else ""
+        repeated = any(spread.seeds > 1 for _, spread, _ in found)
+        shown = ": mean over seeds with its 95 % interval, and single seeds" if repeated else " of single runs"
         if lines:
             yield Intervals(
-                f"{capital(label(figure))}: mean over seeds with its 95 % interval, and single seeds{left}",
+                f"{capital(label(figure))}{shown}{left}",
                 label(figure),
                 lines,
                 published=published_values(matter, figure),
@@ -192,12 +194,14 @@ def _differences(matter: Matter) -> Iterator[Block]:
         Column("note"),
     ]
     rows: list[list[Cell]] = [_difference_row(found) for found in matter.differences]
-    caption = (
-        f"Differences to {matter.baseline.name}, seed by seed, with the t interval of their mean (95 % each by "
-        "itself); p-values of the paired t test, adjusted for all tests of this table by Holm. These hold for other "
-        "seeds on these very pictures; conclusions are drawn from one interval for each arm, not from this table."
-    )
-    yield Table("differences", columns, rows, caption, folded=15)
+    caption = f"Differences to {matter.baseline.name}, seed by seed"
+    if any(math.isfinite(found.p_value) for found in matter.differences):
+        caption += (
+            ", with the t interval of their mean (95 % each by itself); p-values of the paired t test, adjusted for "
+            "all tests of this table by Holm. These hold for other seeds on these very pictures; conclusions are drawn "
+            "from one interval for each arm, not from this table"
+        )
+    yield Table("differences", columns, rows, f"{caption}.", folded=15)
     refused = dict.fromkeys(f"{found.arm}: {found.refused}." for found in matter.differences if found.refused)
     if refused:
         more = [f"... and {len(refused) - 10} more."] if len(refused) > 10 else []
