@@ -2,7 +2,7 @@
 
 import csv
 import json
-import shutil
+import math
 import subprocess
 import sys
 import time
@@ -12,11 +12,12 @@ import pytest
 from lit_defect import report
 from lit_defect.errors import UserError
 from lit_defect.report import wandb_report
-from lit_defect.report.blocks import Column, Details, Parallel, Pictures, Report, Section, Table, Text
+from lit_defect.report.blocks import Column, Details, Intervals, Parallel, Pictures, Table, Text
 from lit_defect.report.contents import build
+from lit_defect.report.latex import latex
 from lit_defect.report.matter import Asked, gather
 from lit_defect.report.sweeps import read_sweep
-from lit_defect.report.tables import all_tables, csv_text, document, escape, file_name, latex, markdown, write_tables
+from lit_defect.report.tables import all_tables, csv_text, file_name, markdown, write_tables
 from tests.run_folders import make_run, make_sweep
 
 _ODD = r"50% & more_#1 {x} \y ~ ^ $1 <b>é</b> ±|`"
@@ -102,6 +103,73 @@ def test_examples_stand_side_by_side_and_can_be_left_out(two_arms):
     assert "Examples" not in [section.title for section in without.sections]
 
 
+def _text(built):
+    return str(built.sections)
+
+
+def test_a_single_run_has_no_interval_over_seeds_and_none_is_told_of(tmp_path):
+    make_run(tmp_path, "one", 0)
+    built = build(gather(Asked(runs=[tmp_path])))
+    assert "tandard deviation over seeds" not in _text(built)
+    assert "An interval tells" not in _text(built)
+    assert _table(built, "results").caption.startswith("Values of single runs")
+    make_run(tmp_path, "two", 0)
+    alone = _text(build(gather(Asked(runs=[tmp_path]))))
+    assert "AUROC of single runs" in alone
+    assert "p-values of the paired t test" not in alone
+    make_run(tmp_path, "other", 0)
+    make_run(tmp_path, "other", 1)
+    built = build(gather(Asked(runs=[tmp_path])))
+    assert "tandard deviation over seeds" in _text(built)
+    charts = [block for section in built.sections for block in _blocks(section.blocks) if isinstance(block, Intervals)]
+    one = next(line for chart in charts for line in chart.intervals if line.name == "one")
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+    assert "(one, one seed)" in built.summary
+
+
+def test_what_is_judged_by_is_explained_and_counted(two_arms):
+    text = _text(build(gather(Asked(runs=[two_arms]))))
+    assert "Judged by AUROC (chance that a defective one scores higher" in text
+    assert "on 40 test pictures." in text
+
+
+def test_a_run_is_a_row_with_all_figures(two_arms):
+    table = _table(build(gather(Asked(runs=[two_arms]))), "runs")
+    names = [column.name for column in table.columns]
+    assert {"AUROC", "accuracy", "balanced accuracy"} <= set(names)
+    assert [row[names.index("accuracy")] for row in table.rows] == pytest.approx([0.7, 0.71, 0.72, 0.8, 0.79, 0.78])
+
+
+def test_of_leakage_nothing_is_shown_where_nothing_was_looked_for(two_arms):
+    for file in two_arms.rglob("leakage.csv"):
+        file.unlink()
+    built = build(gather(Asked(runs=[two_arms])))
+    assert "leakage" not in [table.name for table in all_tables(built)]
+    assert "Near-duplicates were not looked for (no `leakage.csv`)." in _text(built)
+
+
+def test_different_tests_of_arms_are_no_chance_of_the_split(two_arms):
+    splits = two_arms / "elpv_a" / "s0" / "splits.csv"
+    whole = splits.read_bytes()
+    splits.write_text("name,split\nhalf")
+    assert "The runs were tested on the same 40 pictures; of 1 it is not known" in _text(
+        build(gather(Asked(runs=[two_arms])))
+    )
+    splits.write_bytes(whole)
+    make_run(two_arms, "elpv_c", 0, tested=30)
+    assert "2 different sets of tested pictures, of 30 to 40: only runs" in _text(build(gather(Asked(runs=[two_arms]))))
+    make_run(two_arms, "elpv_c", 1, tested=20)
+    assert "hold the chance of the split, too, and only runs" in _text(build(gather(Asked(runs=[two_arms]))))
+
+
+def test_arms_without_any_figure_of_the_report_have_no_row_in_its_table(two_arms):
+    folder = make_run(two_arms, "elpv_c", 0)
+    (folder / "test_metrics.json").write_text(json.dumps({"refined": {"iou": {"value": 0.5}}}))
+    table = _table(build(gather(Asked(runs=[two_arms]))), "results")
+    assert [row[0] for row in table.rows] == ["a", "b"]
+
+
 def test_mixtures_are_named_in_the_first_sentence(two_arms):
     both = build(gather(Asked(runs=[two_arms], group_by=["trainer.max_epochs"])))
     assert "mix runs that differ in more than seeds" in both.summary
@@ -179,46 +247,12 @@ def test_names_of_arms_may_hold_anything(tmp_path):
     assert all(file.name.isascii() for file in files)
 
 
-def test_latex_has_no_letter_left_that_means_something():
-    text = escape(_ODD)
-    for letter in "%&#_":
-        assert text.replace(rf"\{letter}", "").count(letter) == 0
-    assert r"\textless{}b\textgreater{}é" in text
-    assert r"$\pm$" in text
-
-
-def test_latex_numbers_and_csv_digits():
+def test_csv_has_all_digits():
     table = Table(
-        "t", [Column("arm"), Column("x", 2), Column("y")], [("a", 0.123456789, "0.5 ± 0.1"), ("b", None, "-")],
-        "cap_tion", [(0, 1)],
-    )  # fmt: skip
-    text = latex(table, "t")
-    assert r"a & {\boldmath$0.12$} & $0.5 \pm 0.1$ \\" in text
-    assert r"b & -- & -- \\" in text
-    assert r"\begin{tabular}{lrr}" in text
-    assert r"cap\_tion" in text
+        "t", [Column("arm"), Column("x", 2), Column("y")], [("a", 0.123456789, "0.5 ± 0.1"), ("b", None, "-")]
+    )
     assert csv_text(table).splitlines() == ["arm,x,y", "a,0.12345679,0.5 ± 0.1", "b,,-"]
-    assert r"\begin{longtable}" in latex(Table("t", [Column("a")], [("x",)] * 60), "t")
     assert file_name("trials ζ/..") == "trials"
-
-
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
-def test_latex_compiles(tmp_path, two_arms):
-    built = build(gather(Asked(runs=[two_arms])))
-    odd = Report("", "", [Section("", [Table("odd", [Column(_ODD)], [(_ODD,)] * 50, _ODD)])])
-    write_tables(built, tmp_path / "tables")
-    write_tables(odd, tmp_path / "odd")
-    for folder in ("tables", "odd"):
-        done = subprocess.run(
-            ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"],
-            cwd=tmp_path / folder, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-2000:]
-
-
-def test_the_document_of_all_tables_names_each():
-    assert r"\input{a.tex}" in document(["a", "b"])
-    assert r"\begin{document}" in document([])
 
 
 def test_the_wandb_report_is_valid_and_holds_tables_and_curves(two_arms, tmp_path):
@@ -235,6 +269,26 @@ def test_the_wandb_report_is_valid_and_holds_tables_and_curves(two_arms, tmp_pat
     assert {panel["config"]["xAxis"] for panel in panels} == {"trainer/global_step"}
     assert grid["runSets"][0]["filters"]["filters"][0]["value"] == ["elpv_a", "elpv_b"]
     assert "| a | 3 |" in file.read_text()
+
+
+def test_the_coordinates_of_a_sweep_on_wandb_are_options_as_its_runs_have_them(tmp_path):
+    folder = make_sweep(tmp_path)
+    run = make_run(tmp_path, "trial", 0)
+    sweep = json.loads((folder / "sweep.json").read_text().replace("model.init_args.", "model."))  # as typed
+    sweep["trials"][0]["runs"] = [str(run.relative_to(tmp_path))]
+    (folder / "sweep.json").write_text(json.dumps(sweep))
+    said = wandb_report.specification(wandb_report.build(build(gather(Asked(sweep=folder))), []))
+    panels = [
+        panel
+        for block in said["spec"]["blocks"]
+        if block["type"] == "panel-grid"
+        for panel in block["metadata"]["panelBankSectionConfig"]["panels"]
+    ]
+    columns = next(panel["config"]["columns"] for panel in panels if "columns" in panel["config"])
+    assert [column["accessor"] for column in columns] == [
+        "config:model.value.init_args.lr", "config:model.value.init_args.augment", "summary:val/auroc"
+    ]  # fmt: skip
+    assert [column["log"] for column in columns] == [True, False, False]
 
 
 def test_a_broken_specification_is_noticed(two_arms):

@@ -8,8 +8,9 @@ import pytest
 from lit_defect.errors import UserError
 from lit_defect.report.arms import choose_baseline, make_arms
 from lit_defect.report.collect import find_runs, read_run, read_runs
+from lit_defect.report.contents import build
 from lit_defect.report.curves import last_values, mean_curve, read_series, thin
-from lit_defect.report.figures import better, choose, label, read_measured
+from lit_defect.report.figures import better, choose, label, meaning, read_measured
 from lit_defect.report.keys import filtered, resolve
 from lit_defect.report.matter import Asked, gather
 from tests.run_folders import make_run
@@ -32,6 +33,31 @@ def test_a_folder_without_runs_is_named(tmp_path):
         find_runs([tmp_path])
     with pytest.raises(UserError, match="no such folder"):
         find_runs([tmp_path / "none"])
+
+
+def test_a_folder_without_runs_among_others_is_passed_over_and_told(tmp_path):
+    """`runs/elpv*` takes in the folder of the study itself."""
+    make_run(tmp_path, "elpv_a", 0)
+    (tmp_path / "elpv").mkdir()
+    matter = gather(Asked(runs=[tmp_path / "elpv", tmp_path / "elpv_a"]))
+    assert len(matter.runs) == 1
+    assert matter.problems == [f"{tmp_path / 'elpv'}: no run here"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("[1, 2]", "`run.json` is missing or broken"),
+        ('{"versions": [1], "steps": "many", "seconds": [null], "seed": 3}', "no sound versions, steps, seconds"),
+    ],
+)
+def test_an_odd_record_is_told_of_and_the_rest_of_it_is_read(tmp_path, content, problem):
+    folder = make_run(tmp_path, "exp", 0)
+    (folder / "run.json").write_text(content)
+    matter = gather(Asked(runs=[tmp_path]))
+    assert problem in matter.problems[0]
+    assert problem in str(build(matter))
+    assert matter.arms[0].by_seed("test", "accuracy") == {(0, 0): pytest.approx(0.8)}
 
 
 def test_a_broken_run_is_told_of_and_others_are_read(tmp_path):
@@ -131,6 +157,14 @@ def test_arms_of_one_experiment_are_named_by_what_tells_them_apart(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_most_arms_have_stands_in_no_name_while_these_stay_distinct(tmp_path):
+    for number, lr in enumerate((0.1, 0.2, 0.3)):
+        make_run(tmp_path, "tried", 0, lr=lr, run_id=f"r{number}")
+    make_run(tmp_path, "tried", 0, lr=0.3, augment="strong")
+    names = [arm.name for arm in make_arms(_runs(tmp_path)).arms]
+    assert names == ["lr=0.1", "lr=0.2", "lr=0.3", "lr=0.3, augment=strong"]
+
+
 def test_group_by_takes_seeds_as_units_and_says_what_was_mixed(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path, "a", seed, lr=0.1, accuracy=0.7)
@@ -194,6 +228,14 @@ def test_which_figures_come_first_and_which_of_their_values_are_good():
         "larger", "smaller", "smaller", "larger", None
     ]  # fmt: skip
     assert label("refined/boundary_iou") == "refined boundary IoU"
+
+
+def test_figures_are_explained():
+    assert "0.5 is guessing" in meaning("image/auroc")
+    assert meaning("defect_auroc") == meaning("auroc")
+    assert meaning("pixel/auroc") == meaning("auroc") + "; of single pixels"
+    assert meaning("gain/refined/iou").startswith("what refinement adds to stage 1; overlap")
+    assert meaning("odd") == ""
 
 
 def test_curves_are_thinned_and_averaged():

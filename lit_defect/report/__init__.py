@@ -4,7 +4,8 @@
 
 RUNS may be `wandb:ENTITY/PROJECT[/GROUP]`, too (`wandb_runs`). `matter` gathers runs (`collect`), arms (`arms`),
 figures (`figures`) and tests (`comparing`); `contents` puts them into sections (`answer`, `results`, `protocol`,
-`published`, `sweeps`, `appendix`) made of `blocks`; `html`, `tables` and `wandb_report` write those down.
+`published`, `sweeps`, `costs`, `appendix`) made of `blocks`; `html`, `tables` with `latex`, and `wandb_report` write
+those down.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from lit_defect.report.blocks import Block, Cell, Column, Details, Interval, Int
 from lit_defect.report.comparing import level_of, seeds_only
 from lit_defect.report.figures import better, digits, label
 from lit_defect.report.matter import NO_TEST, PAIRED, Matter
+from lit_defect.reporting.palette import shorten
 from lit_defect.reporting.seeds import Spread
 from lit_defect.reporting.study_verdict import LEAST_PARTS, of_one_generation, when_chosen
 
@@ -54,9 +55,15 @@ def _range(matter: Matter, spreads: Mapping[str, Spread], ranked: Sequence[Arm])
         word = f"{len(ranked)} arms on {len(names)} data sets, whose figures do not compare"
         return f"{word} (`--filter data=NAME` takes one of {few_of([f'`{name}`' for name in names])})"
     shown = digits([found.mean for found in spreads.values()])
-    ends = [(f"{spreads[arm.name].mean:.{shown}f}", arm.name) for arm in (ranked[-1], ranked[0])]
-    last, best = (f"{mean} ({name})" if len(name) <= _LONG_NAME else mean for mean, name in ends)
+    last, best = (
+        f"{spreads[arm.name].mean:.{shown}f} ({shorten(arm.name, _LONG_NAME)}{_alone_there(spreads[arm.name])})"
+        for arm in (ranked[-1], ranked[0])
+    )
     return f"the means of {len(ranked)} arms reach from {last} to {best}"
+
+
+def _alone_there(found: Spread) -> str:
+    return "" if found.seeds > 1 else ", one seed"
 
 
 def conclusions(matter: Matter) -> Section:
@@ -113,9 +120,10 @@ def _limits(matter: Matter, arm: Arm, figure: str) -> tuple[float, float, str]:
 
 
 def few_of(names: Sequence[str]) -> str:
-    """Some names, or their number where they are many or long."""
+    """Some names, or their number where they are long or have commas themselves."""
     text = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return text if len(text) < _LONG else f"{len(names)} arms"
+    apart = len(names) == 1 or not any(", " in name for name in names)
+    return text if apart and len(text) < _LONG else f"{len(names)} arms"
 
 
 def capital(text: str) -> str:

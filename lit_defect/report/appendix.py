@@ -12,7 +12,7 @@ from pathlib import Path
 from lit_defect.report.arms import Arm
 from lit_defect.report.blocks import Block, Cell, Code, Column, Details, Picture, Pictures, Section, Table, Text
 from lit_defect.report.collect import RunInfo
-from lit_defect.report.figures import label
+from lit_defect.report.figures import better, label
 from lit_defect.report.matter import Matter, common_folder
 
 _EXAMPLES = re.compile(
@@ -59,8 +59,8 @@ def run_table(matter: Matter) -> Section:
     states = Counter(run.state for run in matter.runs)
     columns = [
         Column("run"), Column("arm"), Column("state"), Column("seed"), Column("epochs", 0), Column("steps", 0),
-        Column("minutes", 1), *([Column(label(matter.judged), 3)] if matter.judged else []), Column("started"),
-        Column("commit"), Column("what went wrong"),
+        Column("minutes", 1), *(Column(label(figure), 3, better=better(figure)) for figure in matter.figures),
+        Column("started"), Column("commit"), Column("what went wrong"),
     ]  # fmt: skip
     rows: list[list[Cell]] = [
         [
@@ -71,8 +71,8 @@ def run_table(matter: Matter) -> Section:
             run.record.get("epochs"),
             run.record.get("steps"),
             _minutes(run),
-            *([_figure(run, matter)] if matter.judged else []),
-            str(run.record.get("started") or ""),
+            *(_figure(run, matter.stage, figure) for figure in matter.figures),
+            str(run.record.get("started") or "").replace("T", " "),
             str(run.record.get("commit") or ""),
             _error(run),
         ]
@@ -88,7 +88,9 @@ def run_table(matter: Matter) -> Section:
         text = f"{unfinished} runs have not finished; {counted} of them have results, which the tables count."
         blocks.append(Text(text, "warning"))
     if matter.problems:
-        blocks.append(Details(f"{len(matter.problems)} files that could not be read", _lines(matter.problems)))
+        blocks.append(
+            Details(f"{len(matter.problems)} files or folders that could not be read", _lines(matter.problems))
+        )
     return Section("Runs", [*blocks, Table("runs", columns, rows, "Every run.", folded=30)])
 
 
@@ -192,9 +194,9 @@ def _minutes(run: RunInfo) -> float | None:
     return sum(map(float, seconds)) / 60 if isinstance(seconds, list) and seconds else None
 
 
-def _figure(run: RunInfo, matter: Matter) -> float | None:
-    found = run.measured.get(matter.stage)
-    return found.figures[matter.judged].value if found and matter.judged in found.figures else None
+def _figure(run: RunInfo, stage: str, figure: str) -> float | None:
+    found = run.measured.get(stage)
+    return found.figures[figure].value if found and figure in found.figures else None
 
 
 def _error(run: RunInfo) -> str:

@@ -211,7 +211,7 @@ def _names(options: Sequence[Mapping[str, str]]) -> list[list[str]]:
         for chosen in combinations(keys[:_TRIED], count):
             told = [[_word(key, found.get(key, "-")) for key in chosen] for found in options]
             if len(set(map(tuple, told))) == len(options):
-                return told
+                return _without_usual(told)
     usual = {key: Counter(found.get(key) for found in options).most_common(1)[0][0] for key in keys}
     names = []
     for found in options:
@@ -225,6 +225,16 @@ def _names(options: Sequence[Mapping[str, str]]) -> list[list[str]]:
         if seen[text] > 1:
             words.append(f"({seen[text]})")
     return names
+
+
+def _without_usual(names: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The same names without the words that most of them have, as far as they stay distinct and none is empty."""
+    kept = [list(words) for words in names]
+    for word, count in Counter(word for words in names for word in words).most_common():
+        shorter = [[one for one in words if one != word] for words in kept]
+        if 2 * count > len(names) and all(shorter) and len(set(map(tuple, shorter))) == len(names):
+            kept = shorter
+    return kept
 
 
 def _word(key: str, value: str) -> str:

@@ -111,6 +111,15 @@ def short(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
 
 
+def cell_text(cell: str | float | None, digits: int) -> str:
+    """A cell of a table in plain text: `-` for an empty place, 1.2e-5 for what its digits would round to zero."""
+    if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
+        return "-"
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.{digits}f}" if round(cell, digits) or not cell else short(float(f"{cell:.1e}"))
+
+
 def full(value: float) -> str:
     """A number as a tooltip tells it: ten digits."""
     return f"{value:.10g}"

@@ -132,6 +132,7 @@ class Parallel:
         lines: a value for each axis; a str on axes of choices, None where a trial lacks it.
         log: axes with a logarithmic scale.
         better: which end of the last axis is good.
+        options: that all axes but the last one stand for, in full, by which W&B finds them.
     """
 
     caption: str
@@ -139,6 +140,7 @@ class Parallel:
     lines: Sequence[Sequence[float | str | None]]
     log: Sequence[str] = ()
     better: Literal["larger", "smaller"] = "larger"
+    options: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -91,20 +91,27 @@ def find_runs(given: Iterable[Path]) -> list[Path]:
     """Run folders: the given ones, and those up to `DEPTH` folders below, by name.
 
     Raises:
-        UserError: a given folder does not exist, or no run lies in it or below.
+        UserError: a given folder does not exist, or no run lies in any of them or below.
     """
     found: dict[Path, None] = {}
+    empty: list[Path] = []
     for folder in given:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give run folders, experiments, or the folder of all of them")
         below = list(_below(str(folder), DEPTH))
-        if not below:
-            raise UserError(
-                f"{folder}: no run here, nor up to {DEPTH} folders below: a run folder has a `run.json`; "
-                "give the `--runs_dir` of your experiments, or folders in it"
-            )
         found |= dict.fromkeys(Path(path).resolve() for path in below)
+        empty += [] if below else [folder]
+    if empty and not found:
+        raise UserError(
+            f"{empty[0]}: no run here, nor up to {DEPTH} folders below: a run folder has a `run.json`; "
+            "give the `--runs_dir` of your experiments, or folders in it"
+        )
     return list(found)
+
+
+def without_runs(given: Iterable[Path]) -> list[Path]:
+    """Those of the folders in which no run lies, such as a study's own, which `runs/elpv*` takes in."""
+    return [folder for folder in given if next(_below(str(folder), DEPTH), None) is None]
 
 
 def read_runs(paths: Iterable[Path]) -> Found:
@@ -117,8 +124,12 @@ def read_run(path: Path) -> RunInfo:
     """Read one run folder."""
     folder, problems = RunFolder(path), []
     record, config = folder.record(), folder.config()
-    if not record:
+    if not isinstance(record, Mapping) or not record:
         problems.append("`run.json` is missing or broken")
+        record = {}
+    if odd := [key for key, value in record.items() if not _sound(key, value)]:
+        problems.append(f"`run.json` has no sound {', '.join(odd)}")
+        record = {key: value for key, value in record.items() if key not in odd}
     if not isinstance(config, Mapping) or not config:
         problems.append("`config.yaml` is missing or broken")
         config = {}
@@ -135,6 +146,15 @@ def read_run(path: Path) -> RunInfo:
         except (OSError, ValueError, TypeError) as error:
             problems.append(f"`{file.name}` cannot be read: {str(error).splitlines()[0]}")
     return RunInfo(folder, record, config, measured, tuple(problems))
+
+
+def _sound(key: str, value: Any) -> bool:
+    """Whether a field of `run.json` can be read; what is not told of here is only shown."""
+    if key == "seconds":
+        return isinstance(value, list) and all(isinstance(part, (int, float)) for part in value)
+    if key in ("epochs", "steps", "devices"):
+        return value is None or isinstance(value, (int, float))
+    return isinstance(value, Mapping) if key == "versions" else True
 
 
 def _below(folder: str, depth: int) -> Iterator[str]:

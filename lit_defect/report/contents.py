@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from lit_defect import __version__
-from lit_defect.report import answer, appendix, protocol, published, results, sweeps
+from lit_defect.report import answer, appendix, costs, protocol, published, results, sweeps
 from lit_defect.report.blocks import Block, Details, Report, Section, Table
 from lit_defect.report.matter import Matter
 
@@ -28,7 +28,7 @@ def build(matter: Matter) -> Report:
             appendix.examples(matter),
         ]
         found += [
-            protocol.cost(matter),
+            costs.cost(matter),
             appendix.run_table(matter),
             appendix.repeat(matter),
             appendix.tracking(matter),

@@ -37,6 +37,30 @@ _LARGER = re.compile(
     r"(auroc|ap|average_precision|f1|f1_max|accuracy|recall|precision|iou|dice|aupro|psnr\w*|ssim|images_per_second|"
     r"pictures_per_second)$"
 )
+_AVERAGE_PRECISION = "area below precision over recall as the threshold moves: 1 is perfect"
+_MEANINGS = {
+    "auroc": "chance that a defective one scores higher than a good one: 1 is perfect, 0.5 is guessing",
+    "ap": _AVERAGE_PRECISION,
+    "average_precision": _AVERAGE_PRECISION,
+    "f1": "harmonic mean of precision and recall, from 0 to 1",
+    "f1_max": "harmonic mean of precision and recall at the threshold that is best on these very pictures",
+    "accuracy": "share that is called right",
+    "balanced_accuracy": "mean of the shares of each class that are called right, so that rare classes count as much",
+    "recall": "share of a class that is found",
+    "precision": "share of what is called so that is so",
+    "escape_rate": "share of the defective ones that pass as good",
+    "overkill_rate": "share of the good ones that are rejected",
+    "iou": "overlap of found and true area: what both have by what either has, from 0 to 1",
+    "boundary_iou": "overlap of found and true area close to their outlines, from 0 to 1",
+    "dice": "overlap of found and true area: twice what both have by the sum of the two, from 0 to 1",
+    "aupro": "share of each defect's area that is found, over thresholds with few false alarms: 1 is perfect",
+    "hd95": "distance between found and true outlines that 95 % of their pixels keep, in pixels",
+    "ece": "how far told probabilities are from the shares that come true, from 0 to 1",
+    "brier": "mean squared error of told probabilities: 0 is perfect",
+    "nll": "mean negative logarithm of the probability told for the truth: 0 is perfect",
+    "ssim": "likeness of two pictures: 1 is the same",
+    "psnr": "likeness of two pictures, in decibel",
+}
 _PREFERRED = (
     "defect_auroc", "auroc", "balanced_accuracy", "accuracy", "average_precision", "f1",
     "image/auroc", "pixel/average_precision", "pixel/aupro", "image/average_precision", "pixel/auroc",
@@ -103,6 +127,15 @@ def label(name: str) -> str:
     """`refined/boundary_iou` -> `refined boundary IoU`."""
     words = (_WORDS.get(word, word.replace("_", " ")) for word in name.split("/"))
     return " ".join(words)
+
+
+def meaning(name: str) -> str:
+    """What a figure says, for who has not met it; empty where its name says it."""
+    *places, last = name.split("/")
+    said = _MEANINGS.get(last.removeprefix("defect_").removeprefix("pooled_"), "")
+    whose = "of single pixels" if said and "pixel" in places and last != "aupro" else ""
+    gained = "what refinement adds to stage 1" if "gain" in places else ""
+    return "; ".join(filter(None, (gained, said, whose)))
 
 
 def better(name: str) -> Literal["larger", "smaller"] | None:

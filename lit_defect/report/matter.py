@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lit_defect.errors import UserError
 from lit_defect.report.arms import Arm, Arms, choose_baseline, make_arms
-from lit_defect.report.collect import STAGES, RunInfo, find_runs, read_runs
+from lit_defect.report.collect import STAGES, RunInfo, find_runs, read_runs, without_runs
 from lit_defect.report.comparing import Difference, OverPictures, differences, over_pictures
 from lit_defect.report.curves import last_values
 from lit_defect.report.figures import Figure, Measured, choose
@@ -142,6 +142,8 @@ def gather(asked: Asked) -> Matter:
     baseline, others = choose_baseline(with_results, asked.compare, study) if with_results else (None, [])
     kept = {run.name for run in runs}
     problems = [text for text in found.problems if text.split(":")[0] in kept]
+    swept = {sweep.folder.resolve() for sweep in sweeps}
+    problems += [f"{path}: no run here" for path in without_runs(asked.runs) if path.resolve() not in swept]
     return Matter(asked, runs, arms, stage, figures, baseline, others, problems, study, sweeps)
 
 
@@ -152,12 +154,11 @@ def _paths(given: Sequence[Path], study: Study | None, sweeps: Sequence[Sweep]) 
         return find_runs([folder for folder in arms if folder.is_dir()])
     of_sweeps = {sweep.folder.resolve(): sweep.run_folders() for sweep in sweeps}
     paths = [path for found in of_sweeps.values() for path in found]
-    for folder in given:
-        try:
-            paths += find_runs([folder])
-        except UserError:
-            if not any(sweep.is_relative_to(folder.resolve()) for sweep in of_sweeps):
-                raise  # the folder of a sweep may hold no runs itself
+    try:
+        paths += find_runs(given)
+    except UserError:
+        if not of_sweeps or not all(folder.is_dir() for folder in given):
+            raise  # the folder of a sweep may hold no runs itself
     return list(dict.fromkeys(paths))
 
 

@@ -11,24 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_defect.report.arms import Arm
 from lit_defect.report.blocks import Block, Cell, Code, Column, Details, Section, Table, Text
 from lit_defect.report.collect import RunInfo
-from lit_defect.report.curves import read_series
-from lit_defect.report.figures import label
+from lit_defect.report.figures import label, meaning
 from lit_defect.report.matter import Matter, common_folder
 from lit_defect.report.splits import read_splits, tested_names
 from lit_defect.reporting.seeds import Spread, experiment_of
 from lit_defect.reporting.study_runs import REAL
 
 _SIDE_BY_SIDE = 8
-_TIMED = {
-    "time/pictures_per_second": "pictures a second",
-    "time/step_seconds": "seconds a step",
-    "time/data_share": "share of waiting for data",
-    "memory/gpu_gib": "GPU memory, GiB",
-}
-_TIMED_ARMS = 30
 
 
 def question(matter: Matter) -> Section:
@@ -43,7 +34,10 @@ def question(matter: Matter) -> Section:
             text = f"What do{'es a run' if runs == 1 else f' {runs} runs'} of one configuration come to in {name}?"
     blocks: list[Block] = [Text(text)]
     if matter.judged:
-        said = f"Judged by {name} on {matter.where}."
+        sizes = {len(tested_names(run, matter.stage)) for arm in matter.arms for run in arm.runs}
+        count = f"{size} " if len(sizes) == 1 and (size := next(iter(sizes))) else ""
+        said = f"Judged by {name}{f' ({meant})' if (meant := meaning(matter.judged)) else ''}"
+        said += f" on {count}{matter.where}."
         if matter.baseline is not None and matter.others:
             chosen = (
                 "by `--compare`" if asked.compare else "by the study's file" if study else "for its most usual options"
@@ -117,36 +111,20 @@ def leakage(matter: Matter) -> Section | None:
         Column("trained with pictures of", 0),
         Column("test pictures that these learnt from", 0),
     ]
-    blocks: list[Block] = [
-        Table("leakage", columns, rows, f"What stands on both sides of the split, and what it is worth in {name}."),
-        *([Text("Its generator has learnt from test pictures:", "warning", _shortened(seen))] if seen else []),
-        *(
-            [Text("Near-duplicates were not looked for (no `leakage.csv`):", "note", _shortened(unknown))]
-            if unknown
-            else []
-        ),
-    ]
+    blocks: list[Block] = []
+    if any(any(cell is not None for cell in row[1:2] + row[5:]) for row in rows):
+        caption = f"What stands on both sides of the split, and what it is worth in {name}."
+        blocks.append(Table("leakage", columns, rows, caption))
+    if seen:
+        blocks.append(Text("Its generator has learnt from test pictures:", "warning", _shortened(seen)))
+    if unknown:
+        of_all = len(unknown) == len(matter.arms)
+        text = f"Near-duplicates were not looked for (no `leakage.csv`){'.' if of_all else ':'}"
+        blocks.append(Text(text, "note", [] if of_all else _shortened(unknown)))
     if matter.stage == "mirrored":
         blocks.append(Text("The tested pictures are the training pictures mirrored: a leak by design.", "warning"))
     blocks += _different_tests(matter)
     return Section("Data and leakage", blocks)
-
-
-def cost(matter: Matter) -> Section | None:
-    """Time, throughput and memory of each arm."""
-    rows: list[list[Cell]] = []
-    names: dict[str, None] = {}
-    costs = [
-        {**_times(arm), **_logged_times(arm, k < _TIMED_ARMS)} for k, arm in enumerate(matter.grouped.arms)
-    ]  # fmt: skip
-    for found in costs:
-        names.update(dict.fromkeys(found))
-    for arm, found in zip(matter.grouped.arms, costs, strict=True):
-        rows.append([arm.name, *(found.get(name) for name in names)])
-    if not names:
-        return None
-    columns = [Column("arm"), *(Column(name, 2) for name in names)]
-    return Section("Time and memory", [Table("cost", columns, rows, "Means over the runs of each arm.")])
 
 
 def _arms_table(matter: Matter) -> Iterator[Block]:
@@ -159,7 +137,7 @@ def _arms_table(matter: Matter) -> Iterator[Block]:
                 arm.name,
                 *([arm.title] if matter.study else []),
                 run.task,
-                run.data,
+                _data(run),
                 *_counts(run),
                 ", ".join(dict.fromkeys(str(run.seeds[0]) for run in arm.runs)),
                 len(arm.runs),
@@ -173,8 +151,8 @@ def _arms_table(matter: Matter) -> Iterator[Block]:
         Column("task"),
         Column("data"),
         Column("trained on", help="pictures by label; of the first run"),
-        Column("validation", 0),
-        Column("test", 0),
+        Column("validation pictures", 0),
+        Column("test pictures", 0),
         Column("parts tested", 0, "physical parts that the test pictures show"),
         Column("seeds"),
         Column("runs", 0),
@@ -190,6 +168,12 @@ def _arms_table(matter: Matter) -> Iterator[Block]:
         return
     rows = [[row[k] for k in kept] for row in rows]
     yield Table("arms", [columns[k] for k in kept], rows, "The arms, with the pictures of the first run of each.")
+
+
+def _data(run: RunInfo) -> str:
+    """Class of the data and the folder that it was read from."""
+    root = run.options.get("data.init_args.root")
+    return f"{run.data} ({Path(root).name})" if isinstance(root, str) and Path(root).name else run.data
 
 
 def _plain(cell: Cell) -> str:
@@ -236,7 +220,7 @@ def _differences(matter: Matter) -> Iterator[Block]:
         main = [key for key in differ if key not in own]
         yield _side_by_side("differences_of_options", "What differs between arms.", main, matter, usual)
         if own:
-            table = _side_by_side("options_of_choices", "", own, matter, usual)
+            table = _side_by_side("options_of_choices", "Options of one arm's choice alone.", own, matter, usual)
             yield Details("Options that only one of these choices has", [table])
         return
     rows = []
@@ -337,38 +321,22 @@ def _synthetic(run: RunInfo) -> dict[str, Any]:
 
 def _different_tests(matter: Matter) -> Iterator[Block]:
     """Whether all runs were tested on the same pictures."""
-    tests = Counter(tested_names(run, matter.stage) for arm in matter.arms for run in arm.runs)
-    known = {names: count for names, count in tests.items() if names}
-    if len(known) == 1 and len(tests) == 1:
-        yield Text(f"All runs were tested on the same {len(next(iter(known)))} pictures.")
+    by_arm = [{names for run in arm.runs if (names := tested_names(run, matter.stage))} for arm in matter.arms]
+    known = list(set().union(*by_arm))
+    unknown = sum(not tested_names(run, matter.stage) for arm in matter.arms for run in arm.runs)
+    if len(known) == 1:
+        others = f"; of {unknown} it is not known, for want of a `splits.csv`" if unknown else ""
+        yield Text(f"{'The' if unknown else 'All'} runs were tested on the same {len(known[0])} pictures{others}.")
     elif known:
-        sizes = sorted(len(names) for names in known)
+        sizes = sorted(map(len, known))
+        within = " means over seeds then hold the chance of the split, too, and" if max(map(len, by_arm)) > 1 else ""
         yield Text(
-            f"The runs have {len(known)} different sets of tested pictures, of {sizes[0]} to {sizes[-1]}: means over "
-            "seeds then hold the chance of the split, too, and only runs with the same pictures are paired.",
+            f"The runs have {len(known)} different sets of tested pictures, of {sizes[0]} to {sizes[-1]}:{within} only "
+            "runs with the same pictures are paired.",
             "warning",
         )
     else:
         yield Text("Which pictures were tested is not known: there is no `splits.csv`.", "note")
-
-
-def _times(arm: Arm) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for run in arm.runs:
-        seconds = run.record.get("seconds")
-        if isinstance(seconds, list) and seconds:
-            found.setdefault("minutes of training", []).append(sum(map(float, seconds)) / 60)
-        for measured in run.measured.values():
-            for name, value in measured.costs.items():
-                if name != "training_minutes":
-                    found.setdefault(label(name), []).append(value)
-    return {name: math.fsum(values) / len(values) for name, values in found.items()}
-
-
-def _logged_times(arm: Arm, read: bool) -> dict[str, float]:
-    """Of the first run, where its log has them."""
-    series = read_series(arm.runs[0].folder.path / "metrics.csv") if read else {}
-    return {word: float(series[name][1].mean()) for name, word in _TIMED.items() if name in series}
 
 
 def _mean(values: Any) -> float | None:

@@ -78,7 +78,7 @@ def _zheng_nagata(matter: Matter) -> Iterator[Block]:
         [str(k + 1), *(values[k] if k < len(values) else None for values in columns.values())] for k in range(most)
     ]
     rows.append(["mean ± sd", *(spread_cell(found, digits=2) for found in spreads)])
-    heads = [Column("trial or seed"), *(Column(name, 2) for name in columns)]
+    heads = [Column("trial, or seed in order"), *(Column(name, 2) for name in columns)]
     yield Table("zheng_nagata", heads, rows, "Accuracy in percent, Zheng & Nagata's table 1 beside ours.")
     yield Text(f"Published, B less A: {zheng_nagata.published_difference()} points.")
     for note in zheng_nagata.NOTES:

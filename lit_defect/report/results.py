@@ -10,7 +10,7 @@ from lit_defect.report.arms import Arm, spread_cell
 from lit_defect.report.blocks import Block, Cell, Column, Details, Interval, Intervals, Section, Table, Text
 from lit_defect.report.comparing import Difference, level_of, p_text
 from lit_defect.report.curves import ARMS, RUNS, charts
-from lit_defect.report.figures import better, digits, label
+from lit_defect.report.figures import better, digits, label, meaning
 from lit_defect.report.matter import STAGE_NAMES, Matter
 from lit_defect.report.published import published_values
 from lit_defect.reporting.seeds import SEED_NOTE, Spread
@@ -24,8 +24,9 @@ def tables(matter: Matter) -> Section:
     """All arms and figures, the judged one in full, differences, pictures, and every number below a fold."""
     if not matter.figures:
         return Section("Results", [Text("No run has results yet.", "warning")])
-    blocks: list[Block] = [Text(f"All figures are of {matter.where}. {SEED_NOTE}")]
-    if all(arm.spread(matter.stage, matter.judged).seeds < 2 for arm in matter.arms):
+    repeated = any(arm.spread(matter.stage, matter.judged).seeds > 1 for arm in matter.arms)
+    blocks: list[Block] = [Text(f"All figures are of {matter.where}.{f' {SEED_NOTE}' if repeated else ''}")]
+    if not repeated:
         blocks.append(
             Text(
                 "No arm has two seeds, so there is neither a standard deviation nor an interval nor a test: a single "
@@ -59,7 +60,7 @@ def parts(matter: Matter) -> Section | None:
     if not found:
         return None
     left = len(matter.arms) - _BY_PART
-    blocks: list[Block] = [Text(f"Mean ± standard deviation over seeds, on {matter.where}.")]
+    blocks: list[Block] = [Text(f"{_over_seeds(matter)}.")]
     if left > 0:
         blocks.append(Text(f"{left} arms are left out here; the first {_BY_PART} are shown.", "note"))
     blocks += found[:4]
@@ -74,7 +75,14 @@ def curves(matter: Matter) -> Section | None:
     found = charts(arms, matter.figures)
     if not found:
         return None
-    blocks: list[Block] = [Text("Each line is an arm: the mean over its seeds, with a band of one standard deviation.")]
+    band = any(len(arm.runs) > 1 for arm in arms)
+    blocks: list[Block] = [
+        Text(
+            "Each line is an arm: the mean over its runs, with a band of one standard deviation."
+            if band
+            else f"Each line is {'a single run' if len(arms) > 1 else 'the run'} of an arm."
+        )
+    ]
     if len(arms) > ARMS:
         blocks.append(Text(f"The first {ARMS} of {len(arms)} arms are drawn.", "note"))
     if any(len(arm.runs) > RUNS for arm in arms[:ARMS]):
@@ -84,24 +92,26 @@ def curves(matter: Matter) -> Section | None:
 
 def _overview(matter: Matter) -> Table:
     """Arms by figures, mean ± sd; the best mean of each figure stands out."""
-    spreads = [[arm.spread(matter.stage, figure) for figure in matter.figures] for arm in matter.arms]
-    shown = [digits(row[k].mean for row in spreads) for k in range(len(matter.figures))]
+    spreads = {arm.name: [arm.spread(matter.stage, figure) for figure in matter.figures] for arm in matter.arms}
+    spreads = {arm: row for arm, row in spreads.items() if any(found.seeds for found in row)}
+    all_rows = list(spreads.values())
+    shown = [digits(row[k].mean for row in all_rows) for k in range(len(matter.figures))]
     apart = {found.figure for found in matter.differences if found.refused} if matter.data_sets < 2 else matter.figures
     strong = []
     for k, figure in enumerate(matter.figures):
-        means = [(row[k].mean, i) for i, row in enumerate(spreads) if row[k].seeds]
+        means = [(row[k].mean, i) for i, row in enumerate(all_rows) if row[k].seeds]
         if better(figure) and len(means) > 1 and figure not in apart:
             strong.append(((max if better(figure) == "larger" else min)(means)[1], k + 2))
     rows: list[list[Cell]] = [
         [
-            arm.name,
-            max((s.seeds for s in row), default=0),
+            arm,
+            max(s.seeds for s in row),
             *(spread_cell(s, digits=d) for s, d in zip(row, shown, strict=True)),
         ]
-        for arm, row in zip(matter.arms, spreads, strict=True)
+        for arm, row in spreads.items()
     ]
     columns = [Column("arm"), Column("seeds", 0), *(_column(figure) for figure in matter.figures)]
-    caption = f"Mean ± standard deviation over seeds, on {matter.where}." + (
+    caption = f"{_over_seeds(matter)}." + (
         " The best mean of each column stands out, which alone says nothing of a difference." if strong else ""
     )
     return Table("results", columns, rows, caption, strong)
@@ -153,9 +163,11 @@ def _charts(matter: Matter) -> Iterator[Block]:
             continue
         lines = [_interval(name, spread, arm, matter.stage, figure) for name, spread, arm in found[:_ON_CHART]]
         left = f", the best {_ON_CHART} of {len(found)} arms" if len(found) > _ON_CHART else ""
+        repeated = any(spread.seeds > 1 for _, spread, _ in found)
+        shown = ": mean over seeds with its 95 % interval, and single seeds" if repeated else " of single runs"
         if lines:
             yield Intervals(
-                f"{capital(label(figure))}: mean over seeds with its 95 % interval, and single seeds{left}",
+                f"{capital(label(figure))}{shown}{left}",
                 label(figure),
                 lines,
                 published=published_values(matter, figure),
@@ -164,8 +176,7 @@ def _charts(matter: Matter) -> Iterator[Block]:
 
 def _interval(name: str, spread: Spread, arm: Arm, stage: str, figure: str) -> Interval:
     points = tuple(arm.by_seed(stage, figure).values())
-    low, high = (spread.mean if math.isnan(end) else end for end in (spread.low, spread.high))
-    return Interval(name, spread.mean, low, high, points)
+    return Interval(name, spread.mean, spread.low, spread.high, points)
 
 
 def _differences(matter: Matter) -> Iterator[Block]:
@@ -183,12 +194,14 @@ def _differences(matter: Matter) -> Iterator[Block]:
         Column("note"),
     ]
     rows: list[list[Cell]] = [_difference_row(found) for found in matter.differences]
-    caption = (
-        f"Differences to {matter.baseline.name}, seed by seed, with the t interval of their mean (95 % each by "
-        "itself); p-values of the paired t test, adjusted for all tests of this table by Holm. These hold for other "
-        "seeds on these very pictures; the conclusions rest on the intervals under `What it comes to`."
-    )
-    yield Table("differences", columns, rows, caption, folded=15)
+    caption = f"Differences to {matter.baseline.name}, seed by seed"
+    if any(math.isfinite(found.p_value) for found in matter.differences):
+        caption += (
+            ", with the t interval of their mean (95 % each by itself); p-values of the paired t test, adjusted for "
+            "all tests of this table by Holm. These hold for other seeds on these very pictures; conclusions are drawn "
+            "from one interval for each arm, not from this table"
+        )
+    yield Table("differences", columns, rows, f"{caption}.", folded=15)
     refused = dict.fromkeys(f"{found.arm}: {found.refused}." for found in matter.differences if found.refused)
     if refused:
         more = [f"... and {len(refused) - 10} more."] if len(refused) > 10 else []
@@ -261,8 +274,14 @@ def _by_part(matter: Matter, figure: str, names: Sequence[str]) -> Table:
     return Table(f"parts_{figure.replace('/', '_')}", columns, rows, f"{capital(label(figure))} by class or type.")
 
 
+def _over_seeds(matter: Matter) -> str:
+    """What stands in cells, as a caption has it."""
+    repeated = any(found.seeds > 1 for arm in matter.arms for found in [arm.spread(matter.stage, matter.judged)])
+    return f"{'Mean ± standard deviation over seeds' if repeated else 'Values of single runs'}, on {matter.where}"
+
+
 def _column(figure: str) -> Column:
-    return Column(label(figure), better=better(figure))
+    return Column(label(figure), help=meaning(figure), better=better(figure))
 
 
 def _cell(value: float) -> float | None:

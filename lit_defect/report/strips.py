@@ -43,7 +43,7 @@ def intervals(block: Intervals, arms: Arms) -> Markup:
     bounded = any(math.isfinite(row.low) and math.isfinite(row.high) for row in block.intervals)
     notes = []
     if block.reference is not None:
-        notes.append(f"line at {full(block.reference)}")
+        notes.append(f"line at {full(block.reference)}" + (": no difference" if block.reference == 0 else ""))
     notes += [f"dashed: {label} {full(value)}" for label, value in guides]
     notes += ["diamonds: published values"] if ticks else []
     return _table(

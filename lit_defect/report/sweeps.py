@@ -16,6 +16,7 @@ from lit_defect.report.blocks import Bars, Block, Cell, Code, Column, Curve, Lin
 from lit_defect.report.collect import RunInfo
 from lit_defect.report.figures import digits
 from lit_defect.report.keys import short
+from lit_defect.runs import RunFolder, flatten
 
 FILE = "sweep.json"
 
@@ -52,6 +53,12 @@ class Sweep:
         """Folders of the trials' runs, as far as they exist."""
         names = dict.fromkeys(name for trial in self.trials for name in trial.get("runs") or ())
         return [path.resolve() for name in names if (path := self.folder.parent / name).is_dir()]
+
+    def in_full(self, names: Sequence[str]) -> list[str]:
+        """Options as a run's configuration has them, `model.init_args.lr` for `model.lr`; as they are, without runs."""
+        folder = next(iter(self.run_folders()), None)
+        options = {short(key): key for key in flatten(RunFolder(folder).config())} if folder else {}
+        return [options.get(short(name), name) for name in names]
 
     def made(self, run: RunInfo) -> bool:
         """Whether a run is of one of its trials, also of one that the file does not tell of yet."""
@@ -123,6 +130,7 @@ def _blocks(sweep: Sweep) -> Iterator[Block]:
             if sweep.said.get("parameters")
             else [],
             "larger" if sweep.maximize else "smaller",
+            sweep.in_full(names),
         )
     if importance := sweep.said.get("importance"):
         bars = sorted(((short(name), float(share)) for name, share in importance.items()), key=lambda bar: -bar[1])

@@ -135,9 +135,12 @@ def _blocks(wr: Any, blocks: Iterable[Block], runset: Any) -> Iterator[Any]:
             panels.append(wr.LinePlot(title=block.caption, x=_STEP, y=[block.y_name], groupby="Group"))
             continue
         if isinstance(block, Parallel):
-            columns = [*(f"c::{axis}" for axis in block.axes[:-1]), block.axes[-1]]
-            coordinates = [wr.ParallelCoordinatesPlotColumn(metric=column) for column in columns]
-            panels.append(wr.ParallelCoordinatesPlot(columns=coordinates, title=block.caption))
+            metrics = [*map(wr.Config, block.options), wr.SummaryMetric(block.axes[-1])]
+            columns = [
+                wr.ParallelCoordinatesPlotColumn(metric=metric, display_name=axis, log=axis in block.log)
+                for metric, axis in zip(metrics, block.axes, strict=True)
+            ]
+            panels.append(wr.ParallelCoordinatesPlot(columns=columns, title=block.caption))
             continue
         if isinstance(block, Pictures):
             yield wr.MarkdownBlock(
