@@ -47,6 +47,11 @@ class CheckingTrainer(Trainer):
 
     check = Trainer.fit
 
+    def _run(self, model: LightningModule, ckpt_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Set `trainer.ckpt_path` before `configure_model`, which may leave weights to the checkpoint."""
+        self._checkpoint_connector._ckpt_path = ckpt_path
+        return super()._run(model, ckpt_path, *args, **kwargs)
+
 
 class Parser(LightningArgumentParser):
     """A parser whose errors are short, and which takes no abbreviated option for another one."""

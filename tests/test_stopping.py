@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from lit_defect import stopping
 from lit_defect.callbacks.run import LastCheckpoint
@@ -147,6 +148,85 @@ def test_usr1_saves_puts_the_job_back_and_the_run_goes_on(config, tmp_path):  # 
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     run(tmp_path, *words[:-2], "whole")
     assert rows(folder) == rows(tmp_path / "runs" / "tiny" / "whole")
+
+
+SIGNALLED_IN_VALIDATION = """
+import os, signal, sys, time
+import lit_defect.tasks.classification as module
+from lit_defect.__main__ import main
+
+step, own = module.DefectClassifier.validation_step, "first" if os.environ.get("RANK", "0") == "0" else "second"
+begun = 0
+
+def validation_step(self, batch, batch_idx):
+    global begun
+    step(self, batch, batch_idx)
+    begun += batch_idx == 0 and not self.trainer.sanity_checking
+    if begun != {number} or not os.path.exists("armed"):
+        return
+    time.sleep(0.3)
+    with open(own, "a") as seen:
+        seen.write("x")
+    if batch_idx == 1 and own == "{signalled}":
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+module.DefectClassifier.validation_step = validation_step
+sys.argv = ["lit_defect", *sys.argv[1:]]
+main()
+"""
+EARLY = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 3}}
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "options"),
+    [
+        pytest.param(1, 3, (), id="at the end of the last epoch"),
+        pytest.param(1, 3, ("--trainer.val_check_interval", "0.5"), id="within an epoch"),
+        pytest.param(2, 2, (), id="of two processes"),
+    ],
+)
+def test_a_validation_that_a_signal_breaks_off_is_begun_anew(config, tmp_path, processes, number, options):  # noqa: F811
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["callbacks"].append(EARLY)
+    content["data"]["init_args"] |= {"val_fraction": 0.4, "eval_batch_size": 1}
+    config.write_text(yaml.safe_dump(content))
+    script = tmp_path / "signalled.py"
+    signalled = "second" if processes == 2 else "first"
+    script.write_text(SIGNALLED_IN_VALIDATION.format(number=number, signalled=signalled))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+    def train(name: str) -> int:
+        words = ("fit", "--config", config, "--run_id", name, "--resume", "--trainer.max_epochs", "3", *options)
+        devices = ("--trainer.devices", "2", "--trainer.strategy", "ddp") if processes == 2 else ()
+        command = [*(launch if processes == 2 else [sys.executable]), str(script), *map(str, (*words, *devices))]
+        with (tmp_path / "log.txt").open("ab") as log:
+            return subprocess.run(
+                command, cwd=tmp_path, stdout=log, stderr=log, env=environment, timeout=LIMIT
+            ).returncode
+
+    assert train("whole") == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    whole, stopped = (tmp_path / "runs" / "tiny" / name for name in ("whole", "stopped"))
+    (tmp_path / "armed").touch()
+    assert train("stopped") != 0
+    (tmp_path / "armed").unlink()
+    assert json.loads((stopped / "run.json").read_text())["status"] == "preempted"
+    for seen in ("first", "second")[:processes]:
+        assert 2 <= len((tmp_path / seen).read_text()) <= 8, "the validation was not waited for"
+    assert train("stopped") == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    assert rows(stopped) == rows(whole)
+    for name in ("last", "best"):
+        one, other = (torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (whole, stopped))
+        assert all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items()), name
+        assert one["epoch"] == other["epoch"]
+        loops = [
+            {key: value for key, value in state["loops"]["fit_loop"].items() if key != "state_dict"}  # of the loader
+            for state in (one, other)
+        ]
+        assert loops[0] == loops[1], name
+        watched = [key for key in one["callbacks"] if key.startswith("EarlyStopping")]
+        assert watched
+        assert all(str(one["callbacks"][key]) == str(other["callbacks"][key]) for key in watched)
 
 
 def test_a_signal_after_the_end_changes_nothing(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.callbacks.tracking import MetricsCSV, mark_preempting
@@ -192,8 +192,8 @@ class LastCheckpoint(Checkpoint):
     Saves after every training epoch and, within long epochs, whenever `every_n_seconds` have passed
     or `every_n_steps` optimizer steps are done. Lightning's ModelCheckpoint takes one trigger only.
     When a signal asks the run to stop (`lit_defect.stopping`), on all processes or on one, it saves after the batch
-    and stops; in a validation, after it. Several processes look for that about once a second: they reduce a
-    few numbers, among them after how many steps they do it again.
+    and stops; in a validation, too, which a resumed run then begins anew before it trains on. Several processes look
+    for that about once a second: they reduce a few numbers, among them after how many batches they do it again.
 
     Args:
         path: the file; it is replaced atomically. None takes `checkpoints/last.ckpt` in the trainer's root.
@@ -212,15 +212,17 @@ class LastCheckpoint(Checkpoint):
         self.every_n_seconds = every_n_seconds
         self._seen_step = 0
         self._saved_at = time.monotonic()
-        self._agreed_at = (0, time.monotonic())  # step and time of the last agreement
-        self._agrees_from = 0  # step of the next one
+        self._agreed_at = (0, time.monotonic())  # step, or batch of a validation, and time of the last agreement
+        self._agrees_from = 0  # step or batch of the next one
+        self._stops_until = 0.0  # batch of a validation: all processes have so many
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count time and steps from here; note a signal instead of acting on it at once."""
         STOP.defer()
         self._saved_at = time.monotonic()
         self._seen_step = trainer.global_step
-        self._agreed_at, self._agrees_from = (trainer.global_step, time.monotonic()), 0
+        self._agree_soon(trainer.global_step)
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()  # after `_begin_anew`
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save within an epoch when it is due; stop when told so.
@@ -239,18 +241,61 @@ class LastCheckpoint(Checkpoint):
             late = self.every_n_seconds is not None and time.monotonic() - self._saved_at > self.every_n_seconds
             late, number = self._agree(trainer, late)
             due |= late
-        if (due or number) and not getattr(trainer, "fast_dev_run", False):
+        if due or number:
             _log_step(trainer)
             self._save(trainer)
         if number:
             STOP.stop(number, follows=not trainer.is_global_zero)
 
-    def _agree(self, trainer: Trainer, late: bool = False) -> tuple[bool, int]:
-        """Whether a save is due and which signal asks to stop (0 for none), of any process, on all of them."""
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle within which batches it may be stopped: processes that have fewer do not wait for the others."""
+        self._stops_until = 0.0
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and _can_begin_anew(trainer):
+            own = torch.tensor(trainer.num_val_batches[0], dtype=torch.float32)
+            least: Any = trainer.strategy.reduce(own.to(trainer.strategy.root_device), reduce_op="min")
+            self._stops_until = float(least)
+            self._agree_soon(0)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop when told so: the validation may last longer than the time that is left.
+
+        Raises:
+            Stopped: on all processes, after the state is saved, to which nothing of the validation belongs.
+        """
+        done = batch_idx + 1
+        if dataloader_idx or done > self._stops_until or (done < self._agrees_from and trainer.world_size > 1):
+            return
+        if number := self._agree(trainer, count=done)[1]:
+            _begin_anew(trainer)
+            self._save(trainer)
+            STOP.stop(number, follows=not trainer.is_global_zero)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on steps are counted again."""
+        self._agree_soon(trainer.global_step)
+
+    def _agree_soon(self, count: int) -> None:
+        self._agreed_at, self._agrees_from = (count, time.monotonic()), 0
+
+    def _agree(self, trainer: Trainer, late: bool = False, count: int | None = None) -> tuple[bool, int]:
+        """Whether a save is due and which signal asks to stop (0 for none), of any process, on all of them.
+
+        Args:
+            late: whether this process finds a save due.
+            count: batches of a validation that are done; None counts steps.
+        """
         number = STOP.number or 0
         if trainer.world_size == 1:
             return late, number
-        step, now = trainer.global_step, time.monotonic()
+        step, now = trainer.global_step if count is None else count, time.monotonic()
         seen_step, seen_at = self._agreed_at
         pace = (step - seen_step) / max(now - seen_at, 1e-3)  # steps a second
         told = torch.tensor([int(late), number, int(pace)], dtype=torch.int32, device=trainer.strategy.root_device)
@@ -267,8 +312,7 @@ class LastCheckpoint(Checkpoint):
         complete = getattr(pl_module, "complete", None)
         if complete is not None:
             complete()  # EarlyStopping may have ended the training just now, after the task's own hook
-        if not getattr(trainer, "fast_dev_run", False):
-            self._save(trainer)
+        self._save(trainer)
         if number := self._agree(trainer)[1]:
             STOP.stop(number, follows=not trainer.is_global_zero)
 
@@ -283,6 +327,8 @@ class LastCheckpoint(Checkpoint):
         STOP.at_once()
 
     def _save(self, trainer: Trainer) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
         path = self.path or Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         for logger in trainer.loggers:
             logger.save()  # what was logged before this state is on disk with it
@@ -302,3 +348,26 @@ def _log_step(trainer: Trainer) -> None:
         del connector.__dict__["update_train_step_metrics"]
 
     connector.__dict__["update_train_step_metrics"] = only_once  # in place of Lightning's own call, which follows
+
+
+def _can_begin_anew(trainer: Any) -> bool:
+    """Whether a run that goes on from a state within this validation would come to it again.
+
+    Lightning does not where the training is over, nor where the clock says when to validate; and `WeightAveraging` has
+    put other weights in the model's place meanwhile.
+    """
+    over = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+    lent = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    return not (over or lent or trainer._val_check_time_interval is not None)
+
+
+def _begin_anew(trainer: Any) -> None:
+    """Let the state that is saved next say that the first batch of this validation is on its way.
+
+    There Lightning goes on with a validation; after a batch that is done it would go on training.
+    """
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    before = progress.total.completed - progress.current.completed
+    progress.total.processed = progress.total.completed = before
+    progress.total.ready = progress.total.started = before + 1
+    progress.current.reset()

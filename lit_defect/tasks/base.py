@@ -98,6 +98,31 @@ class DefectTask(LightningModule):
             return None
         return f"{type(self).__name__} is judged by {self.judged_by}: it has no verb {verb}"
 
+    @property
+    def begins(self) -> bool:
+        """Whether a training begins, and no checkpoint brings the weights, as `configure_model` has to know.
+
+        Lightning itself tells later; with a trainer of one's own, set `trainer.ckpt_path` before `fit`.
+        """
+        trainer = self._trainer
+        return trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None
+
+    @contextmanager
+    def opening(self, option: str) -> Iterator[None]:
+        """Open in here what no checkpoint of the task holds, and what `option` of the model names.
+
+        Raises:
+            UserError: as in here; where a checkpoint is waiting for it, also what to do.
+        """
+        try:
+            yield
+        except UserError as error:
+            if self.begins:
+                raise
+            other = f", or give its new place by --model.{option}" if self._trainer is not None else ""
+            remedy = f"The checkpoint was trained on it and does not hold it: put it back{other}"
+            raise UserError(f"{error}\n{remedy}") from error
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Of a task without the verb: Lightning, which comes before `setup`, would refuse in words of its own."""
         raise NotImplementedError

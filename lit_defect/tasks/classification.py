@@ -216,16 +216,15 @@ class DefectClassifier(DefectTask):
             return
         if self.class_names is None:
             raise UserError("the classes are not known: give class_names, or a trainer with a data module")
-        trainer = getattr(self, "_trainer", None)
-        fresh = trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None
-        needed = fresh or self.transfer == "head"  # a head's checkpoint holds no frozen weights
-        self.backbone = Backbone(
-            self.backbone_name,
-            weights=self.weights if needed else None,
-            num_classes=len(self.class_names),
-            image_size=self.image_size,
-            drop_rate=self.drop_rate,
-        )
+        needed = self.begins or self.transfer == "head"  # a head's checkpoint holds no frozen weights
+        with self.opening("weights"):
+            self.backbone = Backbone(
+                self.backbone_name,
+                weights=self.weights if needed else None,
+                num_classes=len(self.class_names),
+                image_size=self.image_size,
+                drop_rate=self.drop_rate,
+            )
         # timm starts EfficientNet's head for 1000 classes; two of them would begin with a loss above 1.
         classifier = self.backbone.model.get_classifier()
         torch.nn.init.normal_(classifier.weight, std=0.01)

@@ -122,10 +122,8 @@ class SimCLR(AnomalyTask):
         """Build backbone, projection and scores; weights are fetched only where they will be used."""
         if self.backbone is not None:
             return
-        trainer = getattr(self, "_trainer", None)
-        fresh = trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None
         backbone = Backbone(
-            self.backbone_name, weights=self.weights if fresh else None, num_classes=0, image_size=self.image_size
+            self.backbone_name, weights=self.weights if self.begins else None, num_classes=0, image_size=self.image_size
         )
         backbone.map_layers(self.map_strides)  # a stride that the network lacks is told now
         if self.loss_name == "none":

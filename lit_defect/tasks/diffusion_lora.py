@@ -183,7 +183,7 @@ class StableDiffusionLoRA(OnFrozenBase):
             return
         from peft import LoraConfig
 
-        base = LatentBase.open(self.base_source)
+        base = self.open_base()
         base.check_size(*self.data.image_size)
         for name, network in self._adapted(base).items():
             if not hasattr(network, "add_adapter"):

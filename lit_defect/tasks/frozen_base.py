@@ -46,6 +46,11 @@ class OnFrozenBase(DefectTask):
             raise UserError("the base is not open yet: call configure_model, or load a checkpoint")
         return self.base
 
+    def open_base(self) -> LatentBase:
+        """Raises `UserError` if it is not there, or cannot be opened."""
+        with self.opening("base"):
+            return LatentBase.open(self.base_source)
+
     def check_serving(self) -> None:
         """Raises `UserError` if pictures have no common size, or the precision is no mixed one."""
         if self.data.image_size is None:

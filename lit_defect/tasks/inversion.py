@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_defect.diffusion.attention import CrossAttention
-from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.diffusion.prompts import encode_prompt, encode_prompts, text_states
 from lit_defect.errors import UserError
 from lit_defect.nets.fitting import fingerprint
@@ -161,7 +160,7 @@ class Inversion(OnFrozenBase):
         """Open the base and make what is learnt."""
         if self.base is not None:
             return
-        base = LatentBase.open(self.base_source)
+        base = self.open_base()
         if self._trainer is not None and self.data is not None:  # else a checkpoint is opened without data
             base.check_size(*self.data.image_size)
         _, n = self.counts
@@ -243,7 +242,7 @@ class Inversion(OnFrozenBase):
 
     def on_fit_start(self) -> None:
         """Take what another run has learnt, and encode the few pictures once."""
-        if self.start is not None and self.trainer.ckpt_path is None:
+        if self.start is not None and self.begins:
             start_from(self, self.start)
         for split in ("train", "val"):
             if self.defects(split) and split not in self._shots:

@@ -169,7 +169,8 @@ class LatentDiffusion(DefectTask):
         """Build the networks."""
         if self.networks is not None:
             return
-        self.vae, self.trained_on = open_autoencoder(self.autoencoder)
+        with self.opening("autoencoder"):
+            self.vae, self.trained_on = open_autoencoder(self.autoencoder)
         self.vae.requires_grad_(False)
         self.scale = float(self.vae.config.scaling_factor)
         self.shift = float(getattr(self.vae.config, "shift_factor", None) or 0.0)

@@ -192,9 +192,7 @@ class AnomalyLocalizer(ScoringTask):
         """Build the network; weights are fetched only where they will be used."""
         if self.network is not None:
             return
-        trainer = getattr(self, "_trainer", None)
-        fresh = trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None
-        weights = self.weights if fresh else None
+        weights = self.weights if self.begins else None
         network = make_segmenter(self.architecture, self.encoder, weights, classes=2, options=self.options)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -24,9 +24,10 @@ from lit_defect.losses.segmentation import make_mask_loss
 from lit_defect.nets.averaging import running_mean
 from lit_defect.nets.canvas import Canvas
 from lit_defect.nets.denoiser import Denoiser
+from lit_defect.nets.fitting import fingerprint
 from lit_defect.tasks.base import Batch
 from lit_defect.tasks.pixels import Answer, PixelTask, targets
-from lit_defect.tasks.refiner_state import check_weights, compare_chains
+from lit_defect.tasks.refiner_state import check_latents, check_weights, compare_chains
 from lit_defect.tasks.stages import FirstStage, SegmenterStage, first_stage
 
 
@@ -174,7 +175,8 @@ class DDPMRefiner(PixelTask):
                 )
             return
         if self.stage1 is None:
-            self.stage1 = first_stage(self.stage1_source, self.names).to(self.device)
+            with self.opening("stage1"):
+                self.stage1 = first_stage(self.stage1_source, self.names).to(self.device)
         splits = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
         if stage == "fit" and self.settings["train_on"] == "ground_truth":
             splits = ("val",)
@@ -186,7 +188,8 @@ class DDPMRefiner(PixelTask):
             return
         space: Space = PixelSpace(self.classes)
         if self.latent is not None:
-            space = LatentSpace(self._open_autoencoder(self.latent))
+            with self.opening("latent"):
+                space = LatentSpace(self._open_autoencoder(self.latent))
         self.refinement = Refinement(
             self.process,
             self.sampler,
@@ -234,10 +237,14 @@ class DDPMRefiner(PixelTask):
         """Keys of what others have trained; it is opened by its path."""
         return [key for key in keys if key.startswith(("stage1.", "autoencoder."))]
 
+    def _autoencoder_hash(self) -> str | None:
+        return None if self.latent is None else fingerprint(self.autoencoder.state_dict())
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the first stage and the autoencoder out, and note which first stage it was."""
+        """Leave the first stage and the autoencoder out, and note which they were."""
         if self.stage1 is not None:
             checkpoint["stage1"] = {"source": self.stage1.source, "fingerprint": self.stage1.fingerprint}
+        checkpoint["autoencoder"] = self._autoencoder_hash()
         for key in self._borrowed(list(checkpoint["state_dict"])):
             del checkpoint["state_dict"][key]
 
@@ -249,6 +256,7 @@ class DDPMRefiner(PixelTask):
                 behind another first stage.
         """
         check_weights(checkpoint.get("hyper_parameters", {}), self.hparams)
+        check_latents(checkpoint, self.latent, self._autoencoder_hash())
         goes_on = self._trainer is not None and self._trainer.state.fn == "fit"
         compare_chains(checkpoint, self.settings, self.stage1, goes_on=goes_on)
         own = self.state_dict()

@@ -11,7 +11,7 @@ from lit_defect.errors import UserError
 from lit_defect.tasks.stages import FirstStage
 
 _WEIGHTS = (
-    "conditioning", "prediction", "beta_schedule", "train_steps", "channels", "layers", "attention", "patch", "latent"
+    "conditioning", "prediction", "beta_schedule", "train_steps", "channels", "layers", "attention", "patch"
 )  # fmt: skip
 _CHAINS = ("strength", "start", "label_input")
 
@@ -23,6 +23,23 @@ def check_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         one_network = key == "conditioning" and {then, asked} == {"joint", "replace"}  # with two loops around it
         if key in before and then != asked and not one_network:
             raise UserError(f"the checkpoint was trained with model.init_args.{key} = {then}, not {asked}")
+
+
+def check_latents(checkpoint: Mapping[str, Any], source: str | None, identity: str | None) -> None:
+    """Raises `UserError` if other latents were trained on than those of the autoencoder `source`, wherever it lies.
+
+    Args:
+        checkpoint: of the refiner.
+        source: of its autoencoder now; None for none.
+        identity: hash of that.
+    """
+    before = checkpoint.get("hyper_parameters", {}).get("latent", source)
+    known = checkpoint.get("autoencoder")  # which checkpoints of before have not
+    same = before == source if None in (known, identity) else known == identity
+    if not same:
+        raise UserError(
+            f"the checkpoint was trained with model.init_args.latent = {before}, and {source} is not the same"
+        )
 
 
 def compare_chains(

@@ -86,12 +86,10 @@ class Segmenter(PixelTask):
         """Build the network; weights are fetched only where they will be used."""
         if self.network is not None:
             return
-        trainer = getattr(self, "_trainer", None)
-        fresh = trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None
         network = make_segmenter(
             self.architecture,
             self.encoder,
-            self.weights if fresh else None,
+            self.weights if self.begins else None,
             classes=self.classes,
             options=self.options,
         )
