@@ -466,7 +466,8 @@ def test_checkpoints_open_with_weights_only_and_overfitting_repeats_its_batches(
         ({"test": "train"}, r"data.test is 'train'"),
         ({"predict_split": "training"}, r"data.predict_split is 'training'; expected 'test' or 'val' or"),
         ({"image_size": (8, 8, 3)}, r"expected a side or \[height, width\]"),
-        ({"split_file": "s.csv", "folds": 3}, r"leave data.folds and data.shots out"),
+        ({"split_file": "s.csv", "folds": 3}, r"leave data.folds, data.shots and data.val_seed out"),
+        ({"split_file": "s.csv", "val_seed": 1}, r"leave data.folds, data.shots and data.val_seed out"),
     ],
 )
 def test_settings_from_python_are_checked_as_those_of_the_command_line(root, settings, message):
