@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_defect.errors import UserError
+from lit_defect.files import whole_file
 
 _LESS_IS_BETTER = ("loss", "error", "ece", "nll", "brier", "escape", "overkill")
 RUN_ID_VARIABLE = "LIT_DEFECT_RUN_ID"
@@ -307,20 +308,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(content, indent=2, sort_keys=False) + "\n"
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def keep_previous(path: Path) -> None:
-    """Rename an existing `name.ext` to the first free `name.1.ext`, `name.2.ext`, ...: results are never lost."""
-    if not path.exists():
+    """Rename an existing `name.ext` to the first free `name.1.ext`, `name.2.ext`, ...: results are never lost.
+
+    Of several processes that do so at once each takes a number of its own before it renames, and one has the file.
+    """
+    number = 0
+    while path.exists():
+        target = path.with_name(f"{path.stem}.{(number := number + 1)}{path.suffix}")
+        try:
+            target.mkdir() if path.is_dir() else target.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            path.replace(target)
+        except FileNotFoundError:  # another process has kept it meanwhile
+            target.unlink()
         return
-    number = 1
-    while (target := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(target)
 
 
 def describe_process(command: list[str]) -> dict[str, Any]:

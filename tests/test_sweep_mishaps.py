@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from lit_defect import runs
+from lit_defect.claims import Claims, create
 from lit_defect.runs import RunFolder
 from lit_defect.sweep import main
-from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.training import Training
 from tests.sweeping import at_once, outcome, start, sweep_file, until
 
@@ -55,8 +55,8 @@ def test_workers_that_come_to_an_empty_database_at_the_same_moment_all_find_the_
 
 
 def test_a_trial_too_many_is_not_lost_when_more_are_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_defect.sweep.claims.DEAD_AFTER", 1.0)
-    monkeypatch.setattr("lit_defect.sweep.claims.Claims.__init__.__defaults__", (1.0,))
+    monkeypatch.setattr("lit_defect.claims.DEAD_AFTER", 1.0)
+    monkeypatch.setattr("lit_defect.claims.Claims.__init__.__defaults__", (1.0,))
     grid = {"parameters": {"x": {"values": [1, 2, 3]}}, "options": {"epochs": 1}}
     assert work(sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)) == 0
     file = sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)

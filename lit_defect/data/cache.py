@@ -27,6 +27,7 @@ from torch.utils.data import get_worker_info
 from lit_defect.data.images import Array, read_mask, read_pixels, resize_image, resize_mask
 from lit_defect.data.samples import Sample
 from lit_defect.errors import DataError
+from lit_defect.files import whole_file
 
 Shape = tuple[int, ...]
 Read = Callable[[int], Array]
@@ -213,20 +214,14 @@ def _build(path: Path, shapes: Sequence[Shape], read: Read, needed: int) -> None
 
 
 def write_whole(file: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file under a temporary name and renames it, so that it is complete or not there.
+    """`whole_file` for what is kept in `data.cache_dir`.
 
     Raises:
         DataError: the folder cannot be written.
     """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=".part", dir=file.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                write(stream)
-            os.replace(name, file)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with whole_file(file) as stream:
+            write(stream)
     except OSError as problem:
         raise DataError(f"data.cache_dir: {file} cannot be written ({problem}).") from problem
 

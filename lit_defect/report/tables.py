@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lit_defect.files import whole_file
 from lit_defect.report.blocks import Block, Cell, Column, Details, Report, Table
-from lit_defect.reporting.files import whole_file
 
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",

@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from lit_defect import runs
+from lit_defect.claims import Claims
 from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder
 from lit_defect.study import end_of
-from lit_defect.sweep.claims import Claims
 from lit_defect.sweep.commands import placed, words
 from lit_defect.sweep.file import SEED, Sweep
 from lit_defect.sweep.results import Logged, NoValueError, value_of

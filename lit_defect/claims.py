@@ -162,13 +162,13 @@ def create(path: Path, content: Any) -> bool:
     """Write JSON to a new file, whole from its first moment; False if there is one already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.link(temporary, path)  # unlike a rename, it fails where there is a file; also on NFS
     except FileExistsError:  # also if our own link was made, and NFS has lost the answer and asked again
         return os.stat(temporary).st_nlink == 2
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return True
 
 
