@@ -1,4 +1,4 @@
-"""Who carries a trial out: files on the folder that all workers share, which hold also where a worker is killed.
+"""Who carries a trial out, or writes a folder: files that all share, which hold also where a worker is killed.
 
 A claim is the file `<task>-<generation>.json`, which only one worker can create. The newest generation holds. Its
 owner touches it every few seconds; whoever finds that the owner is dead or has given the task back creates the next
@@ -28,6 +28,7 @@ from lit_defect import runs
 
 BEAT = 20.0  # seconds between signs of life
 DEAD_AFTER = 180.0  # seconds without any; network folders may show a change a minute late
+_LAUNCHES, _LAUNCH = ".launches", "launch"  # folder and task of the launches that write a folder
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,22 @@ class Held:
                 return
             with contextlib.suppress(OSError):  # the folder may be away for a while
                 os.utime(self.claim.path)
+
+
+def last_launch(folder: Path) -> Claim | None:
+    """The last launch that has begun to write into a folder, whether it has ended or not; None if there was none.
+
+    To be looked up before it is decided to write there; see `begin_launch`.
+    """
+    return Claims(folder / _LAUNCHES).newest().get(_LAUNCH)
+
+
+def begin_launch(folder: Path, before: Claim | None) -> Held | None:
+    """Begin to write into a folder; None if another launch has begun since `before` was the last one.
+
+    So of several that have decided the same, seconds or minutes ago, on any machines, the first one writes.
+    """
+    return Claims(folder / _LAUNCHES).take(_LAUNCH, before)
 
 
 def create(path: Path, content: Any) -> bool:

@@ -56,7 +56,7 @@ def test_new_run_ids_are_unique_and_sort_by_time(monkeypatch):
     monkeypatch.setattr("lit_defect.runs.secrets.token_hex", lambda size: f"{next(drawn):0{2 * size}x}")
     ids = {runs.new_run_id(7) for _ in range(50)}
     assert len(ids) == 50
-    assert all(re.fullmatch(r"\d{8}-\d{6}-s7-[0-9a-f]{4}", name) for name in ids)
+    assert all(re.fullmatch(r"\d{8}-\d{6}-s7-[0-9a-f]{8}", name) for name in ids)
     assert "-sx-" in runs.new_run_id(None)
 
 
