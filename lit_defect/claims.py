@@ -14,6 +14,7 @@ An owner is dead when
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -28,6 +29,7 @@ from lit_defect import runs
 
 BEAT = 20.0  # seconds between signs of life
 DEAD_AFTER = 180.0  # seconds without any; network folders may show a change a minute late
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without links say
 _LAUNCHES, _LAUNCH = ".launches", "launch"  # folder and task of the launches that write a folder
 
 
@@ -179,11 +181,19 @@ def create(path: Path, content: Any) -> bool:
     """Write JSON to a new file, whole from its first moment; False if there is one already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    text = json.dumps(content, indent=2) + "\n"
     try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.link(temporary, path)  # unlike a rename, it fails where there is a file; also on NFS
     except FileExistsError:  # also if our own link was made, and NFS has lost the answer and asked again
         return os.stat(temporary).st_nlink == 2
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:  # whole a moment later
+            file.write(text)
+            return True
+        return False
     finally:
         temporary.unlink(missing_ok=True)
     return True

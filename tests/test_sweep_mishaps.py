@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -47,6 +48,17 @@ def test_a_link_whose_answer_the_network_has_lost_is_ours(tmp_path, monkeypatch)
     assert create(tmp_path / "t0000-0.json", {})
     monkeypatch.undo()
     assert not create(tmp_path / "t0000-0.json", {})
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_links_will_do(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert create(tmp_path / "t0000-0.json", {"token": "x"})
+    assert not create(tmp_path / "t0000-0.json", {"token": "y"})
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{\n  "token": "x"\n}\n']
 
 
 def test_workers_that_come_to_an_empty_database_at_the_same_moment_all_find_the_study(tmp_path):
