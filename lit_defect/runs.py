@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -308,6 +309,18 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def whole_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a `metrics.csv`, without the half line of one that is being written, or that a full disk has left.
+
+    None if there is no file.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -85,6 +85,8 @@ def _registered(sweep: Sweep, folder: Path, told: Mapping[str, Any]) -> dict[str
             project = sweep.said.get("project") or os.environ.get("WANDB_PROJECT", "lit_defect")
             entity = sweep.said.get("entity") or os.environ.get("WANDB_ENTITY")
             with held:
+                if known := runs.read_json(file):  # by another worker, which has ended since the last look
+                    return known
                 try:
                     name = wandb.sweep(dict(told), entity=entity, project=project)
                 except Exception as error:
