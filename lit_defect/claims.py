@@ -18,6 +18,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -175,6 +176,17 @@ def begin_launch(folder: Path, before: Claim | None) -> Held | None:
     So of several that have decided the same, seconds or minutes ago, on any machines, the first one writes.
     """
     return Claims(folder / _LAUNCHES).take(_LAUNCH, before)
+
+
+def forget_launches(folder: Path) -> None:
+    """Take away what tells of the launches, where the folder is complete and is handed on without it."""
+    shutil.rmtree(folder / _LAUNCHES, ignore_errors=True)
+
+
+def is_writing(launch: Claim) -> bool:
+    """Whether a launch that has not been given back is another process of this machine, and lives."""
+    alive = launch.machine == machine() and runs.process_start(launch.pid) == launch.born
+    return alive and not launch.released and launch.pid != os.getpid()
 
 
 def create(path: Path, content: Any) -> bool:
