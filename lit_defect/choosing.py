@@ -11,6 +11,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_defect import runs
+from lit_defect.claims import Claim, last_launch
 from lit_defect.console import say
 from lit_defect.errors import UserError
 
@@ -31,6 +32,7 @@ class RunChoice:
     Attributes:
         experiment: its name.
         folder: of all its runs.
+        before: the last launch that has written the folder which `run` gives.
 
     Raises:
         UserError: a name that is none.
@@ -48,6 +50,7 @@ class RunChoice:
                 "trainer.default_root_dir is the run's folder here: set --runs_dir and --experiment instead"
             )
         self.folder = Path(config.runs_dir) / self.experiment
+        self.before: Claim | None = None
 
     def find_checkpoint(self) -> None:
         """Find the file behind `--ckpt_path`, where the verb takes one.
@@ -88,6 +91,7 @@ class RunChoice:
     def _to_fit(self) -> runs.RunFolder:
         """The folder to train in: a new one, or with `--resume` the one to go on with."""
         run = self._folder()
+        self.before = last_launch(run.path)  # looked up before the run: what changes it from here on is another launch
         finished = runs.is_finished(run, self.dump)
         if not getattr(rank_zero_only, "rank", 0):
             self._check(run, finished)
@@ -147,7 +151,7 @@ class RunChoice:
 
 def _is_of_beginning(path: Path) -> bool:
     """Whether a file of a run folder is written before `run.json`, so that a killed run may have left it alone."""
-    return path.name in ("config.yaml", "wandb") or path.name.startswith(".run.json.")
+    return path.name in ("config.yaml", "wandb", ".launches") or path.name.startswith((".run.json.", ".config.yaml."))
 
 
 def _learns(class_path: str) -> bool:

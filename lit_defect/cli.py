@@ -180,7 +180,8 @@ class CLI(LightningCLI):
 
     def _keeping_the_run(self, run: runs.RunFolder, checkpoints: bool) -> list[Callback]:
         """What writes into the run's folder; without `checkpoints` a fit leaves its record only."""
-        recorder = RunRecorder(run, str(self.subcommand), self.config_dump, runs.hash_config(self.config_dump))
+        config_hash = runs.hash_config(self.config_dump)
+        recorder = RunRecorder(run, str(self.subcommand), self.config_dump, config_hash, self.choice.before)
         kept = self.config_dump.get("wandb_checkpoints", "reference")
         tracking = ResultsTracking(run, str(self.subcommand), self.config_dump, kept)
         callbacks: list[Callback] = [SeenPictures(run, self.config_dump), recorder, tracking]

@@ -44,12 +44,12 @@ from torch import Tensor
 from lit_defect.data.images import read_image, read_mask, resize_image
 from lit_defect.data.mvtec import GOOD, MVTecAD
 from lit_defect.errors import DataError, UserError
+from lit_defect.files import whole_file
 from lit_defect.generation.store import Row, read_about, read_manifest, read_trained_on
 from lit_defect.metrics import generation as metrics
 from lit_defect.metrics.generation import Figure
 from lit_defect.nets import perception
 from lit_defect.nets.perception import INCEPTION, VGG_LPIPS, Classifier, Perceptual
-from lit_defect.reporting.files import whole_file
 from lit_defect.reporting.quality import FIGURES, PUBLISHED, notes, quality_tables
 
 SIDE = 256

@@ -3,6 +3,7 @@
 `<runs_dir>/<experiment>/<run id>/` holds
 
 - `config.yaml`: every option, defaults included; `run.json`: status, command, commit, versions, data fingerprint;
+- `.launches/`: who has begun to train into it, one after the other (`lit_defect.claims`);
 - `metrics.csv`: what was logged, step by step;
 - `checkpoints/last.ckpt` and `checkpoints/best.ckpt`;
 - `splits.csv`, `leakage.csv`, `skipped.csv`: which sample went where, and what was found;
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_defect.errors import UserError
+from lit_defect.files import whole_file
 
 _LESS_IS_BETTER = ("loss", "error", "ece", "nll", "brier", "escape", "overkill")
 RUN_ID_VARIABLE = "LIT_DEFECT_RUN_ID"
@@ -152,9 +155,12 @@ def is_finished(run: RunFolder, config: Mapping[str, Any]) -> bool:
 
 
 def new_run_id(seed: int | None) -> str:
-    """A fresh run id: time, seed and four random characters, such as `20260131-120000-s0-1f3a`."""
+    """A fresh run id: time, seed and eight random characters, such as `20260131-120000-s0-1f3a07bc`.
+
+    Of 50 jobs that begin in one second with one seed two would share four characters once in fifty times.
+    """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{stamp}-s{'x' if seed is None else seed}-{secrets.token_hex(2)}"
+    return f"{stamp}-s{'x' if seed is None else seed}-{secrets.token_hex(4)}"
 
 
 def launched_run_id(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -305,22 +311,42 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+def whole_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a `metrics.csv`, without the half line of one that is being written, or that a full disk has left.
+
+    None if there is no file.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(content, indent=2, sort_keys=False) + "\n"
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def keep_previous(path: Path) -> None:
-    """Rename an existing `name.ext` to the first free `name.1.ext`, `name.2.ext`, ...: results are never lost."""
-    if not path.exists():
+    """Rename an existing `name.ext` to the first free `name.1.ext`, `name.2.ext`, ...: results are never lost.
+
+    Of several processes that do so at once each takes a number of its own before it renames, and one has the file.
+    """
+    number = 0
+    while path.exists():
+        target = path.with_name(f"{path.stem}.{(number := number + 1)}{path.suffix}")
+        try:
+            target.mkdir() if path.is_dir() else target.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            path.replace(target)
+        except FileNotFoundError:  # another process has kept it meanwhile
+            target.unlink()
         return
-    number = 1
-    while (target := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(target)
 
 
 def describe_process(command: list[str]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_defect import runs
+from lit_defect.claims import create
 from lit_defect.errors import UserError
 from lit_defect.stopping import SIGNALS, Stopped, ended
 from lit_defect.study_check import changes_since, parsed
@@ -96,7 +97,7 @@ class Runner:
         """Carry them out, one after the other; returns how many are not finished in the end."""
         if not self.study.plan_file.exists():
             written = {"judged_by": self.study.judged_by, "written": time.strftime("%Y-%m-%dT%H:%M:%S")}
-            runs.write_json(self.study.plan_file, written)
+            create(self.study.plan_file, written)  # of jobs that begin at once the first one's word stays
         for number, job in enumerate(jobs, 1):
             place = f"[{number}/{len(jobs)}] {job.name}"
             if is_finished(job):

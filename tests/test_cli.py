@@ -14,6 +14,9 @@ import torch
 import yaml
 
 from lit_defect.__main__ import main as run_module
+from lit_defect.claims import begin_launch, last_launch
+from lit_defect.data import MVTecAD
+from lit_defect.runs import RunFolder
 from tests.anomaly_diffusion import make_base, make_parts
 from tests.editing import write_config
 from tests.fakes import make_mvtec
@@ -249,6 +252,27 @@ def test_a_run_is_never_overwritten_and_can_be_resumed(lit_defect, config, tmp_p
     with (tmp_path / "runs" / "tiny" / "one" / "metrics.csv").open() as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file) if row.get("val/loss")]
     assert epochs == [0, 1, 2, 3, 4]
+
+
+def test_of_launches_that_begin_one_run_at_the_same_moment_the_first_one_has_it(
+    lit_defect, config, tmp_path, capsys, monkeypatch
+):
+    run = RunFolder(tmp_path / "runs" / "tiny" / "one")
+    look, words = MVTecAD.prepare_data, ("fit", "--config", config, "--run_id", "one")
+
+    def look_while_another_begins(data: MVTecAD) -> None:
+        look(data)
+        assert begin_launch(run.path, last_launch(run.path)) is not None
+
+    monkeypatch.setattr(MVTecAD, "prepare_data", look_while_another_begins)
+    assert "was taken by another process" in fails(capsys, lit_defect, *words)
+    assert [path.name for path in run.path.iterdir()] == [".launches"], "nothing was written into the other's folder"
+    monkeypatch.setattr(MVTecAD, "prepare_data", look)
+    lit_defect(*words, "--resume", "--trainer.max_epochs", "1")  # the other was killed before it wrote anything
+    before = run.record()
+    monkeypatch.setattr(MVTecAD, "prepare_data", look_while_another_begins)
+    assert "was taken by another process" in fails(capsys, lit_defect, *words, "--resume")
+    assert run.record() == before
 
 
 def test_a_run_that_was_killed_in_its_test_is_tested_by_resume(lit_defect, config, tmp_path, capsys):

@@ -1,5 +1,11 @@
 """The three stores give the same pixels; a cache that would not fit, or was interrupted, does no harm."""
 
+import errno
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -98,9 +104,58 @@ def test_interrupted_build_leaves_nothing_and_is_done_again(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         disk_store(path, shapes(EVEN), stop)
-    assert list(tmp_path.iterdir()) == []
+    assert [left.name for left in tmp_path.iterdir()] == ["claims"]
     path.write_bytes(b"of another length")
     np.testing.assert_array_equal(disk_store(path, shapes(EVEN), Reader(EVEN)).take([3]), EVEN[3][None])
+
+
+def test_of_several_at_once_one_decodes_and_the_others_wait(tmp_path):
+    path, together = tmp_path / "pixels.u8", threading.Barrier(5)
+    readers = [Reader(EVEN) for _ in range(5)]
+
+    def use(reader):
+        together.wait()
+        return disk_store(path, shapes(EVEN), reader).take(range(6))
+
+    with ThreadPoolExecutor(5) as pool:
+        for found in pool.map(use, readers):
+            np.testing.assert_array_equal(found, np.stack(EVEN))
+    assert sorted(row for reader in readers for row in reader.asked) == list(range(6))
+    assert path.stat().st_mode & 0o044 == 0o044 & ~umask(), "others of a shared folder may read it"
+
+
+def test_a_killed_build_is_taken_over_at_once_and_leaves_nothing(tmp_path):
+    path = tmp_path / "pixels.u8"
+
+    def die(row):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        try:
+            disk_store(path, shapes(EVEN), die)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert [left.name[:11] for left in tmp_path.iterdir() if left.name != "claims"] == [".pixels.u8."]
+    np.testing.assert_array_equal(disk_store(path, shapes(EVEN), Reader(EVEN)).take([3]), EVEN[3][None])
+    assert {left.name for left in tmp_path.iterdir()} == {"claims", "pixels.u8"}
+
+
+def test_a_disk_that_others_fill_meanwhile_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache.os, "posix_fallocate", full)
+    for _ in range(2):  # the first has given back what it had claimed
+        with pytest.raises(DataError, match=r"No space left .* data\.cache_dir"):
+            disk_store(tmp_path / "pixels.u8", shapes(EVEN), Reader(EVEN))
+    assert [left.name for left in tmp_path.iterdir()] == ["claims"]
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_disk_says_what_to_do_without_room_or_access(tmp_path, monkeypatch):

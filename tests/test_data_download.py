@@ -6,7 +6,7 @@ import hashlib
 import io
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -67,6 +67,29 @@ def test_an_archive_is_fetched_and_merged(served: tuple[Path, str], tmp_path: Pa
     found = {p.relative_to(root).as_posix(): p.read_text() for p in root.rglob("*.txt")}
     assert found == {"kit/a/1.txt": "one", "kit/b.txt": "two", "kit/own.txt": "kept"}
     assert [p.name for p in root.iterdir()] == ["kit"]  # nothing temporary is left
+
+
+def test_another_process_that_fetches_the_same_does_not_make_a_folder_in_a_folder(
+    served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, url = served
+    digest = pack(folder / "toys.tar.xz", {"kit/a/1.txt": b"one", "kit/b.txt": b"two"})
+    root = tmp_path / "data"
+
+    def overtaken(move: Callable) -> Callable:
+        def late(child: Path, place: Path) -> object:
+            if child.name == "kit":  # the other one is a moment earlier
+                (root / "kit" / "a").mkdir(parents=True)
+                (root / "kit" / "a" / "1.txt").write_text("one")
+            return move(child, place)
+
+        return late
+
+    monkeypatch.setattr(download.shutil, "move", overtaken(download.shutil.move))
+    monkeypatch.setattr(Path, "replace", overtaken(Path.replace))
+    fetch_archive(archive(f"{url}/toys.tar.xz", digest), root)
+    found = {p.relative_to(root).as_posix(): p.read_text() for p in root.rglob("*.txt")}
+    assert found == {"kit/a/1.txt": "one", "kit/b.txt": "two"}
 
 
 def test_the_second_address_serves_when_the_first_does_not(served: tuple[Path, str], tmp_path: Path) -> None:

@@ -100,6 +100,20 @@ def test_damaged_part_is_dropped_and_rebuilt(tmp_path, caplog, damage):
     assert again.get(["b"])[0].tolist() == [[2] * 8]
 
 
+def test_a_part_that_cannot_be_opened_for_now_is_not_dropped(tmp_path, monkeypatch):
+    store = FeatureStore(tmp_path, "net", num_features=8)
+    store.put(["a"], torch.ones(1, 8))
+
+    def busy(*_: object) -> None:
+        raise OSError("Too many open files")
+
+    again = FeatureStore(tmp_path, "net", num_features=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(again, "_read", busy)
+        assert again.get(["a"])[1].tolist() == [0]
+    assert again.get(["a"])[1].tolist() == []
+
+
 def _holds(path: Path, store: FeatureStore, key: str) -> bool:
     alone = FeatureStore(store.folder.parents[1] / "alone", "net", num_features=store.num_features)
     alone.folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_new_run_ids_are_unique_and_sort_by_time(monkeypatch):
     monkeypatch.setattr("lit_defect.runs.secrets.token_hex", lambda size: f"{next(drawn):0{2 * size}x}")
     ids = {runs.new_run_id(7) for _ in range(50)}
     assert len(ids) == 50
-    assert all(re.fullmatch(r"\d{8}-\d{6}-s7-[0-9a-f]{4}", name) for name in ids)
+    assert all(re.fullmatch(r"\d{8}-\d{6}-s7-[0-9a-f]{8}", name) for name in ids)
     assert "-sx-" in runs.new_run_id(None)
 
 
@@ -195,6 +196,36 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     assert not damaged
     assert json.loads(path.read_text())["n"] == 199
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_several_that_write_or_keep_one_file_do_not_trip_over_each_other(tmp_path):
+    path, count, rounds = tmp_path / "test_metrics.json", 6, 60
+    together, troubles = threading.Barrier(count), []
+
+    def work(do: Callable[[int], None]) -> None:
+        for number in range(rounds):
+            together.wait()
+            try:
+                do(number)
+            except OSError as error:
+                troubles.append(error)
+
+    def at_once(do: Callable[[int], None]) -> None:
+        threads = [threading.Thread(target=work, args=(do,)) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not troubles
+
+    at_once(lambda number: runs.write_json(path, {"n": number}))
+    assert [file.name for file in tmp_path.iterdir()] == ["test_metrics.json"]
+    for number in range(rounds):
+        (tmp_path / f"{number}.csv").write_text(str(number))
+    at_once(lambda number: runs.keep_previous(tmp_path / f"{number}.csv"))
+    kept = [path for path in tmp_path.iterdir() if path.suffix == ".csv"]  # once each, whoever was first
+    assert sorted(path.read_text() for path in kept) == sorted(map(str, range(rounds)))
+    assert all(path.stem.count(".") == 1 for path in kept)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

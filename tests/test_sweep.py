@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_defect.claims import Claim, Claims, create
 from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder
 from lit_defect.sweep import main
-from lit_defect.sweep.claims import Claim, Claims, create
 from lit_defect.sweep.results import NotLoggedError, NoValueError, value_of
 from tests.sweeping import epochs_of, outcome, run_record, start, sweep_file, until
 
@@ -269,7 +269,7 @@ def test_a_trial_that_kills_its_workers_fails(tmp_path):
     assert work(file, "--count", "1") == 0
     study_trial_without_worker(file)
     gone = {"token": "x", "machine": "", "pid": 0, "born": "", "worker": "e:1", "deaths": 3}
-    from lit_defect.sweep.claims import machine
+    from lit_defect.claims import machine
 
     create(tmp_path / "runs/toy/claims/t0001-0.json", {**gone, "machine": machine()})
     assert work(file) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lit_defect import runs
+from lit_defect.claims import Claims, create
 from lit_defect.runs import RunFolder
 from lit_defect.sweep import _write_plan, main
-from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.file import read_sweep
 from lit_defect.sweep.search import open_study
 from lit_defect.sweep.training import Training
@@ -51,14 +52,25 @@ def test_a_link_whose_answer_the_network_has_lost_is_ours(tmp_path, monkeypatch)
     assert not create(tmp_path / "t0000-0.json", {})
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_links_will_do(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert create(tmp_path / "t0000-0.json", {"token": "x"})
+    assert not create(tmp_path / "t0000-0.json", {"token": "y"})
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{\n  "token": "x"\n}\n']
+
+
 def test_workers_that_come_to_an_empty_database_at_the_same_moment_all_find_the_study(tmp_path):
     for name in "abc":
         assert at_once(tmp_path, f"sqlite:///{tmp_path}/{name}.db") == ["toy"] * 6
 
 
 def test_a_trial_too_many_is_not_lost_when_more_are_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_defect.sweep.claims.DEAD_AFTER", 1.0)
-    monkeypatch.setattr("lit_defect.sweep.claims.Claims.__init__.__defaults__", (1.0,))
+    monkeypatch.setattr("lit_defect.claims.DEAD_AFTER", 1.0)
+    monkeypatch.setattr("lit_defect.claims.Claims.__init__.__defaults__", (1.0,))
     grid = {"parameters": {"x": {"values": [1, 2, 3]}}, "options": {"epochs": 1}}
     assert work(sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)) == 0
     file = sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)
@@ -140,7 +152,7 @@ def test_a_folder_that_is_away_while_a_trial_trains_costs_nothing(tmp_path, monk
 
 
 def test_a_claim_is_kept_alive_when_the_folder_is_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_defect.sweep.claims.BEAT", 0.01)
+    monkeypatch.setattr("lit_defect.claims.BEAT", 0.01)
     exists, away = Path.exists, [1, 1]
 
     def existing(self, **named):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from lit_defect.claims import Claims, create, machine
 from lit_defect.report.sweeps import read_sweep as read_summary
 from lit_defect.sweep import main
 from lit_defect.sweep.attempts import counted, retry
-from lit_defect.sweep.claims import Claims, create, machine
 from lit_defect.sweep.file import read_sweep
 from lit_defect.sweep.search import importance, open_study
 from tests.sweeping import epochs_of, outcome, run_record, sweep_file

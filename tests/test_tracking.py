@@ -18,7 +18,7 @@ import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, finishing, wandb_logger
+from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, _logged_steps, finishing, wandb_logger
 from lit_defect.runs import RunFolder
 from lit_defect.tracking_login import logged_in, server
 from tests.wandb_files import told
@@ -64,6 +64,23 @@ def test_rewinding_drops_what_will_be_logged_again(tmp_path):
     resumed.save()
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("0", "1.0"), ("1", "0.25")]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("kept", [8, 30, -1, -6, -12])
+def test_a_half_line_of_a_killed_run_goes(tmp_path, kept):
+    log(tmp_path, (0, {"loss": 1.0, "rate": 0.125}), (1, {"loss": 0.5, "rate": 0.25}), (2, {"loss": 0.5, "rate": 0.5}))
+    file = tmp_path / "metrics.csv"
+    file.write_bytes(file.read_bytes()[:kept])
+    whole = file.read_text().count("\n") - 1
+    assert _logged_steps(RunFolder(tmp_path)) == (
+        {} if whole < 1 else dict.fromkeys(["loss", "rate", "step"], whole - 1)
+    )
+    resumed = MetricsCSV(tmp_path)
+    resumed.rewind(2)
+    resumed.log_metrics({"loss": 0.25, "rate": 1.0}, 2)
+    resumed.save()
+    assert [row["step"] for row in rows(tmp_path)] == [*map(str, range(max(0, min(whole, 2)))), "2"]
+    assert {len(line.split(",")) for line in file.read_text().splitlines()} == {3}
 
 
 def test_rewinding_without_a_file_is_nothing(tmp_path):

@@ -15,7 +15,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAvera
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.callbacks.tracking import MetricsCSV, mark_preempting
+from lit_defect.claims import Claim, begin_launch
 from lit_defect.errors import UserError
+from lit_defect.files import whole_file
 from lit_defect.runs import RunFolder, describe_process, keep_previous
 from lit_defect.stopping import STOP, Stopped
 
@@ -30,23 +32,34 @@ class RunRecorder(Callback):
         stage: the verb.
         config: the whole configuration, plain types.
         config_hash: hash of what the configuration computes.
+        before: the last launch that had written the folder when it was decided on.
     """
 
-    def __init__(self, run: RunFolder, stage: str, config: dict[str, Any], config_hash: str) -> None:
+    def __init__(
+        self, run: RunFolder, stage: str, config: dict[str, Any], config_hash: str, before: Claim | None = None
+    ) -> None:
         self.run = run
         self.stage = stage
         self.config = config
         self.config_hash = config_hash
+        self.before = before
         self._begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the folder before anything else writes into it.
 
         Raises:
-            UserError: the processes of one launch have not come to the same folder.
+            UserError: the processes of one launch have not come to the same folder; another launch has taken it.
         """
         if trainer.strategy.broadcast(self.run.run_id) != self.run.run_id:
             raise UserError("the processes of this launch disagree on the run's folder: give all of them one --run_id")
+        if not self._begun and self.stage == "fit":
+            mine = trainer.strategy.broadcast(trainer.is_global_zero and self._take())
+            if not mine:
+                raise UserError(
+                    f"{self.run.path} was taken by another process, which began at the same time; wait for it or stop "
+                    "it, or start another run with --run_id NEW_NAME"
+                )
         if not self._begun and self.stage == "fit" and self.run.last.is_file():
             self._compare_devices(trainer)
         if not self._begun and trainer.is_global_zero and (self.stage == "fit" or not self.run.record()):
@@ -55,7 +68,8 @@ class RunRecorder(Callback):
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             if not config.is_file() or config.read_text(encoding="utf-8") != text:
                 keep_previous(config)  # of a run that goes on with other options
-                config.write_text(text, encoding="utf-8")
+                with whole_file(config) as file:
+                    file.write(text.encode())
             process = describe_process(sys.argv)
             begun = self.run.record().get("started", process["started"])
             resumed = [
@@ -71,6 +85,10 @@ class RunRecorder(Callback):
                 devices=trainer.world_size,
             )
         self._begun = True
+
+    def _take(self) -> bool:
+        """Whether nobody else has begun to train into the folder since it was chosen, while data were looked at."""
+        return not self.run.is_alive() and begin_launch(self.run.path, self.before) is not None
 
     def _compare_devices(self, trainer: Trainer) -> None:
         """Warn where a run goes on with steps of other samples than those that its schedule counts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import sys
 import warnings
@@ -20,7 +21,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_defect.callbacks.artifacts import name_of
 from lit_defect.errors import UserError
-from lit_defect.runs import RunFolder
+from lit_defect.files import whole_file
+from lit_defect.runs import RunFolder, whole_rows
 from lit_defect.tracking_login import logged_in
 
 TrackingMode = Literal["auto", "online", "offline", "off"]
@@ -44,22 +46,21 @@ class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+            self.metrics_keys = list(next(iter(whole_rows(path)), ()))
 
     def rewind(self, step: int) -> None:
         """Drop the rows from `step` on: the resumed run logs them again."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+        rows = [row for row in whole_rows(path) if int(row["step"]) < step]
+        if not rows:
+            path.unlink()
+            return
+        with whole_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+            writer = csv.DictWriter(text, fieldnames=self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(path)
 
 
 class MetricsCSV(CSVLogger):
@@ -237,12 +238,8 @@ def _tracked(run: RunFolder) -> bool:
 def _logged_steps(run: RunFolder) -> dict[str, int]:
     """By metric, the last step that `metrics.csv` holds."""
     last: dict[str, int] = {}
-    try:
-        with (run.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                last |= {key: int(row["step"]) for key, value in row.items() if value}
-    except OSError:
-        pass
+    for row in whole_rows(run.path / "metrics.csv"):
+        last |= {key: int(row["step"]) for key, value in row.items() if value}
     return last
 
 

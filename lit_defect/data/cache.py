@@ -2,16 +2,18 @@
 
 `off` decodes whenever a picture is asked for. `ram` keeps what has been decoded in this process. `disk`
 decodes everything once into one flat file that later runs and other processes map into memory; the file
-appears under its name only when it is complete, so an interrupted build is simply done again.
+appears under its name only when it is complete, so an interrupted build is simply done again. Of processes
+that need it at the same moment one decodes and the others wait.
 
 Rows may differ in size: they lie one behind the other, and only rows of one size can share a batch.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +26,15 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
+from lit_defect.claims import Claims
 from lit_defect.data.images import Array, read_mask, read_pixels, resize_image, resize_mask
 from lit_defect.data.samples import Sample
 from lit_defect.errors import DataError
+from lit_defect.files import whole_file
 
+log = logging.getLogger(__name__)
+
+_POLL = 0.2  # seconds between looks at what another process decodes
 Shape = tuple[int, ...]
 Read = Callable[[int], Array]
 T = TypeVar("T")
@@ -185,48 +192,61 @@ def disk_store(path: Path, shapes: Sequence[Shape], read: Read) -> PixelStore:
     """
     needed = sum(map(prod, shapes))
     try:
-        if not path.exists() or path.stat().st_size != needed:
-            _build(path, shapes, read, needed)
+        _build_once(path, shapes, read, needed)
         return BufferedStore(shapes, read, np.asarray(np.memmap(path, np.uint8, mode="r")), ready=True)
     except OSError as problem:
         raise DataError(f"{path}: no access to this cache ({problem}). Set data.cache_dir.") from problem
 
 
+def _build_once(path: Path, shapes: Sequence[Shape], read: Read, needed: int) -> None:
+    """See that the file is there: make it, or wait for the process that does."""
+    claims, told = Claims(path.parent / "claims"), False
+
+    def is_there() -> bool:
+        return path.exists() and path.stat().st_size == needed
+
+    while not is_there():
+        before = claims.newest().get(path.stem)
+        if before is not None and not before.released and not claims.is_dead(before):
+            if not told:
+                log.info("%s: waits for %s, which decodes the same pictures", path, before.worker)
+            told = True
+            time.sleep(_POLL)
+        elif held := claims.take(path.stem, before):
+            with held:
+                try:
+                    if not is_there():  # made since the last look
+                        _build(path, shapes, read, needed)
+                finally:
+                    held.release()
+
+
 def _build(path: Path, shapes: Sequence[Shape], read: Read, needed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in path.parent.glob(f".{path.name}.*"):  # of processes that were killed: nobody else builds
+        unfinished.unlink(missing_ok=True)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise DataError(
             f"data.cache=disk needs {_size(needed)} in {path.parent} and {_size(free)} are free. "
             "Set data.cache_dir to a larger disk, or a smaller data.image_size."
         )
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-    os.close(handle)
-    try:
-        buffer = np.memmap(name, np.uint8, mode="w+", shape=(needed,))
+    with whole_file(path) as file:
+        if hasattr(os, "posix_fallocate"):  # on a full disk a write to a mapped file would end the process (SIGBUS)
+            os.posix_fallocate(file.fileno(), 0, needed)
+        buffer = np.memmap(file, np.uint8, mode="w+", shape=(needed,))
         BufferedStore(shapes, read, buffer, ready=False).fill(range(len(shapes)))
         buffer.flush()
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def write_whole(file: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file under a temporary name and renames it, so that it is complete or not there.
+    """`whole_file` for what is kept in `data.cache_dir`.
 
     Raises:
         DataError: the folder cannot be written.
     """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=".part", dir=file.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                write(stream)
-            os.replace(name, file)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with whole_file(file) as stream:
+            write(stream)
     except OSError as problem:
         raise DataError(f"data.cache_dir: {file} cannot be written ({problem}).") from problem
 

@@ -117,10 +117,17 @@ def _unpack(archive: Archive, file: Path, folder: Path) -> None:
 
 
 def _move_into(source: Path, target: Path) -> None:
-    """Moves everything in `source` into `target`; folders that both have are merged."""
+    """Moves everything in `source` into `target`; folders that both have are merged.
+
+    Several processes may do so with the same files at once: a folder is not asked about and then moved, since
+    `shutil.move` puts it inside one that another process has moved there in between.
+    """
     for child in sorted(source.iterdir()):
         place = target / child.name
-        if child.is_dir() and place.is_dir():
-            _move_into(child, place)
-        else:
-            shutil.move(child, place)
+        try:
+            child.replace(place)
+        except OSError:  # a folder is there already, or this is another file system
+            if child.is_dir() and place.is_dir():
+                _move_into(child, place)
+            else:
+                shutil.move(child, place)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from lit_defect.errors import DataError
+from lit_defect.files import whole_file
 
 Bools = NDArray[np.bool_]
 Picture = NDArray[np.uint8]
@@ -24,17 +25,10 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: as the disk says; an older file of that name is still there, and no part of the new one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def png(pixels: Picture | Bools) -> bytes:

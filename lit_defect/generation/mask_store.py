@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from lit_defect.claims import forget_launches
 from lit_defect.errors import DataError
 from lit_defect.generation.files import Bools, png, write_whole
 from lit_defect.generation.manifest import append_line, read_table, table
@@ -77,6 +78,7 @@ class MaskStore(Store):
             self._write_about(count(lines.items()))
             for part in parts:
                 part.unlink(missing_ok=True)
+            forget_launches(self.root)
         return lines
 
     def lines(self) -> dict[Asked, Line]:

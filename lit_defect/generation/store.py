@@ -13,7 +13,8 @@
 Several processes write at once and any of them may be killed. Each appends to a part of its own,
 `ROOT/.parts/manifest.<rank>.csv`, and a picture gets its line when it and its mask are whole on disk. So what has a
 line is valid, and what has none is made again: the same command goes on where it stopped, with as many processes as it
-likes. When all have finished, one merges the parts.
+likes. When all have finished, one merges the parts. Two launches at once are refused: the one that merges would take
+away what the other writes.
 
 A set without categories has no folders of them, as the layout allows for one product. No torch here.
 """
@@ -29,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from lit_defect.claims import begin_launch, forget_launches, is_writing, last_launch
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture, png, read_mask, write_whole
 from lit_defect.generation.manifest import COLUMNS, Made, Row, append, cells, read_rows, read_table, table
@@ -68,7 +70,7 @@ class Store:
         rank: number of this process; each has another.
 
     Raises:
-        UserError: `root` holds another generation, or anything else; or it cannot be written.
+        UserError: `root` holds another generation, or anything else; it cannot be written, or another launch writes it.
     """
 
     kind = KIND
@@ -85,6 +87,19 @@ class Store:
                 write_whole(self.root / TRAINED_ON, learnt)
                 self._write_about({})
         self._check_same()
+        if rank == 0:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begin to write, for all processes of this launch, if no other launch does."""
+        before = last_launch(self.root)
+        with self._writing():
+            launch = None if before is not None and is_writing(before) else begin_launch(self.root, before)
+        if launch is None:
+            by = f" by {before.worker}" if before is not None else ""
+            raise UserError(
+                f"{self.root} is being written{by}; wait for it or stop it. To be faster, give one command more devices"
+            )
 
     def _parts(self) -> list[Path]:
         return sorted((self.root / PARTS).glob("manifest.*.csv"))
@@ -203,6 +218,7 @@ class GeneratedStore(Store):
             self._write_about(count(rows))
             for part in parts:
                 part.unlink(missing_ok=True)
+            forget_launches(self.root)
         return rows
 
     def _rows(self) -> list[Row]:

@@ -10,6 +10,7 @@ images count as missing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -76,7 +77,9 @@ class FeatureStore:
 
         Raises:
             ValueError: the shape is not (N, D), or a value does not fit the type of the store.
+            OSError: the folder cannot be written, or the disk is full.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if features.shape != (len(keys), self.num_features):
@@ -93,11 +96,14 @@ class FeatureStore:
         part = self.folder / f"{uuid.uuid4().hex}.safetensors"
         unfinished = part.with_suffix(".unfinished")
         digests = digests.view(-1, _DIGEST)
-        save_file(
-            {"digests": digests, "features": values},
-            unfinished,
-            metadata={"checksum": _checksum(digests, values)},
-        )
+        try:
+            save_file(
+                {"digests": digests, "features": values},
+                unfinished,
+                metadata={"checksum": _checksum(digests, values)},
+            )
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         os.replace(unfinished, part)
 
     def _read_new_parts(self) -> None:
@@ -107,11 +113,12 @@ class FeatureStore:
                 continue
             try:
                 digests, features = self._read(path)
-            except FileNotFoundError:  # another process has just dropped it
+            except OSError:  # another process has just dropped it, or it cannot be opened for now
                 continue
             except Exception as error:  # a damaged file fails in as many ways as there are bytes
                 log.warning("Dropping a damaged feature file, %s: %s", path, error)
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a folder that may only be read
+                    path.unlink()
                 continue
             packed = digests.numpy().tobytes()
             part = len(self._blocks)
@@ -136,7 +143,7 @@ class FeatureStore:
             try:
                 if time.time() - path.stat().st_mtime > _STALE:
                     path.unlink()
-            except FileNotFoundError:
+            except OSError:  # gone, or another user's
                 continue
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from lit_defect.files import whole_file
 from lit_defect.report.blocks import (
     Bars,
     Block,
@@ -34,7 +35,6 @@ from lit_defect.report.markup import Markup, element, join, name, prose
 from lit_defect.report.parallel import parallel
 from lit_defect.report.series import Arms, colour_rules
 from lit_defect.report.strips import bars, intervals
-from lit_defect.reporting.files import whole_file
 
 _HERE = Path(__file__).parent
 _WIDE = 1200  # pixels of a picture from which a column of the gallery is too narrow for it

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lit_defect.files import whole_file
 from lit_defect.report.axes import cell_text
 from lit_defect.report.blocks import Block, Cell, Details, Report, Table
 from lit_defect.report.latex import document, latex
-from lit_defect.reporting.files import whole_file
 
 
 def all_tables(report: Report) -> list[Table]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_defect.errors import UserError
+from lit_defect.files import whole_file
 from lit_defect.report.blocks import (
     Bars,
     Block,
@@ -28,7 +29,6 @@ from lit_defect.report.blocks import (
     Text,
 )
 from lit_defect.report.tables import markdown
-from lit_defect.reporting.files import whole_file
 
 _STEP = "trainer/global_step"
 _TITLE = 128  # letters, of W&B's titles

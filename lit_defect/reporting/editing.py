@@ -30,10 +30,10 @@ import numpy as np
 from PIL import Image
 
 from lit_defect.errors import DataError, UserError
+from lit_defect.files import whole_file
 from lit_defect.generation.store import ABOUT, REJECTED, place, read_about, read_area, read_manifest
 from lit_defect.reporting.edit_sheets import EditTile, edit_sheet, joined_sheet
 from lit_defect.reporting.edit_tables import candidates_figure, numbers_table, reasons_table
-from lit_defect.reporting.files import whole_file
 from lit_defect.reporting.sheets import Picture
 from lit_defect.reporting.style import save_figure
 

@@ -24,7 +24,7 @@ from PIL import Image
 from scipy import ndimage
 
 from lit_defect.errors import UserError
-from lit_defect.reporting.files import whole_file
+from lit_defect.files import whole_file
 from lit_defect.reporting.gallery import overlay_heat
 from lit_defect.reporting.sheets import Picture
 

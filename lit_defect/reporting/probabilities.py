@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lit_defect.errors import UserError
-from lit_defect.reporting.files import whole_file
+from lit_defect.files import whole_file
 
 Probabilities = NDArray[np.float32]
 Size = tuple[int, int]

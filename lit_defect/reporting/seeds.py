@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from lit_defect.errors import UserError
+from lit_defect.files import whole_file
 from lit_defect.metrics.intervals import t_interval
-from lit_defect.reporting.files import whole_file
 from lit_defect.runs import RunFolder, flatten
 
 # Options that say where, how fast or from which seed, not what is computed.

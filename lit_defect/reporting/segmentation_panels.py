@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from lit_defect.reporting.files import whole_file
+from lit_defect.files import whole_file
 from lit_defect.reporting.maps import Scale, outline, overlay
 from lit_defect.reporting.sheets import LINE, SEAM, Cell, Picture, Words, fit, font, sheet
 from lit_defect.reporting.style import DEFECTIVE, GOOD, INK, MUTED

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lit_defect.errors import UserError
+from lit_defect.files import whole_file
 from lit_defect.metrics.intervals import Interval
 from lit_defect.reporting import seeds
-from lit_defect.reporting.files import whole_file
 from lit_defect.reporting.seeds import Line, Spread, difference
 from lit_defect.reporting.study_alike import changed_since, unlike
 from lit_defect.reporting.study_runs import (

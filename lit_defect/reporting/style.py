@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lit_defect.files import whole_file
 from lit_defect.reporting.palette import DEFECTIVE, FAINT, GOOD, GREY, INK, MUTED, PALETTE, short_names, shorten
 
 __all__ = [
@@ -92,9 +92,6 @@ def set_title(figure: Figure, text: str) -> None:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a PNG so that a reader never sees half of it; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    with matplotlib.rc_context(STYLE):  # ticks are made when they are drawn
-        figure.savefig(temporary, dpi=DPI, format="png")
-    temporary.replace(path)
+    with whole_file(path) as file, matplotlib.rc_context(STYLE):  # ticks are made when they are drawn
+        figure.savefig(file, dpi=DPI, format="png")
     return path

@@ -6,9 +6,9 @@ The input is what `evaluate` returns, or the `<stage>_metrics.json` of a run fol
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_defect.errors import UserError
+from lit_defect.files import whole_file
 from lit_defect.metrics.intervals import t_interval
 
 # Name in the result, name for people, whether it is shown in percent.
@@ -126,14 +127,12 @@ def markdown(result: dict[str, Any]) -> str:
 
 def write_csv(result: dict[str, Any], path: Path) -> None:
     """Write an evaluation as CSV: figure, value, low, high, count, reason."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    with whole_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        writer = csv.writer(text)
         writer.writerow(("figure", "value", "low", "high", "count", "reason"))
         for row in rows(result):
             numbers = ("" if math.isnan(x) else repr(x) for x in (row.value, row.low, row.high))
             writer.writerow((row.key, *numbers, row.count, row.reason))
-    temporary.replace(path)
 
 
 def collect(run_folders: Iterable[Path | str], stage: str = "test") -> list[Summary]:

@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_defect import runs
+from lit_defect.claims import Claims, create
 from lit_defect.errors import UserError
 from lit_defect.stopping import requeue
 from lit_defect.sweep import commands, several
-from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.file import SEED, Sweep, read_sweep
 from lit_defect.sweep.space import combinations
 from lit_defect.sweep.training import Stops

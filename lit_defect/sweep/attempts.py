@@ -12,8 +12,8 @@ from collections.abc import Collection
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from lit_defect.claims import Claims
 from lit_defect.errors import UserError
-from lit_defect.sweep.claims import Claims
 from lit_defect.sweep.file import Sweep
 
 _REPEATS = "repeats"  # number of the trial that is run again

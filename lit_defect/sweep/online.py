@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from lit_defect import runs
+from lit_defect.claims import Claims
 from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder
 from lit_defect.study import end_of
-from lit_defect.sweep.claims import Claims
 from lit_defect.sweep.commands import placed, seeding, words
 from lit_defect.sweep.file import SEED, Sweep
 from lit_defect.sweep.results import Logged, NoValueError, value_of
@@ -85,6 +85,8 @@ def _registered(sweep: Sweep, folder: Path, told: Mapping[str, Any]) -> dict[str
             project = sweep.said.get("project") or os.environ.get("WANDB_PROJECT", "lit_defect")
             entity = sweep.said.get("entity") or os.environ.get("WANDB_ENTITY")
             with held:
+                if known := runs.read_json(file):  # by another worker, which has ended since the last look
+                    return known
                 try:
                     name = wandb.sweep(dict(told), entity=entity, project=project)
                 except Exception as error:

@@ -12,15 +12,13 @@ Which of the logged values is the result (`value` in the file's block `lit_defec
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lit_defect import runs
-from lit_defect.runs import RunFolder, better
+from lit_defect.runs import RunFolder, better, whole_rows
 
 
 class NoValueError(Exception):
@@ -39,15 +37,6 @@ class Logged:
     value: float
 
 
-def rows(file: Path) -> list[dict[str, str]]:
-    """The complete rows of a `metrics.csv` that may just be written; none if there is no file."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
-
-
 def curve(table: Iterable[Mapping[str, str]], metric: str) -> list[Logged]:
     """Every value of a metric, in the order in which they were logged."""
     return [Logged(int(row["step"]), float(row[metric])) for row in table if row.get(metric)]
@@ -55,7 +44,7 @@ def curve(table: Iterable[Mapping[str, str]], metric: str) -> list[Logged]:
 
 def logged_names(file: Path) -> list[str]:
     """Names of all that was logged, without learning rates and counters."""
-    table = rows(file)
+    table = whole_rows(file)
     names = table[0].keys() if table else ()
     return [name for name in names if name not in ("epoch", "step") and not name.startswith("lr-")]
 
@@ -68,7 +57,7 @@ def value_of(run: RunFolder, metric: str, goal: str, which: str) -> float:
         NoValueError: it is not a number.
     """
     file = run.path / "metrics.csv"
-    table = rows(file)
+    table = whole_rows(file)
     values = curve(table, metric)
     if not values:
         raise NotLoggedError(f"{metric} was not logged; {file} has {', '.join(logged_names(file)) or 'nothing'}")

@@ -13,8 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lit_defect import runs
+from lit_defect.claims import DEAD_AFTER, Claim, Claims
 from lit_defect.sweep.attempts import attempts, counted, task_of
-from lit_defect.sweep.claims import DEAD_AFTER, Claim, Claims
 from lit_defect.sweep.file import Sweep
 from lit_defect.sweep.search import importance
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lit_defect.runs import RunFolder
-from lit_defect.sweep.results import Logged, curve, rows
+from lit_defect.runs import RunFolder, whole_rows
+from lit_defect.sweep.results import Logged, curve
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
 MISTAKE = 2
@@ -108,7 +108,7 @@ class Training:
 
     def is_done(self) -> bool:
         """Whether there is nothing left to do: a run is finished when it is trained, and tested only then."""
-        tested = not self.metric.startswith("test/") or curve(rows(self.run.path / "metrics.csv"), self.metric)
+        tested = not self.metric.startswith("test/") or curve(whole_rows(self.run.path / "metrics.csv"), self.metric)
         return self.is_finished() and bool(tested)
 
     def carry_out(
@@ -164,7 +164,7 @@ class Training:
                 state = _state(file)
                 if not given_up and state != changed:
                     changed = state
-                    values = curve(rows(file), self.metric)
+                    values = curve(whole_rows(file), self.metric)
                     if len(values) != known and (known := len(values)) and follow(values) and ended is None:
                         given_up = True
                         process.terminate()

@@ -1,8 +1,8 @@
 """An off-line worker: takes trials until there are none left; any number of them share a sweep.
 
 A trial is one of Optuna's from its first parameter to its value, whoever carries it out: who that is, is told by the
-claims (claims.py). A trial whose worker was stopped or has died is claimed anew with its number, its parameters and its
-run folders, and its trainings go on by `--resume`.
+claims (lit_defect/claims.py). A trial whose worker was stopped or has died is claimed anew with its number, its
+parameters and its run folders, and its trainings go on by `--resume`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from lit_defect.claims import Claim, Claims, Held
 from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder
 from lit_defect.study import end_of
 from lit_defect.sweep.attempts import counted, number_of, task_of
-from lit_defect.sweep.claims import Claim, Claims, Held
 from lit_defect.sweep.commands import placed, seeding, words
 from lit_defect.sweep.file import SEED, Sweep
 from lit_defect.sweep.results import Logged, NotLoggedError, NoValueError, value_of

@@ -17,6 +17,9 @@ def cached_features(
 ) -> Tensor:
     """(n, V, D) features of a split's n samples in V views; each process computes its share of what is missing.
 
+    What is missing still, the processes of a machine compute that has a folder of its own, and last each for itself:
+    where another launch adds to the folder meanwhile, the processes do not see the same, nor share it all out.
+
     Args:
         trainer: for rank, processes and barriers.
         data: the data module; its `sample_key` names a picture in the store.
@@ -29,21 +32,28 @@ def cached_features(
         UserError: the features could not be kept.
     """
     keys = [data.sample_key(sample) for sample in data.samples[split]]
-    for number in range(views):
-        _, missing = store.get(keys, view=number)
-        trainer.strategy.barrier("features looked up")  # before anybody adds to them
-        own = missing[trainer.global_rank :: trainer.world_size].tolist()
-        if own:
-            data.serve_images = True
-            loader, size = data.loader(split), data.eval_batch_size
-            parts = [own[start : start + size] for start in range(0, len(own), size)]
-            features = torch.cat([compute(loader.batch(part)["image"], number) for part in parts])
-            store.put([keys[position] for position in own], features, view=number)
-    trainer.strategy.barrier("features computed")
+    alone = (0, 1)
+    shares = [(trainer.global_rank, trainer.world_size), (trainer.local_rank, trainer.num_devices), alone]
+    reason = ""
+    for rank, processes in shares if trainer.world_size > 1 else [alone]:
+        for number in range(views):
+            _, missing = store.get(keys, view=number)
+            trainer.strategy.barrier("features looked up")  # before anybody adds to them
+            own = missing[rank::processes].tolist()
+            if own and not reason:
+                data.serve_images = True
+                loader, size = data.loader(split), data.eval_batch_size
+                parts = [own[start : start + size] for start in range(0, len(own), size)]
+                features = torch.cat([compute(loader.batch(part)["image"], number) for part in parts])
+                try:
+                    store.put([keys[position] for position in own], features, view=number)
+                except OSError as error:
+                    reason = f" ({error})"  # told when the others do not wait any more
+        trainer.strategy.barrier("features computed")
     found = [store.get(keys, view=number) for number in range(views)]
     if any(len(missing) for _, missing in found):
         raise UserError(
-            f"features of {split} could not be kept in {store.folder}; "
+            f"features of {split} could not be kept in {store.folder}{reason}; "
             "free some space there, or set model.init_args.cache_features to false"
         )
     return torch.stack([features for features, _ in found], dim=1)

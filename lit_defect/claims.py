@@ -1,4 +1,4 @@
-"""Who carries a trial out: files on the folder that all workers share, which hold also where a worker is killed.
+"""Who carries a trial out, or writes a folder: files that all share, which hold also where a worker is killed.
 
 A claim is the file `<task>-<generation>.json`, which only one worker can create. The newest generation holds. Its
 owner touches it every few seconds; whoever finds that the owner is dead or has given the task back creates the next
@@ -14,9 +14,11 @@ An owner is dead when
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -28,6 +30,8 @@ from lit_defect import runs
 
 BEAT = 20.0  # seconds between signs of life
 DEAD_AFTER = 180.0  # seconds without any; network folders may show a change a minute late
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without links say
+_LAUNCHES, _LAUNCH = ".launches", "launch"  # folder and task of the launches that write a folder
 
 
 @dataclass(frozen=True)
@@ -159,17 +163,52 @@ class Held:
                 os.utime(self.claim.path)
 
 
+def last_launch(folder: Path) -> Claim | None:
+    """The last launch that has begun to write into a folder, whether it has ended or not; None if there was none.
+
+    To be looked up before it is decided to write there; see `begin_launch`.
+    """
+    return Claims(folder / _LAUNCHES).newest().get(_LAUNCH)
+
+
+def begin_launch(folder: Path, before: Claim | None) -> Held | None:
+    """Begin to write into a folder; None if another launch has begun since `before` was the last one.
+
+    So of several that have decided the same, seconds or minutes ago, on any machines, the first one writes.
+    """
+    return Claims(folder / _LAUNCHES).take(_LAUNCH, before)
+
+
+def forget_launches(folder: Path) -> None:
+    """Take away what tells of the launches, where the folder is complete and is handed on without it."""
+    shutil.rmtree(folder / _LAUNCHES, ignore_errors=True)
+
+
+def is_writing(launch: Claim) -> bool:
+    """Whether a launch that has not been given back is another process of this machine, and lives."""
+    alive = launch.machine == machine() and runs.process_start(launch.pid) == launch.born
+    return alive and not launch.released and launch.pid != os.getpid()
+
+
 def create(path: Path, content: Any) -> bool:
     """Write JSON to a new file, whole from its first moment; False if there is one already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
     try:
+        temporary.write_text(text, encoding="utf-8")
         os.link(temporary, path)  # unlike a rename, it fails where there is a file; also on NFS
     except FileExistsError:  # also if our own link was made, and NFS has lost the answer and asked again
         return os.stat(temporary).st_nlink == 2
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:  # whole a moment later
+            file.write(text)
+            return True
+        return False
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return True
 
 
