@@ -14,7 +14,7 @@ from lit_defect.runs import RunFolder
 from lit_defect.sweep import main
 from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.training import Training
-from tests.sweeping import at_once, outcome, start, sweep_file, until
+from tests.sweeping import at_once, hold, outcome, start, sweep_file, until
 
 
 def work(file: Path, *words: str) -> int:
@@ -114,13 +114,13 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path, monkeypatch, capsys)
 
 
 def test_ctrl_c_again_does_not_wait(tmp_path):
-    file = sweep_file(tmp_path, options={"epochs": 2, "pause": 60}, parameters={"x": {"values": [1, 2]}})
+    file = sweep_file(tmp_path, options={"epochs": 2, "pause": 600}, parameters={"x": {"values": [1, 2]}})
     worker = start(file)
     until(lambda: (tmp_path / "runs/toy/toy-t0000-s0/metrics.csv").exists())
     worker.send_signal(signal.SIGINT)
     said = until(lambda: worker.stdout.readline().startswith("stopping") and "Ctrl-C again: at once")
     worker.send_signal(signal.SIGINT)
-    said, _ = worker.communicate(timeout=20)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 130, said
     assert [trial["state"] for trial in outcome(file)["trials"]] == ["waiting"]
 
@@ -134,20 +134,20 @@ def test_a_worker_puts_its_slurm_job_back_when_its_trial_is_given_back(tmp_path,
     for name, value in {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    file = sweep_file(tmp_path, options={"epochs": 8, "pause": 0.2})
+    file = sweep_file(tmp_path, options={"epochs": 8, "hold": hold(tmp_path)})
     program = tmp_path / "play.py"
     program.write_text('import os\nassert "SLURM_JOB_ID" not in os.environ\n' + program.read_text())
     worker = start(file)
     until(lambda: (tmp_path / "runs/toy/toy-t0000-s0/state.json").exists())
     worker.send_signal(signal.SIGUSR1)
-    said, _ = worker.communicate(timeout=60)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 138, said
     assert (tmp_path / "asked").read_text() == "requeue 11_3\n"
     assert json.loads((tmp_path / "t0000-0.json").read_text())["released"]
 
 
 def test_workers_end_with_what_has_started_them(tmp_path):
-    file = sweep_file(tmp_path, options={"epochs": 60, "pause": 0.2})
+    file = sweep_file(tmp_path, options={"hold": hold(tmp_path)})
     parent = start(file, "--workers", "2", "--offline")
     claims = until(lambda: len(found := Claims(tmp_path / "runs/toy/claims").newest()) == 2 and found)
     until(lambda: (tmp_path / "runs/toy/toy-t0001-s0/state.json").exists())
