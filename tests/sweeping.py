@@ -56,7 +56,8 @@ for epoch in range(done, int(number("epochs", 2))):
     with metrics.open("a") as file:
         file.write(f"{epoch},{epoch + 1},{'nan' if number('x', 0) == number('nan', -1) else value}\\n")
     (run / ".state").write_text(json.dumps({"epochs": epoch + 1})); (run / ".state").replace(state)
-    while "hold" in told and os.path.exists(told["hold"]) and not stopped:
+    patience = time.monotonic() + 600  # where the test has failed meanwhile
+    while "hold" in told and os.path.exists(told["hold"]) and not stopped and time.monotonic() < patience:
         time.sleep(0.02)
     if stopped:
         note("preempted"); sys.exit(128 + stopped[0])
