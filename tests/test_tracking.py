@@ -171,6 +171,7 @@ def test_which_modes_are_tried_and_that_none_fails_the_run(run, asked, monkeypat
     with pytest.warns(UserWarning, match="no server"):
         assert wandb_logger(mode, run, CONFIG) is None
     assert [call["mode"] for call in asked] == tried
+    assert "WANDB_DATA_DIR" not in os.environ, "of this run's folder, and there may be a next one"
     assert all(call["config"] == CONFIG for call in asked)
 
 
