@@ -13,6 +13,8 @@ from lit_defect import runs
 from lit_defect.runs import RunFolder
 from lit_defect.sweep import main
 from lit_defect.sweep.claims import Claims, create
+from lit_defect.sweep.file import read_sweep
+from lit_defect.sweep.search import open_study
 from lit_defect.sweep.training import Training
 from tests.sweeping import at_once, hold, outcome, start, sweep_file, until
 
@@ -54,14 +56,19 @@ def test_workers_that_come_to_an_empty_database_at_the_same_moment_all_find_the_
         assert at_once(tmp_path, f"sqlite:///{tmp_path}/{name}.db") == ["toy"] * 6
 
 
+def test_a_worker_waits_for_one_that_writes_to_the_same_file_for_long(tmp_path):
+    """As on a slow disk, where SQLite's own five seconds are soon over."""
+    study = open_study(read_sweep(sweep_file(tmp_path)), tmp_path, f"sqlite:///{tmp_path}/a.db", "of this folder")
+    with study._storage._backend.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 60_000  # milliseconds
+
+
 def test_a_trial_too_many_is_not_lost_when_more_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_defect.sweep.claims.DEAD_AFTER", 1.0)
     monkeypatch.setattr("lit_defect.sweep.claims.Claims.__init__.__defaults__", (1.0,))
     grid = {"parameters": {"x": {"values": [1, 2, 3]}}, "options": {"epochs": 1}}
     assert work(sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)) == 0
     file = sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)
-    from lit_defect.sweep.file import read_sweep
-    from lit_defect.sweep.search import open_study
     from lit_defect.sweep.training import Stops
     from lit_defect.sweep.worker import Worker
 
