@@ -15,7 +15,7 @@ from lit_defect.sweep import main
 from lit_defect.sweep.claims import Claims, create
 from lit_defect.sweep.file import read_sweep
 from lit_defect.sweep.search import open_study
-from lit_defect.sweep.training import Training
+from lit_defect.sweep.training import Stops, Training
 from tests.sweeping import at_once, hold, outcome, start, sweep_file, until
 
 
@@ -69,7 +69,6 @@ def test_a_trial_too_many_is_not_lost_when_more_are_asked_for(tmp_path, monkeypa
     grid = {"parameters": {"x": {"values": [1, 2, 3]}}, "options": {"epochs": 1}}
     assert work(sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)) == 0
     file = sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)
-    from lit_defect.sweep.training import Stops
     from lit_defect.sweep.worker import Worker
 
     sweep, plan = read_sweep(file), json.loads((tmp_path / "runs/toy/sweep_plan.json").read_text())
@@ -130,6 +129,14 @@ def test_ctrl_c_again_does_not_wait(tmp_path):
     said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 130, said
     assert [trial["state"] for trial in outcome(file)["trials"]] == ["waiting"]
+
+
+def test_a_signal_after_ctrl_c_twice_takes_nothing_back():
+    """As a scheduler's, or of whoever is still not content."""
+    with Stops().noted() as stops:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+    assert (stops.at_once, stops.status) == (True, 130)
 
 
 def test_a_worker_puts_its_slurm_job_back_when_its_trial_is_given_back(tmp_path, monkeypatch):
