@@ -91,12 +91,14 @@ class StopRequest:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `take_over`
             yield
         except Stopped as stop:
+            signal.set_wakeup_fd(waker)  # first: the watcher closes its end, and `ended` starts a program (SIGCHLD)
             over.set()
             self.number, self._deferred = stop.number, True
             raise SystemExit(ended(stop)) from None
         finally:
-            over.set()
+            self._deferred = True  # it is too late to stop
             signal.set_wakeup_fd(waker)
+            over.set()
             self._wake(0)  # a forked process may hold the pipe open
             os.close(self._tells)
             watcher.join(_STUCK)

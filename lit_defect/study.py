@@ -21,12 +21,13 @@ The exit status is 0 when all is done, 1 when a run failed, 2 for what the user 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -249,16 +250,34 @@ def _run(command: list[str], log: Path) -> int:
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n$ {shlex.join(command)}\n")
         file.flush()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process: subprocess.Popen[bytes] | None = None
         try:
+            with _noted():
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                )
             return process.wait()
         except BaseException as stop:
+            if process is None:
+                raise
             process.send_signal(stop.number if isinstance(stop, Stopped) else signal.SIGTERM)  # it saves and ends
             if process.wait() == getattr(stop, "code", None):
                 raise SystemExit(process.returncode) from None  # it has also put the job back
             raise
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    """A signal in here counts at the end: one that breaks into the start of a run would leave that run alone."""
+    told: list[int] = []
+    before = {one: signal.signal(one, lambda number, _: told.append(number)) for one in (signal.SIGINT, *SIGNALS)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    if told:
+        signal.raise_signal(told[0])
 
 
 def _stop(number: int, _: Any) -> NoReturn:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1", COLUMNS="160", TERM="dumb")
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_launch() -> Iterator[None]:
+    """What a launch of several processes leaves in this one: the next would take its port, which may be gone by then."""
+    yield
+    for name in ("LIT_DEFECT_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(_own_launch: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches and runs of one test are not those of another, nor the user's."""
     monkeypatch.setenv("LIT_DEFECT_CACHE", str(tmp_path / "cache"))
 

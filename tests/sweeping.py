@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lit_defect.claims import Claims
 from lit_defect.errors import UserError
 from lit_defect.sweep.file import read_sweep
 from lit_defect.sweep.search import open_study
@@ -55,6 +56,9 @@ for epoch in range(done, int(number("epochs", 2))):
     with metrics.open("a") as file:
         file.write(f"{epoch},{epoch + 1},{'nan' if number('x', 0) == number('nan', -1) else value}\\n")
     (run / ".state").write_text(json.dumps({"epochs": epoch + 1})); (run / ".state").replace(state)
+    patience = time.monotonic() + 600  # where the test has failed meanwhile
+    while "hold" in told and os.path.exists(told["hold"]) and not stopped and time.monotonic() < patience:
+        time.sleep(0.02)
     if stopped:
         note("preempted"); sys.exit(128 + stopped[0])
 note("finished")
@@ -79,6 +83,13 @@ def sweep_file(folder: Path, **changes: Any) -> Path:
     return file
 
 
+def hold(folder: Path) -> Path:
+    """While this file is there, trainings with the option `hold` wait after an epoch: a test need not be quicker."""
+    file = folder / "hold"
+    file.touch()
+    return file
+
+
 def start(file: Path, *words: str) -> subprocess.Popen[str]:
     """A worker in a process of its own."""
     command = [sys.executable, "-m", "lit_defect", "sweep", str(file), "--runs_dir", str(file.parent / "runs"), *words]
@@ -87,6 +98,12 @@ def start(file: Path, *words: str) -> subprocess.Popen[str]:
         command, cwd=file.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": root},
     )  # fmt: skip
+
+
+def claimed_by(folder: Path, pid: int) -> list[str]:
+    """Tasks of a worker, the sweep's file being in the folder."""
+    claims = Claims(folder / "runs/toy/claims").newest()
+    return [task for task, claim in claims.items() if claim.pid == pid]
 
 
 def at_once(folder: Path, url: str, workers: int = 6) -> list[str]:
@@ -120,7 +137,7 @@ def epochs_of(file: Path, run: str) -> list[int]:
         return [int(row["epoch"]) for row in csv.DictReader(lines)]
 
 
-def until(true: Any, seconds: float = 60) -> Any:
+def until(true: Any, seconds: float = 120) -> Any:
     """Wait for something, and give it."""
     end = time.monotonic() + seconds
     while not (found := true()):

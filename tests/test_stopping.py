@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from lit_defect import stopping
 from lit_defect.callbacks.run import LastCheckpoint
 from lit_defect.stopping import STOP, Stopped, ended, slurm_job
 from lit_defect.tasks import DefectClassifier
+from tests.sweeping import until
 from tests.test_survival import LIMIT, config, rows, run, start, weights  # noqa: F401  (config is a fixture)
 
 IN_TIME = 60  # seconds in which a signalled run has to end; a hang takes half an hour
@@ -92,8 +94,13 @@ def test_workers_of_a_data_loader_outlive_the_signal_until_the_state_is_saved(co
 
 def living(group: int) -> list[str]:
     """Processes of a group, without those that have ended and that nobody has asked for."""
-    found = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
-    return [" ".join(words[:4]) for words in found if words[2] == str(group) and words[0] != "Z"]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            words = path.read_text().rpartition(")")[2].split()
+            if words[2] == str(group) and words[0] != "Z":
+                found.append(" ".join(words[:4]))
+    return found
 
 
 SELF_SIGNALLED = """
@@ -297,14 +304,32 @@ def test_a_process_that_waits_in_cpp_ends_all_the_same(tmp_path, number, asked):
     assert (tmp_path / "asked.txt").exists() == asked
 
 
+def watchers() -> list[threading.Thread]:
+    """Threads that would end this process after a signal that nobody sees."""
+    return [thread for thread in threading.enumerate() if "_watch" in thread.name]
+
+
 def test_a_signal_of_before_ends_no_later_program(monkeypatch):
-    monkeypatch.setattr(stopping, "_STUCK", 0.2)
-    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
     with STOP.heeded(), pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
+    left: list[int] = []
+    monkeypatch.setattr(stopping, "_STUCK", 0.1)
+    monkeypatch.setattr(os, "_exit", left.append)
     with STOP.heeded():
         time.sleep(0.5)
-    assert not [thread for thread in threading.enumerate() if "_watch" in thread.name]
+    until(lambda: not watchers())
+    assert not left
+
+
+def test_a_signal_at_the_very_end_is_too_late(monkeypatch):
+    """All is done; the handlers are just taken down."""
+    before, close = signal.getsignal(signal.SIGTERM), os.close
+    monkeypatch.setattr(os, "close", lambda file: (os.kill(os.getpid(), signal.SIGTERM), close(file)))
+    with STOP.heeded():
+        pass
+    monkeypatch.undo()
+    assert STOP.number is None
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_echo_of_the_signal_does_not_break_into_what_is_done_at_the_end(monkeypatch, tmp_path):
@@ -327,6 +352,26 @@ def test_an_echo_of_the_signal_does_not_break_into_what_is_done_at_the_end(monke
     assert (tmp_path / "asked.txt").read_text() == "requeue 17\n"
 
 
+def test_a_program_that_ends_while_the_job_is_put_back_breaks_no_pipe(monkeypatch):
+    """A process with data loaders listens to SIGCHLD, and `scontrol` sends one; nobody reads of signals any more."""
+    unraised: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraised.append)
+
+    def puts_back(stop: Stopped) -> int:
+        until(lambda: not watchers())
+        subprocess.run([sys.executable, "-S", "-c", ""], check=True)
+        return int(stop.code)
+
+    monkeypatch.setattr(stopping, "ended", puts_back)
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit), STOP.heeded():
+            os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert not unraised
+
+
 def test_a_server_that_hangs_keeps_no_job_from_the_queue(monkeypatch):
     monkeypatch.setattr(stopping, "_STUCK", 0.1)
     monkeypatch.setattr(stopping, "_LEFT", {signal.SIGUSR1: 0.3})
@@ -340,7 +385,7 @@ def test_a_server_that_hangs_keeps_no_job_from_the_queue(monkeypatch):
         try:
             STOP.stop(signal.SIGUSR1)  # as another process has asked for
         finally:
-            time.sleep(1)
+            until(lambda: left)
 
     with pytest.raises(SystemExit):
         hangs()
@@ -348,16 +393,20 @@ def test_a_server_that_hangs_keeps_no_job_from_the_queue(monkeypatch):
 
 
 def test_a_signal_to_a_forked_process_is_not_taken_for_ours(monkeypatch):
-    leave = os._exit
+    leave, left = os._exit, []
     monkeypatch.setattr(stopping, "_STUCK", 0.1)
     with STOP.heeded():
         if not (child := os.fork()):
-            os.kill(os.getpid(), signal.SIGTERM)
-            leave(0)
-        monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
-        os.waitpid(child, 0)
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                leave(0)
+            finally:
+                leave(1)
+        monkeypatch.setattr(os, "_exit", left.append)
+        assert os.waitpid(child, 0)[1] == 0
         time.sleep(0.5)
     assert STOP.number is None
+    assert not left
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from lit_defect.study_check import parsed
 from lit_defect.study_file import read_study
 from lit_defect.study_plan import plan
 from tests.fakes import make_mvtec
+from tests.sweeping import until
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 STUDIES = [file for file in sorted(EXPERIMENTS.rglob("*.yaml")) if "study" in yaml.safe_load(file.read_text())]
@@ -483,6 +484,28 @@ def test_a_stop_is_handed_on_and_the_study_goes_on_later(write, play, monkeypatc
     assert Path("saved.txt").is_file()
     Path("play.py").write_text(PLAY)
     assert play(file) == ["fit toy_A s0", "fit toy_A s1"]
+
+
+def test_a_stop_while_a_run_is_just_started_is_handed_on_to_it(write, play, monkeypatch):
+    """As on a busy machine, where the run gets further than the study that has started it."""
+
+    class Slow(subprocess.Popen):
+        def __init__(self, *words: Any, **options: Any) -> None:
+            super().__init__(*words, **options)
+            until(Path("told.txt").is_file)
+
+    Path("play.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open('saved.txt', 'w').close(), sys.exit(143)))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "open('told.txt', 'w').close()\n"
+        "time.sleep(30)\n"
+    )
+    monkeypatch.setattr(program.subprocess, "Popen", Slow)
+    with pytest.raises(SystemExit) as stopped:
+        play(write(steps=None, arms={"A": {}}))
+    assert stopped.value.code == 143
+    assert Path("saved.txt").is_file()
 
 
 def test_a_study_waits_for_its_run_whoever_else_tells_it(write, play, monkeypatch):

@@ -10,14 +10,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, Trainer
 
 from tests.fakes import make_mvtec, without_times
 
 LIMIT = 240  # seconds for one process
+
+
+class Waits(Callback):
+    """A training that comes to a step waits to be killed, where the environment says so: else it might end before."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        while str(trainer.global_step) == os.environ.get("WAIT_AT"):
+            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -31,7 +41,10 @@ def config(tmp_path: Path) -> Path:
         "trainer": {
             "max_epochs": 4,
             "accelerator": "cpu",
-            "callbacks": [{"class_path": "lit_defect.callbacks.run.LastCheckpoint", "init_args": {"every_n_steps": 3}}],
+            "callbacks": [
+                {"class_path": "lit_defect.callbacks.run.LastCheckpoint", "init_args": {"every_n_steps": 3}},
+                {"class_path": "tests.test_survival.Waits"},
+            ],
         },
         "model": {
             "class_path": "DefectClassifier",
@@ -83,11 +96,12 @@ def rows(run_folder: Path) -> list[dict[str, str]]:
         return without_times(list(csv.DictReader(file)))
 
 
-def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(config, tmp_path):
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(config, tmp_path, monkeypatch):
     arguments = ("fit", "--config", config, "--run_id")
     run(tmp_path, *arguments, "whole")
     whole, killed = (tmp_path / "runs" / "tiny" / name for name in ("whole", "killed"))
     steps = json.loads((whole / "run.json").read_text())["steps"]
+    monkeypatch.setenv("WAIT_AT", str(steps - 2))
     for kill in range(2):
         process = start(tmp_path, *arguments, "killed", "--resume")
         seen = reached(killed)
@@ -96,8 +110,9 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(config, tmp_pa
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert 0 < reached(killed) < steps, f"kill {kill} came too late or too early"
+        assert 0 < reached(killed) < steps, f"kill {kill} came too early"
         assert json.loads((killed / "run.json").read_text())["status"] == "running"
+    monkeypatch.delenv("WAIT_AT")
     run(tmp_path, *arguments, "killed", "--resume")
     expected, found = weights(whole), weights(killed)
     assert expected.keys() == found.keys()

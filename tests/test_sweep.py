@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ from lit_defect.errors import UserError
 from lit_defect.runs import RunFolder
 from lit_defect.sweep import main
 from lit_defect.sweep.results import NotLoggedError, NoValueError, value_of
-from tests.sweeping import epochs_of, outcome, run_record, start, sweep_file, until
+from tests.sweeping import claimed_by, epochs_of, hold, outcome, run_record, start, sweep_file, until
 
 
 def work(file: Path, *words: str) -> int:
@@ -50,17 +50,19 @@ def test_a_grid_is_complete(tmp_path, capsys):
 
 def test_twelve_trials_by_two_workers_of_which_one_is_killed(tmp_path):
     """Nothing is lost and nothing is run twice; the killed one's trial goes on in its folder with its parameters."""
+    held = hold(tmp_path)
     file = sweep_file(
-        tmp_path, method="bayes", run_cap=14, options={"epochs": 4, "pause": 0.15}, lit_defect={"startup": 4},
+        tmp_path, method="bayes", run_cap=14, options={"epochs": 4, "hold": held}, lit_defect={"startup": 4},
         parameters={"x": {"min": 0.0, "max": 1.0}, "y": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0}},
     )  # fmt: skip
     first, second = start(file), start(file)
-    of_first = until(lambda: _claimed_by(tmp_path, first.pid))
+    of_first = until(lambda: claimed_by(tmp_path, first.pid))
     run = tmp_path / f"runs/toy/toy-{of_first[0]}-s0"
     until(lambda: (run / "state.json").exists())  # within its epochs
     first.kill()
     first.wait()
-    said, _ = second.communicate(timeout=120)
+    held.unlink()
+    said, _ = second.communicate(timeout=240)
     assert second.returncode == 0, said
     assert f"trial {int(of_first[0][1:])}: lost its worker, and is taken up again" in said
     trials = outcome(file)["trials"]
@@ -83,11 +85,6 @@ def test_twelve_trials_by_two_workers_of_which_one_is_killed(tmp_path):
     assert len({trial["params"]["x"] for trial in trials}) == 14  # no two workers have drawn the same
 
 
-def _claimed_by(folder: Path, pid: int) -> list[str]:
-    claims = Claims(folder / "runs/toy/claims").newest()
-    return [task for task, claim in claims.items() if claim.pid == pid]
-
-
 def test_workers_share_a_grid_without_doubles(tmp_path):
     file = sweep_file(tmp_path, parameters={"x": {"values": list(range(12))}}, options={"epochs": 1})
     assert work(file, "--workers", "3", "--offline") == 0
@@ -101,17 +98,19 @@ def test_workers_share_a_grid_without_doubles(tmp_path):
     ("number", "status", "of_child"), [(signal.SIGTERM, 143, 15), (signal.SIGINT, 130, 15), (signal.SIGUSR1, 138, 10)]
 )
 def test_a_stopped_worker_gives_its_trial_back(tmp_path, number, status, of_child):
-    file = sweep_file(tmp_path, options={"epochs": 8, "pause": 0.1}, parameters={"x": {"values": [1, 2]}})
+    held = hold(tmp_path)
+    file = sweep_file(tmp_path, options={"epochs": 8, "hold": held}, parameters={"x": {"values": [1, 2]}})
     worker = start(file)
     run = tmp_path / "runs/toy/toy-t0000-s0"
     until(lambda: (run / "state.json").exists())
     worker.send_signal(number)
-    said, _ = worker.communicate(timeout=60)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == status, said
     assert "the same command goes on" in said
     assert run_record(file, "toy/toy-t0000-s0")["status"] == "preempted"
     assert [trial["state"] for trial in outcome(file)["trials"]] == ["waiting"]
-    assert 0 < len(epochs_of(file, "toy/toy-t0000-s0")) < 8
+    assert len(epochs_of(file, "toy/toy-t0000-s0")) == 1
+    held.unlink()
     assert work(file) == 0
     trials = outcome(file)["trials"]
     assert [trial["state"] for trial in trials] == ["complete", "complete"]
@@ -140,7 +139,7 @@ def test_the_seed_is_given_to_other_options_as_well(tmp_path):
 
 def test_pruning_stops_the_training(tmp_path):
     file = sweep_file(
-        tmp_path, parameters={"x": {"values": [5, 6, 7, 8, 9, 1]}}, options={"epochs": 12, "pause": 0.25},
+        tmp_path, parameters={"x": {"values": [5, 6, 7, 8, 9, 1]}}, options={"epochs": 200, "pause": 0.25},
         lit_defect={"pruner": "median", "warmup": 1, "seeds": [0, 1]},
     )  # fmt: skip
     quick = file.read_text()
@@ -151,7 +150,7 @@ def test_pruning_stops_the_training(tmp_path):
     trials = outcome(file)["trials"]
     assert [trial["state"] for trial in trials] == ["complete"] * 5 + ["pruned"]
     assert trials[-1]["value"] is None
-    assert 1 < len(epochs_of(file, "toy/toy-t0005-s0")) < 12
+    assert 1 < len(epochs_of(file, "toy/toy-t0005-s0")) < 200
     assert not (tmp_path / "runs/toy/toy-t0005-s1").exists()  # the other seed has not been begun
 
 
@@ -239,18 +238,20 @@ def test_one_of_many_gets_a_task_and_a_late_one_takes_nothing_away(tmp_path):
     assert taken.is_mine()
 
 
-def test_a_worker_of_another_machine_is_dead_when_its_file_stays_the_same(tmp_path):
+def test_a_worker_of_another_machine_is_dead_when_its_file_stays_the_same(tmp_path, monkeypatch):
+    now = SimpleNamespace(monotonic=lambda: now.seconds, seconds=0.0)
+    monkeypatch.setattr("lit_defect.claims.time", now)
     create(tmp_path / "t0000-0.json", {"token": "x", "machine": "elsewhere", "pid": os.getpid(), "worker": "e:1"})
-    claims = Claims(tmp_path, dead_after=0.3)
+    claims = Claims(tmp_path, dead_after=30.0)
     claim = claims.newest()["t0000"]
     assert not claims.is_dead(claim)  # seen for the first time
-    time.sleep(0.2)
-    os.utime(claim.path)
+    now.seconds = 20.0
+    os.utime(claim.path, (0, 0))  # another time than before, whatever the clocks say
     assert not claims.is_dead(claim)
     assert claims.is_alive(claim)
-    time.sleep(0.2)
+    now.seconds = 50.0
     assert not claims.is_dead(claim)
-    time.sleep(0.2)
+    now.seconds = 50.1
     assert claims.is_dead(claim)
 
 

@@ -16,8 +16,8 @@ from lit_defect.runs import RunFolder
 from lit_defect.sweep import _write_plan, main
 from lit_defect.sweep.file import read_sweep
 from lit_defect.sweep.search import open_study
-from lit_defect.sweep.training import Training
-from tests.sweeping import at_once, outcome, start, sweep_file, until
+from lit_defect.sweep.training import Stops, Training
+from tests.sweeping import at_once, hold, outcome, start, sweep_file, until
 
 
 def work(file: Path, *words: str) -> int:
@@ -68,15 +68,19 @@ def test_workers_that_come_to_an_empty_database_at_the_same_moment_all_find_the_
         assert at_once(tmp_path, f"sqlite:///{tmp_path}/{name}.db") == ["toy"] * 6
 
 
+def test_a_worker_waits_for_one_that_writes_to_the_same_file_for_long(tmp_path):
+    """As on a slow disk, where SQLite's own five seconds are soon over."""
+    study = open_study(read_sweep(sweep_file(tmp_path)), tmp_path, f"sqlite:///{tmp_path}/a.db", "of this folder")
+    with study._storage._backend.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 60_000  # milliseconds
+
+
 def test_a_trial_too_many_is_not_lost_when_more_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_defect.claims.DEAD_AFTER", 1.0)
     monkeypatch.setattr("lit_defect.claims.Claims.__init__.__defaults__", (1.0,))
     grid = {"parameters": {"x": {"values": [1, 2, 3]}}, "options": {"epochs": 1}}
     assert work(sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)) == 0
     file = sweep_file(tmp_path, lit_defect={"trials": 2}, **grid)
-    from lit_defect.sweep.file import read_sweep
-    from lit_defect.sweep.search import open_study
-    from lit_defect.sweep.training import Stops
     from lit_defect.sweep.worker import Worker
 
     sweep, plan = read_sweep(file), json.loads((tmp_path / "runs/toy/sweep_plan.json").read_text())
@@ -181,13 +185,13 @@ def test_a_runs_folder_may_be_moved(tmp_path):
 
 
 def test_ctrl_c_again_does_not_wait(tmp_path):
-    file = sweep_file(tmp_path, options={"epochs": 2, "pause": 60}, parameters={"x": {"values": [1, 2]}})
+    file = sweep_file(tmp_path, options={"epochs": 2, "pause": 600}, parameters={"x": {"values": [1, 2]}})
     worker = start(file)
     until(lambda: (tmp_path / "runs/toy/toy-t0000-s0/metrics.csv").exists())
     worker.send_signal(signal.SIGINT)
     said = until(lambda: worker.stdout.readline().startswith("stopping") and "Ctrl-C again: at once")
     worker.send_signal(signal.SIGINT)
-    said, _ = worker.communicate(timeout=20)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 130, said
     assert [trial["state"] for trial in outcome(file)["trials"]] == ["waiting"]
 
@@ -205,6 +209,14 @@ def test_ctrl_c_again_reaches_all_workers_of_a_machine(tmp_path):
     assert [trial["state"] for trial in outcome(file)["trials"]] == ["waiting"] * 2
 
 
+def test_a_signal_after_ctrl_c_twice_takes_nothing_back():
+    """As a scheduler's, or of whoever is still not content."""
+    with Stops().noted() as stops:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+    assert (stops.at_once, stops.status) == (True, 130)
+
+
 def test_a_worker_puts_its_slurm_job_back_when_its_trial_is_given_back(tmp_path, monkeypatch):
     """The worker and not its training, which is no task of the job."""
     (tmp_path / "bin").mkdir()
@@ -214,20 +226,20 @@ def test_a_worker_puts_its_slurm_job_back_when_its_trial_is_given_back(tmp_path,
     for name, value in {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    file = sweep_file(tmp_path, options={"epochs": 8, "pause": 0.2})
+    file = sweep_file(tmp_path, options={"epochs": 8, "hold": hold(tmp_path)})
     program = tmp_path / "play.py"
     program.write_text('import os\nassert "SLURM_JOB_ID" not in os.environ\n' + program.read_text())
     worker = start(file)
     until(lambda: (tmp_path / "runs/toy/toy-t0000-s0/state.json").exists())
     worker.send_signal(signal.SIGUSR1)
-    said, _ = worker.communicate(timeout=60)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 138, said
     assert (tmp_path / "asked").read_text() == "requeue 11_3\n"
     assert json.loads((tmp_path / "t0000-0.json").read_text())["released"]
 
 
 def test_workers_end_with_what_has_started_them(tmp_path):
-    file = sweep_file(tmp_path, options={"epochs": 60, "pause": 0.2})
+    file = sweep_file(tmp_path, options={"hold": hold(tmp_path)})
     parent = start(file, "--workers", "2", "--offline")
     claims = until(lambda: len(found := Claims(tmp_path / "runs/toy/claims").newest()) == 2 and found)
     until(lambda: (tmp_path / "runs/toy/toy-t0001-s0/state.json").exists())

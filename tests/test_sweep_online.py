@@ -18,7 +18,7 @@ from lit_defect.errors import UserError
 from lit_defect.sweep import _write_plan, is_online, main
 from lit_defect.sweep.file import read_sweep
 from lit_defect.sweep.online import join
-from tests.sweeping import epochs_of, run_record, sweep_file, until
+from tests.sweeping import epochs_of, hold, run_record, sweep_file, until
 
 
 @pytest.fixture
@@ -127,12 +127,14 @@ def test_a_trial_trains_with_each_seed_and_logs_the_mean(tmp_path):
 
 
 def test_a_preempted_trial_goes_on_in_its_folders(tmp_path):
-    file = planned(tmp_path, options={"epochs": 12, "pause": 0.15})
+    held = hold(tmp_path)
+    file = planned(tmp_path, options={"epochs": 12, "hold": held})
     trial = trial_of(file, "--x=2")
     until(lambda: (tmp_path / "runs/toy/toy-ab12-s0/state.json").exists())
     trial.send_signal(signal.SIGUSR1)
-    said, _ = trial.communicate(timeout=60)
+    said, _ = trial.communicate(timeout=120)
     assert trial.returncode == 138, said
+    held.unlink()
     again = trial_of(file, "--x=2")
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0, said
@@ -172,6 +174,6 @@ def test_pre_empted_is_told_to_wandb_and_ended_early_is_not(tmp_path, monkeypatc
 def test_a_failed_training_fails_the_trial(tmp_path):
     file = planned(tmp_path, options={"fails": 2})
     trial = trial_of(file, "--x=2")
-    said, _ = trial.communicate(timeout=60)
+    said, _ = trial.communicate(timeout=120)
     assert trial.returncode == 1
     assert "out of memory" in said

@@ -21,6 +21,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, _logged_steps, finishing, wandb_logger
 from lit_defect.runs import RunFolder
 from lit_defect.tracking_login import logged_in, server
+from tests.sweeping import until
 from tests.wandb_files import told
 
 LOGIN = wandb.sdk.wandb_login._login
@@ -187,6 +188,7 @@ def test_which_modes_are_tried_and_that_none_fails_the_run(run, asked, monkeypat
     with pytest.warns(UserWarning, match="no server"):
         assert wandb_logger(mode, run, CONFIG) is None
     assert [call["mode"] for call in asked] == tried
+    assert "WANDB_DATA_DIR" not in os.environ, "of this run's folder, and there may be a next one"
     assert all(call["config"] == CONFIG for call in asked)
 
 
@@ -220,7 +222,8 @@ def test_what_was_logged_outlives_the_process_of_wandb(run):
     def launch() -> None:
         logger = wandb_logger("auto", run, CONFIG)
         logger.log_metrics({"val/auroc": 0.75}, step=1)
-        time.sleep(2.5)
+        (file,) = (run.path / "wandb").glob("offline-run-*/run-*.wandb")
+        until(lambda: b"val/auroc" in file.read_bytes(), 10)  # W&B's own settings take up to 15 seconds
         for service in services():
             os.kill(service, signal.SIGTERM)
         while services():

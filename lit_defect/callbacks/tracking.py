@@ -175,6 +175,7 @@ def wandb_logger(mode: TrackingMode, run: RunFolder, config: dict[str, Any], ver
         except Exception as error:  # W&B raises many kinds; none of them may cost a training run
             warnings.warn(f"W&B could not be started {'off' if offline else 'on'} line: {error}", stacklevel=2)
             _end_wandb()  # its process holds the run's id from here on
+            _forget_folder(run)
     return None
 
 
@@ -215,6 +216,12 @@ def _start_wandb(offline: bool, run: RunFolder, about: dict[str, Any]) -> Any:
         started.define_metric(GLOBAL_STEP)
         started.define_metric("*", step_metric=GLOBAL_STEP, step_sync=True)
     return started
+
+
+def _forget_folder(run: RunFolder) -> None:
+    """The next run of this process has another one."""
+    if os.environ.get(_WAITING) == str(run.path.resolve() / "wandb"):
+        del os.environ[_WAITING]
 
 
 def _end_wandb() -> None:
@@ -262,8 +269,7 @@ def finishing() -> Iterator[None]:
                 except Exception:
                     _end_wandb()  # which is gone, or it would fail again, and loudly, when Python ends
                     raise
-            if os.environ.get(_WAITING) == str(run.path.resolve() / "wandb"):
-                del os.environ[_WAITING]
+            _forget_folder(run)
 
 
 def _exit_code(error: BaseException) -> int:

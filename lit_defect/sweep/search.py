@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 _TRIES = 10  # to make the tables
+_WAIT = 60.0  # seconds for SQLite's file, which one worker at a time may write; five by default, then the others fail
 _ID = "sweep_id"  # of the folder that a study in a database belongs to
 
 
@@ -176,8 +177,10 @@ def _database(url: str) -> BaseStorage:
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
+    patient = {"connect_args": {"timeout": _WAIT}} if url.startswith("sqlite") else {}
+
     def connect() -> BaseStorage:
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **patient})
 
     for _ in range(_TRIES):
         try:

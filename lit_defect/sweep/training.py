@@ -70,7 +70,7 @@ class Stops:
         return 128 + self.number
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.at_once = number == self.number == signal.SIGINT
+        self.at_once |= number == self.number == signal.SIGINT
         self.number = self.number or number
 
     @contextlib.contextmanager
