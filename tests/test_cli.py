@@ -137,8 +137,8 @@ def test_missing_checkpoints_are_named(lit_defect, config, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model.lrr", "3"], ["--model.lrr", "did you mean lr?"]),
-        (["--data.batchsize", "3"], ["--data.batchsize", "batch_size"]),
+        (["--model.lrr", "3"], ["--model.lrr", "did you mean lr?", "fit --model.help DefectClassifier"]),
+        (["--data.batchsize", "3"], ["--data.batchsize", "batch_size", "fit --data.help"]),
         (["--trainer.max_epoch", "3"], ["trainer.max_epoch", "trainer.max_epochs"]),
         (["--resum"], ["resum", "resume"]),
         (["--model", "DefectClasifier"], ["DefectClasifier", "did you mean DefectClassifier?"]),
