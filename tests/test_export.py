@@ -334,7 +334,9 @@ def test_the_factorys_example_reads_deep_and_turned_pictures_as_training_does(ru
         pixels = np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
         words = [sys.executable, str(EXAMPLE), str(file), str(tmp_path / name)]
         said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        assert json.loads(said[said.index("{") :])["score"] == pytest.approx(float(Onnx(file)(pixels[None])["score"][0]))
+        assert json.loads(said[said.index("{") :])["score"] == pytest.approx(
+            float(Onnx(file)(pixels[None])["score"][0])
+        )
     words = [sys.executable, str(EXAMPLE), str(file), str(tmp_path / "clear.png")]
     refused = subprocess.run(words, check=False, capture_output=True, text=True)
     assert refused.returncode == 1
