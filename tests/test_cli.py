@@ -273,7 +273,11 @@ def test_a_run_that_was_killed_before_it_was_recorded_is_begun_anew(lit_defect, 
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("experiment: tiny\n")
     (run / ".run.json.host.123").write_text("{")
-    assert "is no run folder" in fails(capsys, lit_defect, "fit", "--config", config, "--run_id", "one")
+    assert "start it there by --resume" in fails(capsys, lit_defect, "fit", "--config", config, "--run_id", "one")
+    (run / "thesis.docx").touch()
+    for words in ((), ("--resume",)):
+        assert "is no run folder" in fails(capsys, lit_defect, "fit", "--config", config, "--run_id", "one", *words)
+    (run / "thesis.docx").unlink()
     lit_defect("fit", "--config", config, "--run_id", "one", "--resume")
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 
