@@ -24,8 +24,8 @@ quickstart: environment
 	@echo
 	@echo "Look at test_mistakes.png and test_confusion.png in the figures above. Then try:"
 	@echo "  train the whole network   $(BIN)/python -m lit_defect fit --config experiments/classification/elpv_lite0_finetune.yaml"
-	@echo "  your own pictures         $(BIN)/python -m lit_defect fit --config experiments/quickstart.yaml --experiment mine \\"
-	@echo "                                --data CustomCrops --data.root FOLDER   (FOLDER/good/*.png, FOLDER/scratched/*.png, ...)"
+	@echo "  your own pictures         $(BIN)/python -m lit_defect fit --config experiments/classification/crops_lite0.yaml \\"
+	@echo "                                --data.root FOLDER   (FOLDER/good/*.png, FOLDER/scratched/*.jpg, ...)"
 	@echo "  every option              $(BIN)/python -m lit_defect fit --config experiments/quickstart.yaml --print_config"
 
 test: environment

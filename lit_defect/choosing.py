@@ -122,8 +122,13 @@ class RunChoice:
             raise UserError(f"{run.path.parent} cannot be made ({error.strerror}): choose another --runs_dir") from None
         if not record:
             there = list(run.path.iterdir()) if run.path.exists() else []
-            if not all(config.resume and _is_of_beginning(path) for path in there):
+            if not all(map(_is_of_beginning, there)):
                 raise UserError(f"{run.path} exists and is no run folder; choose another --run_id or --experiment")
+            if there and not config.resume:  # it may also be another's that is just beginning
+                raise UserError(
+                    f"{run.path} was left by a launch that ended before its run began; start it there by --resume, "
+                    "or choose another --run_id"
+                )
             if config.resume:
                 say(_NOTHING.format(run.path))
         elif not config.resume:

@@ -34,11 +34,13 @@ def explain(message: str, parser: Any, arguments: list[str]) -> str:
     if unknown and re.search(r"not accept|not expected|is not accepted", message):
         key = unknown.group(1)
         written = _as_written(key, arguments)
-        return f"unknown key {written}{_nearest(key, written, parser)}\n  see: {_help(parser)}"
+        classes = re.findall(r"class_path '(?:[\w.]*\.)?(\w+)'", message)  # outermost first
+        near, help_ = _nearest(key, written, parser, classes[-1:]), _help_of_class(parser, classes[:1])
+        return f"unknown key {written}{near}\n  see: {help_}"
     unrecognised = re.search(r"[Uu]nrecognized arguments: (.*)", message)
     if unrecognised:
         key = unrecognised.group(1).split()[0].lstrip("-").split("=")[0]
-        return f"unknown option --{key}{_nearest(key, key, parser)}\n  see: {_help(parser)}"
+        return f"unknown option --{key}{_nearest(key, key, parser, [])}\n  see: {_help(parser)}"
     choice = re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", message)
     if choice and "subcommand" in message:
         verbs = re.findall(r"\w+", choice.group(2))
@@ -154,14 +156,17 @@ def _as_written(key: str, arguments: list[str]) -> str:
     return repr(key)
 
 
-def _nearest(key: str, written: str, parser: Any) -> str:
-    """`; did you mean ...?` from the parser's options and the arguments of the known classes."""
+def _nearest(key: str, written: str, parser: Any, classes: list[str]) -> str:
+    """`; did you mean ...?` from the parser's options and the arguments of the class asked, or of all known ones."""
     options = {action.dest for action in parser._actions if action.dest and action.dest != "help"}
     options |= {option.partition(".")[0] for option in options}
     if full := difflib.get_close_matches(key, options, n=1, cutoff=0.7):
         return f"; did you mean {full[0]}?"
-    kinds = [*_classes(LightningModule).values(), *_classes(LightningDataModule).values(), *_anomalies().values()]
-    if "anomaly." in written:
+    every = _classes(LightningModule) | _classes(LightningDataModule) | _anomalies()
+    kinds = [*every.values()]
+    if asked := [every[name] for name in classes if name in every]:
+        kinds = asked
+    elif "anomaly." in written:
         kinds = [*_anomalies().values()]
     elif "model." in written:
         kinds = [*_classes(LightningModule).values()]
@@ -224,6 +229,15 @@ def _parameters(known: type) -> set[str]:
         for name in inspect.signature(parent).parameters
         if name not in ("args", "kwargs")
     }
+
+
+def _help_of_class(parser: Any, classes: list[str]) -> str:
+    """The command that explains the arguments of the task or data module, which a verb's own help does not list."""
+    for part, base in (("model", LightningModule), ("data", LightningDataModule)):
+        for name in classes:
+            if name in _classes(base):
+                return f"{_help(parser).removesuffix('--help')}--{part}.help {name}"
+    return _help(parser)
 
 
 def _help(parser: Any) -> str:

@@ -287,9 +287,11 @@ def _stop(number: int, _: Any) -> NoReturn:
 
 
 def end_of(log: Path, lines: int = 5) -> str:
-    """The last lines of a log, as a part of a message."""
-    text = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-lines:]
-    return "\n".join(f"  | {line}" for line in text)
+    """The last lines of a log, as a part of a message: from the error on, where it has more lines than that."""
+    text = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    errors = [number for number, line in enumerate(text) if line.startswith("error: ")]
+    start = min(len(text) - lines, *errors[-1:]) if errors else len(text) - lines
+    return "\n".join(f"  | {line}" for line in text[max(start, 0) :])
 
 
 def _time(seconds: float) -> str:

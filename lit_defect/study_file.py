@@ -5,8 +5,9 @@
     seeds: [0, 1, 2, 3, 4]                   # of every arm
     runs_dir: runs
     steps:                                   # what arms build upon, made once each
-      base: {config: experiments/editing/base_elpv.yaml}
-      edits: {verb: predict, config: experiments/editing/inpaint_elpv.yaml, options: {model.base: "{base}"}}
+      autoencoder: {config: experiments/editing/autoencoder_elpv.yaml}
+      base: {config: experiments/editing/base_elpv.yaml, options: {model.autoencoder: "{autoencoder}"}}
+      edits: {verb: predict, config: experiments/editing/elpv_new.yaml, options: {model.base: "{base}"}}
     config: experiments/studies/classifier_elpv.yaml        # of every arm
     options: {trainer.max_epochs: 20}                       # of every arm
     arms:

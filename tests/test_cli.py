@@ -140,8 +140,8 @@ def test_missing_checkpoints_are_named(lit_defect, config, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model.lrr", "3"], ["--model.lrr", "did you mean lr?"]),
-        (["--data.batchsize", "3"], ["--data.batchsize", "batch_size"]),
+        (["--model.lrr", "3"], ["--model.lrr", "did you mean lr?", "fit --model.help DefectClassifier"]),
+        (["--data.batchsize", "3"], ["--data.batchsize", "batch_size", "fit --data.help"]),
         (["--trainer.max_epoch", "3"], ["trainer.max_epoch", "trainer.max_epochs"]),
         (["--resum"], ["resum", "resume"]),
         (["--model", "DefectClasifier"], ["DefectClasifier", "did you mean DefectClassifier?"]),
@@ -297,7 +297,11 @@ def test_a_run_that_was_killed_before_it_was_recorded_is_begun_anew(lit_defect, 
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("experiment: tiny\n")
     (run / ".run.json.host.123").write_text("{")
-    assert "is no run folder" in fails(capsys, lit_defect, "fit", "--config", config, "--run_id", "one")
+    assert "start it there by --resume" in fails(capsys, lit_defect, "fit", "--config", config, "--run_id", "one")
+    (run / "thesis.docx").touch()
+    for words in ((), ("--resume",)):
+        assert "is no run folder" in fails(capsys, lit_defect, "fit", "--config", config, "--run_id", "one", *words)
+    (run / "thesis.docx").unlink()
     lit_defect("fit", "--config", config, "--run_id", "one", "--resume")
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 

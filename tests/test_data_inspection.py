@@ -60,6 +60,7 @@ def test_one_error_lists_every_file_with_its_remedy(samples, tmp_path):
     for part in ("missing: 1.", "truncated: 1.", "wrong mode: 1.", "data.on_wrong_mode=convert", "0.png", "1.png"):
         assert part in text
     assert "data.on_bad_file=skip" in text
+    assert all(line.count("c.tif") <= 1 for line in text.splitlines())  # named once, by the whole path
     assert [s.name for s in check([odd], on_wrong_mode="convert").samples] == ["c.tif"]
 
 

@@ -15,7 +15,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
+from lit_defect.data.images import read_image
 from lit_defect.export import files, making
 from lit_defect.reporting.maps import read_map
 from lit_defect.tasks import AnomalyLocalizer, DefectClassifier
@@ -317,6 +319,28 @@ def test_the_factorys_example_runs(runs, exported, tmp_path):
     assert found["score"] == pytest.approx(float(Onnx(file)(read(picture)[None])["score"][0]))
     assert "['good', 'defective']" in said
     assert len(EXAMPLE.read_text().split("session = ")[1].splitlines()) <= 10
+
+
+def test_the_factorys_example_reads_deep_and_turned_pictures_as_training_does(runs, exported, tmp_path):
+    file = exported("binary") / "model.onnx"
+    grey = np.asarray(Image.open(runs("binary").parents[2] / "new" / "1.png").convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(grey).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(grey).convert("RGBA").save(tmp_path / "clear.png")
+    for name in ("deep.png", "turned.png"):
+        pixels = read_image(tmp_path / name, convert=True)
+        pixels = np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+        words = [sys.executable, str(EXAMPLE), str(file), str(tmp_path / name)]
+        said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        assert json.loads(said[said.index("{") :])["score"] == pytest.approx(
+            float(Onnx(file)(pixels[None])["score"][0])
+        )
+    words = [sys.executable, str(EXAMPLE), str(file), str(tmp_path / "clear.png")]
+    refused = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "clear.png: mode RGBA" in refused.stderr
 
 
 def test_the_verb_is_quick_to_say_what_it_does():

@@ -300,7 +300,7 @@ def test_table_shows_figures_limits_and_counts() -> None:
     assert f"{100 * escape['low']:.1f} to {100 * escape['high']:.1f} %" in text
     assert f"{escape['k']}/{escape['n']}" in text
     assert "recall: [red]bad" in text
-    assert "200 samples, threshold 0.4" in text
+    assert "200 samples, threshold 0.4 on the defect score for escapes and overkill" in " ".join(text.split())
     for row in rows(result):
         assert f"| {row.label} | {row.number(row.value)} | {row.interval} | {row.count} |" in markdown(result)
 

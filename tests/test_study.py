@@ -588,3 +588,14 @@ def test_a_title_tells_of_pseudo_anomalies_that_unbalance_the_batches(file):
     arms = yaml.safe_load(file.read_text())["arms"].values()
     titles = [arm["title"] for arm in arms if "model.anomaly" in arm.get("options", {})]
     assert all("a quarter of the batch" in title for title in titles)
+
+
+def test_the_end_of_a_log_begins_where_the_error_does(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("epoch 1\nerror: data.root: no such layout\n" + "".join(f"  folder {n}\n" for n in range(9)))
+    assert program.end_of(log).splitlines()[0] == "  | error: data.root: no such layout"
+    assert len(program.end_of(log).splitlines()) == 10
+    log.write_text("a\nb\nc\nerror: short\n")
+    assert program.end_of(log, lines=3) == "  | b\n  | c\n  | error: short"
+    log.write_text("a\n")
+    assert program.end_of(log) == "  | a"

@@ -215,10 +215,16 @@ def report(problems: Sequence[Problem]) -> str:
     lines = [f"Files that cannot be used: {len(problems)} (data.on_bad_file=skip leaves them out)."]
     for kind, some in kinds.items():
         lines.append(f"{kind}: {len(some)}. Remedy: {REMEDIES.get(kind, 'see each file')}.")
-        lines += [f"  {problem.name}: {problem.text}" for problem in some[:SHOWN]]
+        lines += [f"  {_line(problem)}" for problem in some[:SHOWN]]
         if len(some) > SHOWN:
             lines.append(f"  ... and {len(some) - SHOWN} more")
     return "\n".join(lines)
+
+
+def _line(problem: Problem) -> str:
+    """The sample's name and what is wrong with it; the name once, where the text begins with the file itself."""
+    place = problem.text.partition(": ")[0]
+    return problem.text if place.endswith(problem.name) else f"{problem.name}: {problem.text}"
 
 
 def _fault(

@@ -224,7 +224,8 @@ def _caption(result: dict[str, Any]) -> str:
     if result["n_groups"] is not None:
         parts.append(f"{result['n_groups']} groups (the intervals count groups)")
     if result["threshold"] is not None:
-        parts.append(f"threshold {result['threshold']:.3g} on the defect score")
+        parts.append(f"threshold {result['threshold']:.3g} on the defect score for escapes and overkill")
+        parts.append("the likeliest class for all else")
     if len(result["class_names"]) > _LISTED_CLASSES:
         parts.append(f"the {_LISTED_CLASSES} lowest of {len(result['class_names'])} classes")
     return ", ".join(parts)
