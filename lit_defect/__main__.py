@@ -10,7 +10,7 @@ import textwrap
 
 import lit_defect
 from lit_defect.stopping import SIGNALS, STOP
-from lit_defect.verbs import OWN_VERBS, PROGRAMS, VERBS
+from lit_defect.verbs import OWN_VERBS, VERBS
 
 
 def main() -> None:
@@ -43,14 +43,12 @@ def main() -> None:
 
 
 def usage() -> str:
-    """All verbs and programs with what they do."""
+    """All verbs with what they do."""
     verbs = VERBS | {verb: text for verb, (_, text) in OWN_VERBS.items()}
     lines = ["usage: python -m lit_defect VERB [--config FILE] [OPTIONS]", "", (lit_defect.__doc__ or "").strip(), ""]
     for name, text in verbs.items():
         lines += textwrap.wrap(text, 110, initial_indent=f"  {name:10}", subsequent_indent=" " * 12)
-    lines += ["", "python -m lit_defect VERB --help lists the options of a verb. Beside it:", ""]
-    for name, text in PROGRAMS.items():
-        lines += [f"  python -m {name} FILE", *textwrap.wrap(text, 110, initial_indent=" " * 12)]
+    lines += ["", "python -m lit_defect VERB --help lists the options of a verb."]
     return "\n".join(lines)
 
 

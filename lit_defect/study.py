@@ -1,18 +1,18 @@
 """A study: arms that differ in one thing, a run of each for several seeds, and a report; by one command.
 
-    python -m lit_defect.study FILE.yaml [--dry_run] [--only ARM ...] [--seeds 0 1] [--options "--trainer.devices 2"]
+    python -m lit_defect study FILE.yaml [--dry_run] [--only ARM ...] [--seeds 0 1] [--options "--trainer.devices 2"]
 
 What is finished is skipped and what was interrupted goes on, so the same command resumes the study. What the file says
 is told in `study_file.py`; the runs are those of `python -m lit_defect`, one after the other, each in its own folder
 `<runs_dir>/<study>_<arm>/s<seed>`; their output goes to `<runs_dir>/<study>/logs/`. The other
-runs go on where one fails that they do not need. The report (`lit_defect.reporting.study`) is written at the end.
+runs go on where one fails that they do not need. The report (`reporting/study.py`) is written at the end.
 
 On a cluster each job may be a job of its own; the numbers of a stage follow each other:
 
-    python -m lit_defect.study FILE.yaml --list
-    sbatch --array=0-1 --wrap 'python -m lit_defect.study FILE.yaml --job $SLURM_ARRAY_TASK_ID'
+    python -m lit_defect study FILE.yaml --list
+    sbatch --array=0-1 --wrap 'python -m lit_defect study FILE.yaml --job $SLURM_ARRAY_TASK_ID'
     sbatch --array=2-11 --dependency=afterok:FIRST --wrap '...'      # the next stage, and in the end:
-    python -m lit_defect.reporting.study FILE.yaml
+    python -m lit_defect study FILE.yaml --report                   # also while runs are missing: it says which
 
 The exit status is 0 when all is done, 1 when a run failed, 2 for what the user can mend before anything is run, and
 128 + signal when it was stopped.
@@ -152,7 +152,7 @@ def is_finished(job: Job) -> bool:
     return job.run.record().get("status") == "finished" and not job.test_commands()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run a study, or say what it would run; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
@@ -161,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             _list(runner, jobs)
             return 0
+        if options.report:
+            return 0 if _report(runner.study, checked=False) else 2
         runner.check(jobs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -187,19 +189,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if unfinished else 0
 
 
-def _report(study: Study, *, checked: bool) -> None:
-    """Written from what there is."""
+def _report(study: Study, *, checked: bool) -> bool:
+    """Write it from what there is, else say why not."""
     from lit_defect.reporting.study import write_report
 
     try:
         _say(f"report  {write_report(study, checked=checked)}")
-    except UserError as error:
-        _say(f"no report: {error}")
+    except (UserError, OSError) as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lit_defect.study", description="Arms by seeds, by one command that may be repeated."
+        prog="python -m lit_defect study", description="Arms by seeds, by one command that may be repeated."
     )
     parser.add_argument("file", type=Path, help="what is studied, YAML")
     parser.add_argument("--runs_dir", type=Path, help="folder of all experiments [that of the file, or runs]")
@@ -211,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--list", action="store_true", help="print the jobs with their numbers, stages and states")
     one.add_argument("--job", type=int, metavar="N", help="run this job of --list only, as on a cluster")
     one.add_argument("--stage", type=int, metavar="K", help="run the jobs of this stage of --list only")
+    one.add_argument("--report", action="store_true", help="write the report of what there is, and run nothing")
     return parser
 
 
@@ -301,7 +306,3 @@ def _time(seconds: float) -> str:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,6 +13,7 @@ VERBS = {
 """Those of LightningCLI (`lit_defect.cli`)."""
 
 OWN_VERBS = {
+    "study": ("lit_defect.study", "Arms that differ in one thing, a run of each for several seeds, and a report."),
     "sweep": (
         "lit_defect.sweep",
         "Search hyper-parameters with any number of workers: W&B on line, Optuna off line.",
@@ -21,8 +22,3 @@ OWN_VERBS = {
     "export": ("lit_defect.export", "A trained model with its preprocessing as ONNX or torch.export, for the factory."),
 }
 """Module (with `main(arguments) -> exit status`) and description of the others, which start without PyTorch."""
-
-PROGRAMS = {
-    "lit_defect.study": "A study: arms that differ in one thing, a run of each for several seeds, and a report."
-}
-"""What is started as `python -m NAME` beside them."""

@@ -364,9 +364,8 @@ def test_all_verbs_are_listed_at_once():
     code = "import sys; from lit_defect.__main__ import usage; print(usage()); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("fit", "check", "validate", "test", "predict", "sweep", "report", "export"):
+    for verb in ("fit", "check", "validate", "test", "predict", "study", "sweep", "report", "export"):
         assert f"\n  {verb} " in done.stdout
-    assert "python -m lit_defect.study" in done.stdout
 
 
 def test_a_verb_that_is_none(monkeypatch, capsys):

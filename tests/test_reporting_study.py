@@ -16,11 +16,12 @@ from scipy import stats
 from lit_defect.errors import UserError
 from lit_defect.metrics.classification import evaluate
 from lit_defect.reporting import study_alike, study_runs
-from lit_defect.reporting.study import main, markdown
+from lit_defect.reporting.study import markdown
 from lit_defect.reporting.study_runs import FIGURES, Judged, StudyRun, compare, judge, read_results
 from lit_defect.reporting.study_verdict import verdict
 from lit_defect.reporting.zheng_nagata import ACCURACY, BEST, published_difference
 from lit_defect.runs import RunFolder, write_json
+from lit_defect.study import main
 from lit_defect.study_file import read_study
 
 PICTURES_TESTED = 40  # the second half is defective
@@ -373,7 +374,7 @@ def test_a_file_that_says_otherwise_by_now_is_told(study, monkeypatch):
     (note,) = study_alike.changed_since(said, read_results(said))
     assert note == "**B: its runs were made with other options than the file has now: lr: 1 -> 2.**"
     assert note in markdown(said, read_results(said), [note])
-    main([str(study)])
+    main([str(study), "--report"])
     assert note in Path("runs/toy/report.md").read_text()
 
 
@@ -394,7 +395,7 @@ def test_runs_on_other_machines_or_data_are_told(study):
 
 def test_the_program_writes_report_tables_and_picture(study, capsys):
     write_all()
-    assert main([str(study)]) == 0
+    assert main([str(study), "--report"]) == 0
     folder = Path("runs/toy")
     assert str(folder / "report.md") in capsys.readouterr().out
     assert (folder / "arms.png").stat().st_size > 10_000
@@ -425,12 +426,13 @@ def test_files_that_are_missing_beside_the_metrics_are_named(study):
 
 def test_an_output_that_can_be_no_folder(study, capsys):
     write_run("A", 0, [])
-    assert main([str(study), "--output", "c.yaml/report"]) == 2
-    assert "c.yaml/report: Not a directory" in capsys.readouterr().err
+    (Path("runs/toy")).write_text("")
+    assert main([str(study), "--report"]) == 2
+    assert "runs/toy" in capsys.readouterr().err
 
 
 def test_what_cannot_be_reported_is_said(study, capsys):
-    assert main([str(study)]) == 2
+    assert main([str(study), "--report"]) == 2
     assert "no tested run here yet" in capsys.readouterr().err
     folder = write_run("A", 0, [])
     (folder / "test_metrics.json").write_text('{"methods": {}}')
@@ -445,11 +447,11 @@ def test_the_report_shows_what_the_steps_have_made(study, capsys):
     for arm in "AB":
         for seed in range(3):
             write_run(arm, seed, [seed])
-    assert main([str(study)]) == 0
+    assert main([str(study), "--report"]) == 0
     assert "What was made" not in Path("runs/toy/report.md").read_text()
     sheet = Path("runs/toy_made/s0/figures/edits.png")
     sheet.parent.mkdir(parents=True)
     sheet.write_bytes(b"a sheet")
-    assert main([str(study)]) == 0
+    assert main([str(study), "--report"]) == 0
     assert "![made](made.png)" in Path("runs/toy/report.md").read_text()
     assert Path("runs/toy/made.png").read_bytes() == b"a sheet"

@@ -10,14 +10,14 @@ while [[ ${1:-} == -* ]]; do
     shift
 done
 
-python -m lit_defect.study "$@" --dry_run >/dev/null
+python -m lit_defect study "$@" --dry_run >/dev/null
 after=()
 while IFS== read -r _ numbers; do # from lines such as "stage 1: --array=2-11"
     # afterany: jobs whose needs are not met are left out by the study itself, the others run
     job=$(sbatch --parsable "${options[@]}" "${after[@]}" --array="$numbers" "$here/study.sbatch" "$@")
     echo "jobs $numbers: $job"
     after=(--dependency="afterany:$job")
-done < <(python -m lit_defect.study "$@" --list | grep '^stage .*--array=')
+done < <(python -m lit_defect study "$@" --list | grep '^stage .*--array=')
 words=$(printf '%q ' "$@")
-report=$(sbatch --parsable "${after[@]}" --job-name=report --wrap "python -m lit_defect.reporting.study $words")
+report=$(sbatch --parsable "${after[@]}" --job-name=report --wrap "python -m lit_defect study $words--report")
 echo "report: $report"

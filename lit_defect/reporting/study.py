@@ -1,24 +1,19 @@
 """The report of a study: arms side by side, what the differences allow to say, and what the test set is worth.
 
-    python -m lit_defect.reporting.study FILE.yaml [--runs_dir DIR] [--output FOLDER]
-
-Writes `report.md`, `figures.csv` (means and differences), `runs.csv` (every run) and `arms.png` into
-`<runs_dir>/<study>/`. It may be made while runs are missing: it says which. `python -m lit_defect.study` writes it at
-the end.
+`python -m lit_defect study FILE` writes it at the end, and with `--report` at any time, also while runs are missing: it
+says which. It is `report.md`, `figures.csv` (means and differences), `runs.csv` (every run) and `arms.png` in
+`<runs_dir>/<study>/`.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import math
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lit_defect.errors import UserError
 from lit_defect.files import whole_file
 from lit_defect.metrics.intervals import Interval
 from lit_defect.reporting import seeds
@@ -39,18 +34,17 @@ from lit_defect.reporting.study_runs import (
 from lit_defect.reporting.study_verdict import conclusions
 from lit_defect.reporting.tables import markdown_table
 from lit_defect.runs import MIRRORED
-from lit_defect.study_file import Study, read_study
+from lit_defect.study_file import Study
 from lit_defect.study_plan import step_run
 
 _NAMES = {HOLD_OUT: "hold-out", MIRRORED: "mirrored training pictures"}
 
 
-def write_report(study: Study, folder: Path | None = None, *, checked: bool = False) -> Path:
+def write_report(study: Study, *, checked: bool = False) -> Path:
     """Write the report with its tables and picture; returns the Markdown file.
 
     Args:
         study: what was studied.
-        folder: where it goes; None takes the study's own.
         checked: whether the runs are known to have the options of the file; else that is looked at, for some seconds.
 
     Raises:
@@ -59,7 +53,7 @@ def write_report(study: Study, folder: Path | None = None, *, checked: bool = Fa
     from lit_defect.reporting.study_figure import arms_figure
     from lit_defect.reporting.style import save_figure
 
-    results, folder = read_results(study), folder or study.folder
+    results, folder = read_results(study), study.folder
     text = markdown(study, results, () if checked else changed_since(study, results))
     stage = HOLD_OUT if has_stage(results, HOLD_OUT) else MIRRORED
     titles = {arm: study.arms[arm].title for arm in results}
@@ -230,25 +224,6 @@ def both_table(results: Results) -> str:
     return markdown_table(head, body)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report and say where; returns the exit status, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m lit_defect.reporting.study", description="The report of a study.")
-    parser.add_argument("file", type=Path, help="the study's file")
-    parser.add_argument("--runs_dir", type=Path, help="folder of all experiments [that of the file, or runs]")
-    parser.add_argument("--output", type=Path, help="folder of the report [RUNS_DIR/STUDY]")
-    options = parser.parse_args(arguments)
-    try:
-        study = read_study(options.file, options.runs_dir)
-        print(f"report  {write_report(study, options.output)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def _compared(study: Study, results: Results, stage: str) -> dict[str, Compared]:
     """The other arms against the baseline, as far as there are pairs."""
     first = results.get(study.baseline, {})
@@ -313,7 +288,3 @@ def _interval(found: Interval | None) -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
