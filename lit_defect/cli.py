@@ -166,7 +166,10 @@ class CLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(callbacks=[*own, *_missing(own, callbacks)], **kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"trainer: {error}") from error
+            hint = " PyTorch sees none on this machine: set --trainer.accelerator cpu --trainer.devices 1." * (
+                "gpu backend" in str(error)
+            )
+            raise UserError(f"trainer: {error}{hint}") from error
         keep_files_whole(trainer)
         take_over(trainer)
         return trainer

@@ -376,6 +376,12 @@ def test_a_verb_that_is_none(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: unknown verb 'swep': did you mean sweep?\n"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(lit_defect, config, capsys):
+    message = fails(capsys, lit_defect, "fit", "--config", config, "--trainer.accelerator", "gpu")
+    assert message.endswith("set --trainer.accelerator cpu --trainer.devices 1.\n")
+
+
 def test_going_on_with_other_devices_is_said_to_change_the_steps(lit_defect, config, capsys, tmp_path):
     lit_defect("fit", "--config", config, "--run_id", "one", "--trainer.max_epochs", "1")
     record = tmp_path / "runs" / "tiny" / "one" / "run.json"
