@@ -27,9 +27,9 @@ from lit_defect.nets.backbones import Backbone, Part
 from lit_defect.nets.features import FeatureStore
 from lit_defect.nets.gradcam import grad_cam
 from lit_defect.tasks.base import Batch, DefectTask
-from lit_defect.tasks.evaluation import Evaluation, can_be_watched, to_log
+from lit_defect.tasks.evaluation import Evaluation, check_watched, to_log
 from lit_defect.tasks.frozen import cached_features
-from lit_defect.tasks.pseudo import Preview, share_of, with_anomalies
+from lit_defect.tasks.pseudo import Preview, share_of, sizes_with_anomalies, with_anomalies
 from lit_defect.tasks.views import VIEWS, Augment, random_views, resize, unit_range, view
 
 Pixels = npt.NDArray[np.uint8]
@@ -163,14 +163,15 @@ class DefectClassifier(DefectTask):
         if stage == "fit":
             self._check_training(counts.get("train", {}))
             if "val" in counts and self.trainer.limit_val_batches:
-                self._check_monitor(np.array([sample.label for sample in data.samples["val"]]))
+                labels = np.array([sample.label for sample in data.samples["val"]])
+                check_watched(self.monitor[0] if self.monitor else "", labels, names, self.normal_class)
         elif stage == "validate" and "val" not in counts:
             raise UserError("there is no validation split: set data.val_fraction, or use `test`")
 
     def _check_training(self, counts: dict[str, int]) -> None:
         """The loss for classes of these sizes, pseudo-anomalies among them; two of them at least."""
         if self.anomaly is not None:
-            counts = self._with_anomalies(counts)
+            counts = sizes_with_anomalies(counts, self.normal_class, self.anomaly_share)
         present = [name for name, count in counts.items() if count]
         if len(present) < 2:
             raise UserError(
@@ -179,36 +180,6 @@ class DefectClassifier(DefectTask):
             )
         sizes = [1 if self.loss_name == "plain" else count for count in counts.values()]
         self.loss = make_loss(self.loss_name, sizes, label_smoothing=self.label_smoothing)
-
-    def _with_anomalies(self, counts: dict[str, int]) -> dict[str, int]:
-        """Sizes of the classes as a training on pseudo-anomalies meets them."""
-        if self.normal_class is None or len(counts) != 2:
-            raise UserError(
-                "model.init_args.anomaly makes defective pictures of good ones, but the classes are "
-                f"{', '.join(counts)}: leave it out, or take data with a good and one defective class"
-            )
-        names = list(counts)
-        normal, defective = names[self.normal_class], names[1 - self.normal_class]
-        if not counts[normal]:
-            raise UserError(
-                "model.init_args.anomaly makes defects of good pictures, and no good one trains: leave it out"
-            )
-        changed = min(math.ceil(self.anomaly_share * sum(counts.values())), counts[normal] // 2)
-        return {**counts, normal: counts[normal] - changed, defective: counts[defective] + changed}
-
-    def _check_monitor(self, labels: np.ndarray) -> None:
-        """Refuse to watch a figure that validation cannot give, before the first epoch and not after it."""
-        key = self.monitor[0] if self.monitor else ""
-        if not key.startswith("val/"):
-            return
-        names = list(self.class_names or ())
-        defined = can_be_watched(labels, names, self.normal_class)
-        if key not in defined:
-            found = ", ".join(names[label] for label in np.unique(labels))
-            raise UserError(
-                f"model.init_args.monitor = {key}: not to be had from a validation split with the classes "
-                f"{found}; choose one of {', '.join(defined)}, or change data.val_fraction"
-            )
 
     def configure_model(self) -> None:
         """Build the network; weights are fetched only where they will be used."""
@@ -476,12 +447,8 @@ class DefectClassifier(DefectTask):
         self._evaluation, self._result = evaluation, {}
         if not (evaluation.labels >= 0).all():
             return
-        threshold = float(self.threshold)
-        self._result = evaluation.figures(threshold)
-        known = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
-        fresh = evaluation.without(known)
-        if known and fresh.samples:
-            self._result["without_near_duplicates"] = fresh.figures(threshold)
+        leaked = {leak.name_b for leak in getattr(self.data, "leaks", ()) if leak.split_b == stage}
+        self._result = evaluation.result(float(self.threshold), leaked)
         self._result["required_recall"] = self.required_recall
         self._result["training_seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._result["split_seed"] = getattr(self.data, "seed", None)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lit_defect.errors import UserError
 from lit_defect.metrics.classification import evaluate
 
 _WATCHED = (
@@ -48,6 +49,13 @@ class Evaluation:
         clustered = len(set(groups)) < len(groups)
         return self._evaluate(threshold, groups=groups if clustered else None)
 
+    def result(self, threshold: float, leaked: set[str]) -> dict[str, Any]:
+        """All figures, and those without the samples of these names, which other splits have nearly the same of."""
+        figures, fresh = self.figures(threshold), self.without(leaked)
+        if leaked and fresh.samples:
+            figures["without_near_duplicates"] = fresh.figures(threshold)
+        return figures
+
     def watched(self, stage: str, threshold: float) -> dict[str, float]:
         """The figures to log, `<stage>/<name>`, where they are defined; quick, without intervals."""
         return to_log(stage, self._evaluate(threshold, resamples=0))
@@ -75,8 +83,25 @@ def to_log(stage: str, result: dict[str, Any]) -> dict[str, float]:
     return {f"{stage}/{name}": value for name, value in values.items() if value is not None}
 
 
-def can_be_watched(labels: npt.NDArray[np.int64], class_names: list[str], normal_class: int | None) -> list[str]:
-    """Names of the figures that a validation split with these labels can give."""
+def check_watched(key: str, labels: npt.NDArray[np.int64], class_names: list[str], normal_class: int | None) -> None:
+    """Refuse to watch a figure that a validation split cannot give, before the first epoch and not after it.
+
+    Args:
+        key: what is watched, such as `val/auroc`.
+        labels: (n,) of the split.
+        class_names, normal_class: as in `Evaluation`.
+
+    Raises:
+        UserError: with the figures that can be had.
+    """
+    if not key.startswith("val/"):
+        return
     guess = np.full((len(labels), len(class_names)), 1 / len(class_names))
     result = evaluate(guess, labels, class_names, normal_class=normal_class, threshold=0.5, resamples=0)
-    return list(to_log("val", result))
+    defined = to_log("val", result)
+    if key not in defined:
+        found = ", ".join(class_names[label] for label in np.unique(labels))
+        raise UserError(
+            f"model.init_args.monitor = {key}: not to be had from a validation split with the classes "
+            f"{found}; choose one of {', '.join(defined)}, or change data.val_fraction"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_defect.anomalies import PseudoAnomaly
+from lit_defect.errors import UserError
 from lit_defect.tasks.base import Batch
 
 _PROBED = 64  # pictures whose pseudo-anomalies are looked at before the training
@@ -45,6 +47,25 @@ class Preview:
 
     def _sources(self) -> Tensor:
         return self._pixels(self._data.loader("train").batch(self._positions)["image"])
+
+
+def sizes_with_anomalies(counts: dict[str, int], normal: int | None, share: float) -> dict[str, int]:
+    """Sizes of the two classes as a training meets them that turns this share of its pictures into defective ones.
+
+    Raises:
+        UserError: there are other classes than a good and a defective one, or no good picture.
+    """
+    if normal is None or len(counts) != 2:
+        raise UserError(
+            "model.init_args.anomaly makes defective pictures of good ones, but the classes are "
+            f"{', '.join(counts)}: leave it out, or take data with a good and one defective class"
+        )
+    names = list(counts)
+    good, defective = names[normal], names[1 - normal]
+    if not counts[good]:
+        raise UserError("model.init_args.anomaly makes defects of good pictures, and no good one trains: leave it out")
+    changed = min(math.ceil(share * sum(counts.values())), counts[good] // 2)
+    return {**counts, good: counts[good] - changed, defective: counts[defective] + changed}
 
 
 def share_of(batch: Batch, normal: int, share: float) -> Tensor:
