@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -45,6 +47,29 @@ def fit(task: Toy, epochs: int = 2, checkpoint: Any = None, **settings: Any) -> 
     trainer = Trainer(accelerator="cpu", max_epochs=epochs, enable_model_summary=False, **quiet, **settings)
     trainer.fit(task, DataLoader(Numbers(), batch_size=4), ckpt_path=checkpoint, weights_only=True)
     return trainer
+
+
+class Last(Callback):
+    """Notes at the very end of a process whether it is connected to others still."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: DefectTask, stage: str) -> None:
+        """Before the task's own: handlers are called last first."""
+        atexit.register(self.note, trainer.global_rank)
+
+    def note(self, rank: int) -> None:
+        (self.folder / f"{rank}.txt").write_text(str(torch.distributed.is_initialized()))
+
+
+# --- several processes ---
+
+
+def test_processes_part_before_python_ends(tmp_path):
+    """Else one in twenty is aborted by a thread of gloo's that needs Python still."""
+    fit(Toy(), epochs=1, devices=2, strategy="ddp_spawn", use_distributed_sampler=False, callbacks=[Last(tmp_path)])
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["False", "False"]
 
 
 # --- randomness ---

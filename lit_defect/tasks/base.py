@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import math
 import os
@@ -91,6 +92,8 @@ class DefectTask(LightningModule):
         if reason := self.objection(getattr(stage, "value", stage)):
             raise UserError(reason)
         self._evaluated.clear()
+        atexit.unregister(_part)
+        atexit.register(_part)
 
     def objection(self, verb: str) -> str | None:
         """Why the task has no such verb; None if it has."""
@@ -270,6 +273,17 @@ class DefectTask(LightningModule):
         if merged["index"].unique().numel() != merged["index"].numel():
             raise UserError("samples were evaluated twice: set trainer.use_distributed_sampler to false")
         return merged
+
+
+def _part() -> None:
+    """Part from the other processes of a run while Python still lives; Lightning does so for NCCL alone.
+
+    Gloo's threads may hold what needs Python to be let go: one in twenty CPU processes was aborted at its very end, and
+    a launcher takes that for a failed run (pytorch/pytorch#179291).
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() != "nccl":
+        distributed.destroy_process_group()
 
 
 def warmup_and_decay(step: int, total: float, warmup: float, schedule: str) -> float:
