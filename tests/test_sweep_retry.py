@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 
 from lit_defect.claims import Claims, create, machine
 from lit_defect.report.sweeps import read_sweep as read_summary
@@ -91,6 +92,30 @@ def test_numbers_and_parameters_go_on_as_if_nothing_had_failed(tmp_path, method)
         ("complete", 3), ("complete", 3), ("complete", 2), *[("complete", 1)] * 3,
     ]  # fmt: skip
     assert len(list((tmp_path / "runs/toy").glob("toy-t*"))) == 6
+
+
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_numbers_and_parameters_go_on_under_hyperband_too_which_shows_samplers_a_part_of_the_trials(tmp_path, method):
+    bands = {"type": "hyperband", "min_iter": 1, "max_iter": 27}
+    parameters = {"x": {"values": list(range(12))}, **({} if method == "grid" else {"y": {"min": 0.0, "max": 1.0}})}
+    file = sweep_file(tmp_path, method=method, run_cap=12, parameters=parameters, early_terminate=bands)
+    sweep = read_sweep(file)
+
+    def drawn(folder: Path, failing: int) -> list[dict[str, object]]:
+        folder.mkdir()
+        study = open_study(sweep, folder, None, "of this folder")
+        found = []
+        for place in range(12):
+            trial = study.ask()
+            found.append({parameter.name: parameter.suggest(trial) for parameter in sweep.parameters})
+            trial.report(1.0, 1)
+            trial.should_prune()  # makes the brackets
+            if place < failing:
+                study.tell(trial, state=TrialState.FAIL)
+                assert retry(study, sweep, Claims(folder / "claims")) == [place]
+        return found
+
+    assert drawn(tmp_path / "some", failing=3) == drawn(tmp_path / "none", failing=0)
 
 
 def test_what_has_failed_is_not_looked_at_by_importance(tmp_path):

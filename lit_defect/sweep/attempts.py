@@ -25,7 +25,8 @@ def number_of(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> int:
     """The sweep's number of one of Optuna's trials."""
     if _REPEATS in trial.user_attrs:
         return int(trial.user_attrs[_REPEATS])
-    before = study.get_trials(deepcopy=False)[: trial.number]
+    # not study.get_trials: hyperband shows a sampler the trials of one bracket only
+    before = study._storage.get_all_trials(study._study_id, deepcopy=False)[: trial.number]
     return trial.number - sum(_REPEATS in one.user_attrs for one in before)
 
 
