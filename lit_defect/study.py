@@ -306,3 +306,7 @@ def _time(seconds: float) -> str:
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+if __name__ == "__main__":  # the former command, of job scripts that must not end well with nothing done
+    raise SystemExit("error: this is now python -m lit_defect study FILE")
