@@ -345,6 +345,10 @@ def test_one_job_one_stage_one_arm_one_seed(write, play, capsys):
     assert play(file, "--only", "Q", status=2) == []
     assert play(file, "--seeds", "7", status=2) == []
     assert "the arms are A, B" in capsys.readouterr().err
+    assert play(file, "--report", "--only", "A", status=2) == []
+    assert "--report is of the whole study" in capsys.readouterr().err
+    assert play(file, "--options", "--note 'a", status=2) == []
+    assert "error: --options --note 'a: no closing quotation" in capsys.readouterr().err
 
 
 def test_the_list_tells_the_numbers_of_a_stage(write, play, capsys):
