@@ -49,7 +49,10 @@ def test_a_trial_that_has_failed_goes_on_in_its_folders_and_counts_once(tmp_path
     flag.unlink()
     assert again(file, "--trials", "2") == 0
     assert "trials that wait to be run again: 2\n" in capsys.readouterr().out
-    assert [trial["state"] for trial in outcome(file)["trials"]] == ["complete", "failed", "waiting"]
+    trials = outcome(file)["trials"]
+    assert [trial["state"] for trial in trials] == ["complete", "failed", "waiting"]
+    assert trials[2]["params"] == {"x": 3}
+    assert trials[2]["runs"] == ["toy/toy-t0002-s0", "toy/toy-t0002-s1"]
     assert again(file) == 0
     assert "trials that wait to be run again: 1\n" in capsys.readouterr().out
     assert again(file) == 0
@@ -159,6 +162,23 @@ def test_of_many_at_once_one_lets_a_trial_be_run_again(tmp_path, database):
     assert len(study_of(file, url).trials) == 6
     assert work(file, *(["--storage", url] if url else [])) == 0
     assert [trial["attempts"] for trial in outcome(file)["trials"]] == [2, 2, 2]
+
+
+def test_who_comes_late_does_not_let_a_trial_be_run_again_twice(tmp_path, monkeypatch):
+    file = sweep_file(tmp_path, parameters={"x": {"values": [1, 2]}})
+    broken(file)
+    assert work(file) == 1
+    late, sweep, claims = study_of(file), read_sweep(file), Claims(tmp_path / "runs/toy/claims")
+    newest = claims.newest
+
+    def look():
+        monkeypatch.undo()
+        assert retry(study_of(file), sweep, Claims(claims.folder), [0]) == [0]
+        return newest()
+
+    monkeypatch.setattr(claims, "newest", look)  # after it has seen which have failed
+    assert retry(late, sweep, claims) == [1]
+    assert len(study_of(file).trials) == 4
 
 
 def test_what_died_while_it_let_a_trial_be_run_again_is_no_hindrance(tmp_path):
