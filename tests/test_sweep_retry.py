@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,3 +205,16 @@ def test_only_what_has_failed_is_run_again(tmp_path, capsys):
         assert said in capsys.readouterr().err
     assert again(file) == 0
     assert [trial["attempts"] for trial in outcome(file)["trials"]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("verb", [[], ["status"], ["retry"]])
+def test_without_optuna_it_says_what_to_install(tmp_path, verb):
+    file = sweep_file(tmp_path)
+    assert work(file) == 0
+    code = "import sys; sys.modules['optuna'] = None; from lit_defect.sweep import main; sys.exit(main(sys.argv[1:]))"
+    words = [*verb, str(file), "--runs_dir", str(tmp_path / "runs"), *([] if verb else ["--offline"])]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: a sweep off line needs optuna: pip install 'lit_defect[sweep]'\n"

@@ -70,6 +70,11 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        print("error: a sweep off line needs optuna: pip install 'lit_defect[sweep]'", file=sys.stderr)
+        return 2
     if status == 128 + signal.SIGUSR1:
         requeue()
     return status
