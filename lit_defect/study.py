@@ -156,7 +156,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a study, or say what it would run; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        runner = Runner(read_study(options.file, options.runs_dir), shlex.split(options.options))
+        runner = Runner(read_study(options.file, options.runs_dir), words_of(options.options))
         jobs = _of_options(runner, options)
         if options.list:
             _list(runner, jobs)
@@ -221,6 +221,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _of_options(runner: Runner, options: argparse.Namespace) -> list[Job]:
     """The jobs that the command line asks for; numbers and stages count all jobs of the study."""
+    if options.report and (options.only or options.seeds):
+        raise UserError("--report is of the whole study: leave out --only and --seeds")
     if options.job is not None:
         if options.only or options.seeds:
             raise UserError("--job names one job by itself: leave out --only and --seeds")
@@ -291,6 +293,18 @@ def _stop(number: int, _: Any) -> NoReturn:
     raise Stopped(number)
 
 
+def words_of(text: str) -> list[str]:
+    """Words of what `--options` is given, as a shell reads them.
+
+    Raises:
+        UserError: a quotation mark without its second.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--options {text}: {str(error).lower()}") from None
+
+
 def end_of(log: Path, lines: int = 5) -> str:
     """The last lines of a log, as a part of a message: from the error on, where it has more lines than that."""
     text = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
@@ -306,3 +320,7 @@ def _time(seconds: float) -> str:
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+if __name__ == "__main__":  # the former command, of job scripts that must not end well with nothing done
+    raise SystemExit("error: this is now python -m lit_defect study FILE")

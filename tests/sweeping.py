@@ -90,13 +90,13 @@ def hold(folder: Path) -> Path:
     return file
 
 
-def start(file: Path, *words: str) -> subprocess.Popen[str]:
-    """A worker in a process of its own."""
+def start(file: Path, *words: str, session: bool = False) -> subprocess.Popen[str]:
+    """A worker in a process of its own; with `session` also a group of its own, as what is started in a terminal."""
     command = [sys.executable, "-m", "lit_defect", "sweep", str(file), "--runs_dir", str(file.parent / "runs"), *words]
     root = str(Path(__file__).parent.parent)
     return subprocess.Popen(
         command, cwd=file.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": root}, start_new_session=session,
     )  # fmt: skip
 
 

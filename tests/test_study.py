@@ -345,6 +345,10 @@ def test_one_job_one_stage_one_arm_one_seed(write, play, capsys):
     assert play(file, "--only", "Q", status=2) == []
     assert play(file, "--seeds", "7", status=2) == []
     assert "the arms are A, B" in capsys.readouterr().err
+    assert play(file, "--report", "--only", "A", status=2) == []
+    assert "--report is of the whole study" in capsys.readouterr().err
+    assert play(file, "--options", "--note 'a", status=2) == []
+    assert "error: --options --note 'a: no closing quotation" in capsys.readouterr().err
 
 
 def test_the_list_tells_the_numbers_of_a_stage(write, play, capsys):
@@ -575,6 +579,14 @@ def test_the_program_starts_without_torch():
 
 
 @pytest.mark.skipif(not STUDIES, reason="no study among the experiments")
+@pytest.mark.parametrize("module", ["study", "reporting.study"])
+def test_a_job_script_with_the_former_command_is_told_the_new_one(module):
+    command = [sys.executable, "-m", f"lit_defect.{module}", "elpv.yaml"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "this is now python -m lit_defect study FILE" in done.stderr
+
+
 def test_every_study_among_the_experiments_has_options_that_there_are(monkeypatch):
     monkeypatch.chdir(EXPERIMENTS.parent)
     monkeypatch.setenv("PYTHONPATH", str(EXPERIMENTS.parent))

@@ -17,7 +17,7 @@ from lit_defect.sweep import _write_plan, main
 from lit_defect.sweep.file import read_sweep
 from lit_defect.sweep.search import open_study
 from lit_defect.sweep.training import Stops, Training
-from tests.sweeping import at_once, hold, outcome, start, sweep_file, until
+from tests.sweeping import at_once, hold, outcome, run_record, start, sweep_file, until
 
 
 def work(file: Path, *words: str) -> int:
@@ -207,6 +207,16 @@ def test_ctrl_c_again_reaches_all_workers_of_a_machine(tmp_path):
     said, _ = parent.communicate(timeout=20)
     assert parent.returncode == 130, said
     assert [trial["state"] for trial in outcome(file)["trials"]] == ["waiting"] * 2
+
+
+def test_ctrl_c_in_a_terminal_which_the_whole_group_hears_counts_once(tmp_path):
+    file = sweep_file(tmp_path, options={"hold": hold(tmp_path)}, parameters={"x": {"values": [1, 2]}})
+    parent = start(file, "--workers", "2", "--offline", session=True)
+    until(lambda: len(list((tmp_path / "runs/toy").glob("toy-t000?-s0/state.json"))) == 2)
+    os.killpg(parent.pid, signal.SIGINT)
+    said, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 130, said
+    assert [run_record(file, f"toy/toy-t000{n}-s0")["status"] for n in range(2)] == ["preempted"] * 2  # not killed
 
 
 def test_a_signal_after_ctrl_c_twice_takes_nothing_back():

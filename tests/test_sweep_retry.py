@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 
 from lit_defect.claims import Claims, create, machine
 from lit_defect.report.sweeps import read_sweep as read_summary
@@ -48,7 +51,10 @@ def test_a_trial_that_has_failed_goes_on_in_its_folders_and_counts_once(tmp_path
     flag.unlink()
     assert again(file, "--trials", "2") == 0
     assert "trials that wait to be run again: 2\n" in capsys.readouterr().out
-    assert [trial["state"] for trial in outcome(file)["trials"]] == ["complete", "failed", "waiting"]
+    trials = outcome(file)["trials"]
+    assert [trial["state"] for trial in trials] == ["complete", "failed", "waiting"]
+    assert trials[2]["params"] == {"x": 3}
+    assert trials[2]["runs"] == ["toy/toy-t0002-s0", "toy/toy-t0002-s1"]
     assert again(file) == 0
     assert "trials that wait to be run again: 1\n" in capsys.readouterr().out
     assert again(file) == 0
@@ -91,6 +97,30 @@ def test_numbers_and_parameters_go_on_as_if_nothing_had_failed(tmp_path, method)
         ("complete", 3), ("complete", 3), ("complete", 2), *[("complete", 1)] * 3,
     ]  # fmt: skip
     assert len(list((tmp_path / "runs/toy").glob("toy-t*"))) == 6
+
+
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_numbers_and_parameters_go_on_under_hyperband_too_which_shows_samplers_a_part_of_the_trials(tmp_path, method):
+    bands = {"type": "hyperband", "min_iter": 1, "max_iter": 27}
+    parameters = {"x": {"values": list(range(12))}, **({} if method == "grid" else {"y": {"min": 0.0, "max": 1.0}})}
+    file = sweep_file(tmp_path, method=method, run_cap=12, parameters=parameters, early_terminate=bands)
+    sweep = read_sweep(file)
+
+    def drawn(folder: Path, failing: int) -> list[dict[str, object]]:
+        folder.mkdir()
+        study = open_study(sweep, folder, None, "of this folder")
+        found = []
+        for place in range(12):
+            trial = study.ask()
+            found.append({parameter.name: parameter.suggest(trial) for parameter in sweep.parameters})
+            trial.report(1.0, 1)
+            trial.should_prune()  # makes the brackets
+            if place < failing:
+                study.tell(trial, state=TrialState.FAIL)
+                assert retry(study, sweep, Claims(folder / "claims")) == [place]
+        return found
+
+    assert drawn(tmp_path / "some", failing=3) == drawn(tmp_path / "none", failing=0)
 
 
 def test_what_has_failed_is_not_looked_at_by_importance(tmp_path):
@@ -136,6 +166,23 @@ def test_of_many_at_once_one_lets_a_trial_be_run_again(tmp_path, database):
     assert [trial["attempts"] for trial in outcome(file)["trials"]] == [2, 2, 2]
 
 
+def test_who_comes_late_does_not_let_a_trial_be_run_again_twice(tmp_path, monkeypatch):
+    file = sweep_file(tmp_path, parameters={"x": {"values": [1, 2]}})
+    broken(file)
+    assert work(file) == 1
+    late, sweep, claims = study_of(file), read_sweep(file), Claims(tmp_path / "runs/toy/claims")
+    newest = claims.newest
+
+    def look():
+        monkeypatch.undo()
+        assert retry(study_of(file), sweep, Claims(claims.folder), [0]) == [0]
+        return newest()
+
+    monkeypatch.setattr(claims, "newest", look)  # after it has seen which have failed
+    assert retry(late, sweep, claims) == [1]
+    assert len(study_of(file).trials) == 4
+
+
 def test_what_died_while_it_let_a_trial_be_run_again_is_no_hindrance(tmp_path):
     file = sweep_file(tmp_path, parameters={"x": {"values": [1, 2]}})
     flag = broken(file)
@@ -158,3 +205,16 @@ def test_only_what_has_failed_is_run_again(tmp_path, capsys):
         assert said in capsys.readouterr().err
     assert again(file) == 0
     assert [trial["attempts"] for trial in outcome(file)["trials"]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("verb", [[], ["status"], ["retry"]])
+def test_without_optuna_it_says_what_to_install(tmp_path, verb):
+    file = sweep_file(tmp_path)
+    assert work(file) == 0
+    code = "import sys; sys.modules['optuna'] = None; from lit_defect.sweep import main; sys.exit(main(sys.argv[1:]))"
+    words = [*verb, str(file), "--runs_dir", str(tmp_path / "runs"), *([] if verb else ["--offline"])]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: a sweep off line needs optuna: pip install 'lit_defect[sweep]'\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,16 @@ def test_workers_have_gpus_of_their_own_and_as_many_each(tmp_path, monkeypatch, 
     assert "worker 1: GPU GPU-2a-b, GPU-3a-b\n" in capfd.readouterr().out
 
 
-def test_threads_that_a_job_script_sets_for_the_job_are_shared_as_well(tmp_path, monkeypatch, smi):
+def test_threads_that_a_job_script_sets_for_the_job_are_shared_as_well(tmp_path, monkeypatch, smi, capfd):
     monkeypatch.setenv("OMP_NUM_THREADS", "512")  # experiments/cluster/environment.sh sets those of all its cores
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7), raising=False)
     assert seen_by_trials(tmp_path, monkeypatch, 2) == [("None", "3")] * 2  # and without a GPU nothing is set
+    assert "worker 1: no GPU\n" in capfd.readouterr().out
+
+
+def test_a_worker_that_is_killed_ends_all_with_the_status_of_its_signal(monkeypatch, capfd):
+    monkeypatch.setattr(several, "tied", lambda words: [sys.executable, "-c", words[-1]])
+    assert several.work([[], []], ["import os; os.kill(os.getpid(), 9)"]) == 137
 
 
 def test_more_workers_than_gpus_are_refused_until_they_are_to_share(tmp_path, monkeypatch, smi, capsys):
@@ -102,6 +109,7 @@ def test_the_same_number_for_all():
         ("GPU-1a-b,GPU-2a-b", ["GPU-1a-b", "GPU-2a-b"]),
         ("MIG-c,MIG-GPU-x/1/0", ["MIG-c", "MIG-GPU-x/1/0"]),
         ("0,-1,1", ["0"]),  # as CUDA reads it
+        ("0,0,1", ["0", "1"]),
         ("-1", []),
         ("", []),
         ("NoDevFiles", []),  # SLURM, to a job that has asked for none
@@ -115,6 +123,10 @@ def test_what_is_set_already_is_shared_out(smi, said, names):
 def test_devices_of_this_machine(tmp_path, smi):
     assert gpus({}) == []
     smi(CUT)
+    assert gpus({}) == ["MIG-c", "MIG-d", "GPU-b"]
+    smi(f"WARNING: infoROM is corrupted BYTE\n{CUT}")
+    script = tmp_path / "bin/nvidia-smi"
+    script.write_bytes(script.read_bytes().replace(b"BYTE", b"\xff"))
     assert gpus({}) == ["MIG-c", "MIG-d", "GPU-b"]
     smi("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", 9)
     assert gpus({}) == []

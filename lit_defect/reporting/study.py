@@ -288,3 +288,7 @@ def _interval(found: Interval | None) -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+if __name__ == "__main__":  # the former command, of job scripts that must not end well with nothing done
+    raise SystemExit("error: this is now python -m lit_defect study FILE --report")

@@ -36,6 +36,7 @@ from lit_defect import runs
 from lit_defect.claims import Claims, create
 from lit_defect.errors import UserError
 from lit_defect.stopping import requeue
+from lit_defect.study import words_of
 from lit_defect.sweep import commands, several
 from lit_defect.sweep.file import SEED, Sweep, read_sweep
 from lit_defect.sweep.space import combinations
@@ -68,6 +69,11 @@ def main(arguments: Sequence[str]) -> int:
         status = _work(sweep, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        print("error: a sweep off line needs optuna: pip install 'lit_defect[sweep]'", file=sys.stderr)
         return 2
     if status == 128 + signal.SIGUSR1:
         requeue()
@@ -125,10 +131,7 @@ def is_online(sweep: Sweep, options: argparse.Namespace) -> bool:
 
 
 def _work(sweep: Sweep, options: argparse.Namespace) -> int:
-    try:
-        extra = shlex.split(options.options)
-    except ValueError as error:
-        raise UserError(f"--options {options.options}: {str(error).lower()}") from None
+    extra = words_of(options.options)
     if options.list:
         return _list(sweep)
     workers = options.workers

@@ -7,12 +7,12 @@ sweep's own numbers go on as if there were no marked ones: a grid's point is not
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lit_defect.claims import Claims
+from lit_defect.claims import Claim, Claims
 from lit_defect.errors import UserError
 from lit_defect.sweep.file import Sweep
 
@@ -25,7 +25,8 @@ def number_of(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> int:
     """The sweep's number of one of Optuna's trials."""
     if _REPEATS in trial.user_attrs:
         return int(trial.user_attrs[_REPEATS])
-    before = study.get_trials(deepcopy=False)[: trial.number]
+    # not study.get_trials: hyperband shows a sampler the trials of one bracket only
+    before = study._storage.get_all_trials(study._study_id, deepcopy=False)[: trial.number]
     return trial.number - sum(_REPEATS in one.user_attrs for one in before)
 
 
@@ -82,10 +83,14 @@ def retry(study: optuna.Study, sweep: Sweep, claims: Claims, asked: Collection[i
                 f"--trials {number}: it is {trials[number].state.name.lower()}, and only failed ones are run again"
             )
     failed = [number for number, trial in trials.items() if trial.state == TrialState.FAIL]
-    return [n for n in failed if (asked is None or n in asked) and _again(study, sweep, claims, n, trials[n])]
+    newest = claims.newest()  # read once: they are as many files as there are trials
+    wanted = [number for number in failed if asked is None or number in asked]
+    return [number for number in wanted if _again(study, sweep, claims, newest, number, trials[number])]
 
 
-def _again(study: optuna.Study, sweep: Sweep, claims: Claims, number: int, failed: FrozenTrial) -> bool:
+def _again(
+    study: optuna.Study, sweep: Sweep, claims: Claims, newest: Mapping[str, Claim], number: int, failed: FrozenTrial
+) -> bool:
     """Begin the next attempt and give it back at once; False if another process has done so."""
     known = {key: failed.user_attrs[key] for key in _KEPT if key in failed.user_attrs}
     trial = create_trial(
@@ -93,7 +98,7 @@ def _again(study: optuna.Study, sweep: Sweep, claims: Claims, number: int, faile
         user_attrs={_REPEATS: number, _ATTEMPT: attempts(failed), **known},
     )  # fmt: skip
     task = task_of(number, trial)
-    before = claims.newest().get(task)
+    before = newest.get(task)
     if before is not None and not (before.released or claims.is_dead(before)):
         return False
     if (held := claims.take(task, before)) is None:

@@ -36,8 +36,8 @@ def work(devices: Sequence[Sequence[str]], words: Sequence[str]) -> int:
     """
     environment = {**without_slurm(os.environ), "OMP_NUM_THREADS": str(_threads(len(devices)))}
     command = tied([sys.executable, "-m", "lit_defect", "sweep", *words])
-    for place, names in enumerate(devices if any(devices) else ()):
-        print(f"worker {place}: GPU {', '.join(names)}", flush=True)
+    for place, names in enumerate(devices):
+        print(f"worker {place}: {'GPU ' + ', '.join(names) if names else 'no GPU'}", flush=True)
     with Stops().noted() as stops:
         workers = [
             subprocess.Popen(
@@ -52,7 +52,8 @@ def work(devices: Sequence[Sequence[str]], words: Sequence[str]) -> int:
                 for worker in workers:
                     worker.send_signal(stops.number)
             time.sleep(0.2)
-    return stops.status if stops.number else max(abs(worker.returncode) for worker in workers)
+    ends = [128 - worker.returncode if worker.returncode < 0 else worker.returncode for worker in workers]
+    return stops.status if stops.number else max(ends)
 
 
 def _threads(workers: int) -> int:
@@ -72,9 +73,10 @@ def gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
     if VISIBLE in environment:
         names = [name.strip() for name in environment[VISIBLE].split(",")]
         valid = [bool(re.fullmatch(r"\d+|(GPU|MIG)-.+", name)) for name in names]
-        return names[: valid.index(False)] if False in valid else names  # CUDA reads up to the first that is none
+        read = names[: valid.index(False)] if False in valid else names  # CUDA reads up to the first that is none
+        return list(dict.fromkeys(read))  # one that stands twice is still one
     try:
-        asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_SECONDS)
+        asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=_SECONDS)
         found = asked.stdout if asked.returncode == 0 else ""
     except (OSError, subprocess.TimeoutExpired):
         found = ""
