@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from lit_defect.claims import Held
 from lit_defect.data import cache
 from lit_defect.data.cache import PixelStore, disk_store, ram_store
 from lit_defect.errors import DataError
@@ -150,6 +151,38 @@ def test_a_disk_that_others_fill_meanwhile_is_an_error_and_not_a_crash(tmp_path,
         with pytest.raises(DataError, match=r"No space left .* data\.cache_dir"):
             disk_store(tmp_path / "pixels.u8", shapes(EVEN), Reader(EVEN))
     assert [left.name for left in tmp_path.iterdir()] == ["claims"]
+
+
+def test_what_a_full_disk_leaves_claimed_does_not_keep_this_process_waiting_for_itself(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.os, "posix_fallocate", full)
+        patched.setattr(Held, "release", full)
+        with pytest.raises(DataError, match="No space left"):
+            disk_store(tmp_path / "pixels.u8", shapes(EVEN), Reader(EVEN))
+    monkeypatch.setattr(cache.time, "sleep", lambda _: pytest.fail("it waits"))
+    np.testing.assert_array_equal(
+        disk_store(tmp_path / "pixels.u8", shapes(EVEN), Reader(EVEN)).take([3]), EVEN[3][None]
+    )
+
+
+def test_a_build_that_has_slept_while_another_took_over_uses_what_that_one_made(tmp_path, monkeypatch):
+    path, asleep, wakes = tmp_path / "pixels.u8", threading.Event(), threading.Event()
+
+    def slow(row):
+        asleep.set()
+        wakes.wait()
+        return EVEN[row]
+
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(disk_store, path, shapes(EVEN), slow)
+        asleep.wait()
+        monkeypatch.setattr(cache.Claims, "is_dead", lambda *_: True)  # as after minutes without a sign of life
+        disk_store(path, shapes(EVEN), Reader(EVEN))
+        wakes.set()
+        np.testing.assert_array_equal(late.result(timeout=20).take([3]), EVEN[3][None])
 
 
 def umask() -> int:

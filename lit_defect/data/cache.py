@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -206,7 +207,7 @@ def _build_once(path: Path, shapes: Sequence[Shape], read: Read, needed: int) ->
         return path.exists() and path.stat().st_size == needed
 
     while not is_there():
-        before = claims.newest().get(path.stem)
+        before = claims.newest(path.stem).get(path.stem)
         if before is not None and not before.released and not claims.is_dead(before):
             if not told:
                 log.info("%s: waits for %s, which decodes the same pictures", path, before.worker)
@@ -217,8 +218,12 @@ def _build_once(path: Path, shapes: Sequence[Shape], read: Read, needed: int) ->
                 try:
                     if not is_there():  # made since the last look
                         _build(path, shapes, read, needed)
+                except FileNotFoundError:
+                    if held.is_mine():
+                        raise  # else it has slept, and another process has taken over and its file away
                 finally:
-                    held.release()
+                    with suppress(OSError):  # the disk may be full
+                        held.release()
 
 
 def _build(path: Path, shapes: Sequence[Shape], read: Read, needed: int) -> None:

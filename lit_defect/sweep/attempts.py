@@ -93,7 +93,7 @@ def _again(study: optuna.Study, sweep: Sweep, claims: Claims, number: int, faile
         user_attrs={_REPEATS: number, _ATTEMPT: attempts(failed), **known},
     )  # fmt: skip
     task = task_of(number, trial)
-    before = claims.newest().get(task)
+    before = claims.newest(task).get(task)
     if before is not None and not (before.released or claims.is_dead(before)):
         return False
     if (held := claims.take(task, before)) is None:
