@@ -19,6 +19,7 @@ from lit_defect.callbacks.run import RunRecorder
 from lit_defect.claims import begin_launch, last_launch
 from lit_defect.data import MVTecAD
 from lit_defect.errors import UserError
+from lit_defect.nets.backbones import Backbone
 from lit_defect.runs import RunFolder
 from tests.anomaly_diffusion import make_base, make_parts
 from tests.editing import write_config
@@ -276,6 +277,24 @@ def test_of_launches_that_begin_one_run_at_the_same_moment_the_first_one_has_it(
     monkeypatch.setattr(MVTecAD, "prepare_data", look_while_another_begins)
     assert "was taken by another process" in fails(capsys, lit_defect, *words, "--resume")
     assert run.record() == before
+
+
+def test_a_run_goes_on_that_an_earlier_version_began_with_a_group_of_parameters_for_each_layer(
+    lit_defect, config, tmp_path, monkeypatch
+):
+    words = ("fit", "--config", config, "--resume", "--model.schedule", "constant")
+    groups = Backbone.parameter_groups
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Backbone, "parameter_groups", lambda *args, **options: groups(*args, **options, by_layer=True))
+        lit_defect(*words, "--run_id", "old", "--trainer.max_epochs", "1")
+    lit_defect(*words, "--run_id", "old", "--trainer.max_epochs", "2")
+    lit_defect(*words, "--run_id", "new", "--trainer.max_epochs", "2")
+    old, new = (
+        torch.load(RunFolder(tmp_path / "runs" / "tiny" / name).last, weights_only=True) for name in ("old", "new")
+    )
+    assert len(old["optimizer_states"][0]["param_groups"]) > len(new["optimizer_states"][0]["param_groups"])
+    for key, value in new["state_dict"].items():
+        torch.testing.assert_close(old["state_dict"][key], value)
 
 
 @pytest.mark.parametrize("process", [0, 1])
