@@ -125,6 +125,22 @@ def test_of_several_at_once_one_decodes_and_the_others_wait(tmp_path):
     assert path.stat().st_mode & 0o044 == 0o044 & ~umask(), "others of a shared folder may read it"
 
 
+def test_whoever_waits_says_so(tmp_path, monkeypatch):
+    path, begun, said = tmp_path / "pixels.u8", threading.Event(), threading.Event()
+
+    def slow(row):
+        begun.set()
+        assert said.wait(timeout=20)
+        return EVEN[row]
+
+    monkeypatch.setattr(cache, "say", lambda text: said.set() if "waits for" in text else None)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(disk_store, path, shapes(EVEN), slow)
+        assert begun.wait(timeout=20)
+        disk_store(path, shapes(EVEN), Reader(EVEN))
+        first.result()
+
+
 def test_a_killed_build_is_taken_over_at_once_and_leaves_nothing(tmp_path):
     path = tmp_path / "pixels.u8"
 
