@@ -94,11 +94,13 @@ class Claims:
         """
         generation = 0 if before is None else before.generation + 1
         deaths = 0 if before is None else before.deaths + (not before.released)
-        entries = {**_myself(), "token": secrets.token_hex(8), "deaths": deaths, "released": False}
+        token = secrets.token_hex(8)
+        entries = {**_myself(), "token": token, "deaths": deaths, "released": False}
         path = self.folder / f"{task}-{generation}.json"
+        _working.add(token)  # before another thread can see the file
         if not create(path, entries):
+            _working.discard(token)
             return None
-        _working.add(str(entries["token"]))
         return Held(Claim(task, generation, path, **entries))
 
     def is_dead(self, claim: Claim) -> bool:
