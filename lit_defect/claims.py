@@ -7,7 +7,8 @@ nothing away from the one that was first, and an owner that has slept finds that
 
 An owner is dead when
 
-- it is of this machine (same host, same boot, same process namespace) and its process is gone;
+- it is of this machine (same host, same boot, same process namespace) and its process is gone, or is the observer's
+  own, which has ended its work without giving the task back, as on a full disk;
 - or its file has not changed for `DEAD_AFTER` seconds of the observer's clock: no clocks are compared.
 """
 
@@ -30,7 +31,8 @@ from lit_defect import runs
 
 BEAT = 20.0  # seconds between signs of life
 DEAD_AFTER = 180.0  # seconds without any; network folders may show a change a minute late
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without links say
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # what file systems without links say
+_working: set[str] = set()  # tokens of what this process has taken and not ended
 _LAUNCHES, _LAUNCH = ".launches", "launch"  # folder and task of the launches that write a folder
 
 
@@ -74,10 +76,10 @@ class Claims:
         self.dead_after = dead_after
         self._seen: dict[Path, tuple[int, int, float]] = {}  # a file's first and last change, and when that was seen
 
-    def newest(self) -> dict[str, Claim]:
-        """The valid claim of each task."""
+    def newest(self, of: str = "") -> dict[str, Claim]:
+        """The valid claim of each task; to read few files, of those only whose names begin with `of`."""
         found: dict[str, Claim] = {}
-        for path in self.folder.glob("*-*.json"):
+        for path in self.folder.glob(f"{of}*-*.json"):
             task, _, generation = path.stem.rpartition("-")
             if task not in found or int(generation) > found[task].generation:
                 found[task] = Claim(task, int(generation), path)
@@ -92,16 +94,20 @@ class Claims:
         """
         generation = 0 if before is None else before.generation + 1
         deaths = 0 if before is None else before.deaths + (not before.released)
-        entries = {**_myself(), "token": secrets.token_hex(8), "deaths": deaths, "released": False}
+        token = secrets.token_hex(8)
+        entries = {**_myself(), "token": token, "deaths": deaths, "released": False}
         path = self.folder / f"{task}-{generation}.json"
+        _working.add(token)  # before another thread can see the file
         if not create(path, entries):
+            _working.discard(token)
             return None
         return Held(Claim(task, generation, path, **entries))
 
     def is_dead(self, claim: Claim) -> bool:
         """Whether the owner of a claim that was not given back is gone, as far as can be told now."""
         if claim.machine == machine():
-            return not claim.pid or runs.process_start(claim.pid) != claim.born
+            ended = claim.pid == os.getpid() and claim.token not in _working
+            return ended or not claim.pid or runs.process_start(claim.pid) != claim.born
         return self.unchanged(claim.path)
 
     def is_alive(self, claim: Claim) -> bool:
@@ -141,6 +147,7 @@ class Held:
     def __exit__(self, *_: Any) -> None:
         self._done.set()
         self._thread.join()
+        _working.discard(self.claim.token)
 
     def is_mine(self) -> bool:
         """Whether no other worker has taken the task over; also while the folder is away and nobody can tell."""
@@ -168,7 +175,7 @@ def last_launch(folder: Path) -> Claim | None:
 
     To be looked up before it is decided to write there; see `begin_launch`.
     """
-    return Claims(folder / _LAUNCHES).newest().get(_LAUNCH)
+    return Claims(folder / _LAUNCHES).newest(_LAUNCH).get(_LAUNCH)
 
 
 def begin_launch(folder: Path, before: Claim | None) -> Held | None:

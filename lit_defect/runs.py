@@ -314,10 +314,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def whole_rows(file: Path) -> list[dict[str, str]]:
     """The rows of a `metrics.csv`, without the half line of one that is being written, or that a full disk has left.
 
-    None if there is no file.
+    No rows if there is no file.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8", errors="replace")  # the half line may end within a letter
     except OSError:
         return []
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))

@@ -8,14 +8,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from lit_defect.__main__ import main as run_module
+from lit_defect.callbacks.run import RunRecorder
 from lit_defect.claims import begin_launch, last_launch
 from lit_defect.data import MVTecAD
+from lit_defect.errors import UserError
+from lit_defect.nets.backbones import Backbone
 from lit_defect.runs import RunFolder
 from tests.anomaly_diffusion import make_base, make_parts
 from tests.editing import write_config
@@ -273,6 +277,42 @@ def test_of_launches_that_begin_one_run_at_the_same_moment_the_first_one_has_it(
     monkeypatch.setattr(MVTecAD, "prepare_data", look_while_another_begins)
     assert "was taken by another process" in fails(capsys, lit_defect, *words, "--resume")
     assert run.record() == before
+
+
+def test_a_run_goes_on_that_an_earlier_version_began_with_a_group_of_parameters_for_each_layer(
+    lit_defect, config, tmp_path, monkeypatch
+):
+    words = ("fit", "--config", config, "--resume", "--model.schedule", "constant")
+    groups = Backbone.parameter_groups
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Backbone, "parameter_groups", lambda *args, **options: groups(*args, **options, by_layer=True))
+        lit_defect(*words, "--run_id", "old", "--trainer.max_epochs", "1")
+    lit_defect(*words, "--run_id", "old", "--trainer.max_epochs", "2")
+    lit_defect(*words, "--run_id", "new", "--trainer.max_epochs", "2")
+    old, new = (
+        torch.load(RunFolder(tmp_path / "runs" / "tiny" / name).last, weights_only=True) for name in ("old", "new")
+    )
+    assert len(old["optimizer_states"][0]["param_groups"]) > len(new["optimizer_states"][0]["param_groups"])
+    for key, value in new["state_dict"].items():
+        torch.testing.assert_close(old["state_dict"][key], value)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_why_a_folder_cannot_be_begun_all_processes_are_told(tmp_path, process):
+    """The first one's error alone would leave the others waiting: with NCCL for half an hour."""
+    run, said = RunFolder(tmp_path / "one"), []
+    run.path.mkdir()
+    (run.path / ".launches").write_text("where no folder can be made, as on a disk that may only be read")
+
+    class Strategy:
+        def broadcast(self, own: object) -> object:
+            said.append(own)
+            return own if len(said) == 1 or process == 0 else "why not"
+
+    trainer = SimpleNamespace(strategy=Strategy(), is_global_zero=process == 0, world_size=2)
+    with pytest.raises(UserError, match=r"cannot be written .*--runs_dir" if process == 0 else "why not"):
+        RunRecorder(run, "fit", {}, "hash").setup(trainer, None, "fit")
+    assert len(said) == 2, "the first process has spoken, and the other listened"
 
 
 def test_a_run_that_was_killed_in_its_test_is_tested_by_resume(lit_defect, config, tmp_path, capsys):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from lit_defect.claims import Held
 from lit_defect.data import cache
 from lit_defect.data.cache import PixelStore, disk_store, ram_store
 from lit_defect.errors import DataError
@@ -124,6 +125,22 @@ def test_of_several_at_once_one_decodes_and_the_others_wait(tmp_path):
     assert path.stat().st_mode & 0o044 == 0o044 & ~umask(), "others of a shared folder may read it"
 
 
+def test_whoever_waits_says_so(tmp_path, monkeypatch):
+    path, begun, said = tmp_path / "pixels.u8", threading.Event(), threading.Event()
+
+    def slow(row):
+        begun.set()
+        assert said.wait(timeout=20)
+        return EVEN[row]
+
+    monkeypatch.setattr(cache, "say", lambda text: said.set() if "waits for" in text else None)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(disk_store, path, shapes(EVEN), slow)
+        assert begun.wait(timeout=20)
+        disk_store(path, shapes(EVEN), Reader(EVEN))
+        first.result()
+
+
 def test_a_killed_build_is_taken_over_at_once_and_leaves_nothing(tmp_path):
     path = tmp_path / "pixels.u8"
 
@@ -150,6 +167,38 @@ def test_a_disk_that_others_fill_meanwhile_is_an_error_and_not_a_crash(tmp_path,
         with pytest.raises(DataError, match=r"No space left .* data\.cache_dir"):
             disk_store(tmp_path / "pixels.u8", shapes(EVEN), Reader(EVEN))
     assert [left.name for left in tmp_path.iterdir()] == ["claims"]
+
+
+def test_what_a_full_disk_leaves_claimed_does_not_keep_this_process_waiting_for_itself(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.os, "posix_fallocate", full)
+        patched.setattr(Held, "release", full)
+        with pytest.raises(DataError, match="No space left"):
+            disk_store(tmp_path / "pixels.u8", shapes(EVEN), Reader(EVEN))
+    monkeypatch.setattr(cache.time, "sleep", lambda _: pytest.fail("it waits"))
+    np.testing.assert_array_equal(
+        disk_store(tmp_path / "pixels.u8", shapes(EVEN), Reader(EVEN)).take([3]), EVEN[3][None]
+    )
+
+
+def test_a_build_that_has_slept_while_another_took_over_uses_what_that_one_made(tmp_path, monkeypatch):
+    path, asleep, wakes = tmp_path / "pixels.u8", threading.Event(), threading.Event()
+
+    def slow(row):
+        asleep.set()
+        wakes.wait()
+        return EVEN[row]
+
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(disk_store, path, shapes(EVEN), slow)
+        asleep.wait()
+        monkeypatch.setattr(cache.Claims, "is_dead", lambda *_: True)  # as after minutes without a sign of life
+        disk_store(path, shapes(EVEN), Reader(EVEN))
+        wakes.set()
+        np.testing.assert_array_equal(late.result(timeout=20).take([3]), EVEN[3][None])
 
 
 def umask() -> int:

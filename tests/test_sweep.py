@@ -255,6 +255,21 @@ def test_a_worker_of_another_machine_is_dead_when_its_file_stays_the_same(tmp_pa
     assert claims.is_dead(claim)
 
 
+def test_a_task_belongs_to_its_thread_from_the_moment_that_others_see_it_to_its_end(tmp_path, monkeypatch):
+    seen, claims = [], Claims(tmp_path)
+
+    def look_at_once(path, entries):
+        made = create(path, entries)
+        seen.append(claims.is_dead(claims.newest()["t0000"]))
+        return made
+
+    monkeypatch.setattr("lit_defect.claims.create", look_at_once)
+    with claims.take("t0000"):
+        seen.append(claims.is_dead(claims.newest()["t0000"]))
+    assert seen == [False, False]
+    assert claims.is_dead(claims.newest()["t0000"]), "ended without being given back"
+
+
 def test_a_number_that_is_used_again_is_another_process(tmp_path):
     claims = Claims(tmp_path)
     claims.take("t0000")

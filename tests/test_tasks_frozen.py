@@ -38,24 +38,29 @@ class Data:
         return Loader()
 
 
-def trainer(rank: int, processes: int, on_a_machine: int, barrier: threading.Barrier) -> Any:
+def trainer(rank: int, processes: int, on_a_machine: int, barrier: threading.Barrier, said: list[bool]) -> Any:
+    def all_say(own: bool) -> bool:
+        said.append(own)
+        barrier.wait(20)
+        return all(said)
+
     return SimpleNamespace(
         global_rank=rank, world_size=processes, local_rank=rank % on_a_machine, num_devices=on_a_machine,
-        strategy=SimpleNamespace(barrier=lambda name: barrier.wait(20)),
+        strategy=SimpleNamespace(barrier=lambda name: barrier.wait(20), reduce_boolean_decision=all_say),
     )  # fmt: skip
 
 
 def together(stores: list[FeatureStore], on_a_machine: int) -> tuple[list[torch.Tensor], list[int]]:
     """What each process gets, and how many pictures each went through the network with."""
     processes, computed = len(stores), [0] * len(stores)
-    barrier = threading.Barrier(processes)
+    barrier, said = threading.Barrier(processes), []
 
     def work(rank: int) -> torch.Tensor:
         def compute(images: torch.Tensor, view: int) -> torch.Tensor:
             computed[rank] += len(images)
             return images.float()[:, None].expand(-1, 2)
 
-        started = trainer(rank, processes, on_a_machine, barrier)
+        started = trainer(rank, processes, on_a_machine, barrier, said)
         return cached_features(started, Data(), "train", 1, stores[rank], compute)
 
     with ThreadPoolExecutor(processes) as pool:
@@ -119,3 +124,10 @@ def test_a_folder_that_cannot_be_written_is_told_with_what_to_do(tmp_path):
     (tmp_path / "features").unlink()
     found, _ = together([open_store(tmp_path)], on_a_machine=1)
     assert torch.equal(found[0], EXPECTED)
+
+
+def test_where_one_machine_cannot_keep_them_the_others_do_not_wait_for_it(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "features").write_text("no folder")
+    with pytest.raises(UserError, match="by another process"):  # says the first one
+        together([open_store(tmp_path / str(rank)) for rank in range(2)], on_a_machine=1)

@@ -18,6 +18,7 @@ import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from lit_defect.callbacks import tracking
 from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, _logged_steps, finishing, wandb_logger
 from lit_defect.runs import RunFolder
 from lit_defect.tracking_login import logged_in, server
@@ -82,6 +83,34 @@ def test_a_half_line_of_a_killed_run_goes(tmp_path, kept):
     resumed.save()
     assert [row["step"] for row in rows(tmp_path)] == [*map(str, range(max(0, min(whole, 2)))), "2"]
     assert {len(line.split(",")) for line in file.read_text().splitlines()} == {3}
+
+
+def test_a_header_may_be_torn_within_a_letter(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes("step,recall/Käse".encode()[:13])
+    assert _logged_steps(RunFolder(tmp_path)) == {}
+    resumed = MetricsCSV(tmp_path)
+    resumed.rewind(0)
+    resumed.log_metrics({"recall/Käse": 1.0}, 0)
+    resumed.save()
+    assert rows(tmp_path) == [{"recall/Käse": "1.0", "step": "0"}]
+
+
+def test_a_full_disk_takes_no_rows_where_columns_are_added_and_mixes_none(tmp_path, monkeypatch):
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.save()
+    before = (tmp_path / "metrics.csv").read_bytes()
+    logger.log_metrics({"auroc": 0.5}, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking, "whole_file", lambda _: Path("/dev/full").open("wb"))  # noqa: SIM115
+        for _ in range(2):  # again at the end of the run that this breaks off
+            with pytest.raises(OSError, match="No space left"):
+                logger.save()
+            assert (tmp_path / "metrics.csv").read_bytes() == before
+    logger.save()
+    assert rows(tmp_path) == [
+        {"auroc": "", "loss": "1.0", "step": "0"}, {"auroc": "0.5", "loss": "", "step": "1"}
+    ]  # fmt: skip
 
 
 def test_rewinding_without_a_file_is_nothing(tmp_path):

@@ -49,46 +49,55 @@ class RunRecorder(Callback):
         """Make the folder before anything else writes into it.
 
         Raises:
-            UserError: the processes of one launch have not come to the same folder; another launch has taken it.
+            UserError: the processes of one launch have not come to the same folder; another launch has taken it;
+                it cannot be written.
         """
         if trainer.strategy.broadcast(self.run.run_id) != self.run.run_id:
             raise UserError("the processes of this launch disagree on the run's folder: give all of them one --run_id")
-        if not self._begun and self.stage == "fit":
-            mine = trainer.strategy.broadcast(trainer.is_global_zero and self._take())
-            if not mine:
-                raise UserError(
+        if self._begun:
+            return
+        # What keeps the first process from it is said to all: none waits for one that has ended.
+        if reason := trainer.strategy.broadcast(self._begin(trainer) if trainer.is_global_zero else ""):
+            raise UserError(reason)
+        self._begun = True
+
+    def _begin(self, trainer: Trainer) -> str:
+        """Take the folder and write which run it is; why that cannot be, empty if it is done."""
+        try:
+            # The folder was chosen before data were looked at, which may have taken minutes.
+            if self.stage == "fit" and (self.run.is_alive() or begin_launch(self.run.path, self.before) is None):
+                return (
                     f"{self.run.path} was taken by another process, which began at the same time; wait for it or stop "
                     "it, or start another run with --run_id NEW_NAME"
                 )
-        if not self._begun and self.stage == "fit" and self.run.last.is_file():
-            self._compare_devices(trainer)
-        if not self._begun and trainer.is_global_zero and (self.stage == "fit" or not self.run.record()):
-            self.run.path.mkdir(parents=True, exist_ok=True)
-            config = self.run.path / "config.yaml"
-            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            if not config.is_file() or config.read_text(encoding="utf-8") != text:
-                keep_previous(config)  # of a run that goes on with other options
-                with whole_file(config) as file:
-                    file.write(text.encode())
-            process = describe_process(sys.argv)
-            begun = self.run.record().get("started", process["started"])
-            resumed = [
-                *self.run.record().get("resumed", []),
-                *([process["started"]] if self.run.record() else []),
-            ]
-            self.run.update(
-                **{**process, "started": begun},
-                resumed=resumed,
-                status="running" if self.stage == "fit" else "evaluation",
-                seed=self.config.get("seed_everything"),
-                config_hash=self.config_hash,
-                devices=trainer.world_size,
+            if self.stage == "fit" or not self.run.record():
+                self._write(trainer)
+        except OSError as error:
+            return (
+                f"{self.run.path} cannot be written ({error.strerror or error}): make room or mend the folder, or "
+                "choose another --runs_dir"
             )
-        self._begun = True
+        return ""
 
-    def _take(self) -> bool:
-        """Whether nobody else has begun to train into the folder since it was chosen, while data were looked at."""
-        return not self.run.is_alive() and begin_launch(self.run.path, self.before) is not None
+    def _write(self, trainer: Trainer) -> None:
+        if self.stage == "fit" and self.run.last.is_file():
+            self._compare_devices(trainer)
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        config = self.run.path / "config.yaml"
+        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        if not config.is_file() or config.read_text(encoding="utf-8") != text:
+            keep_previous(config)  # of a run that goes on with other options
+            with whole_file(config) as file:
+                file.write(text.encode())
+        process, before = describe_process(sys.argv), self.run.record()
+        self.run.update(
+            **{**process, "started": before.get("started", process["started"])},
+            resumed=[*before.get("resumed", []), *([process["started"]] if before else [])],
+            status="running" if self.stage == "fit" else "evaluation",
+            seed=self.config.get("seed_everything"),
+            config_hash=self.config_hash,
+            devices=trainer.world_size,
+        )
 
     def _compare_devices(self, trainer: Trainer) -> None:
         """Warn where a run goes on with steps of other samples than those that its schedule counts."""

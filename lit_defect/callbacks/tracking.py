@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,18 @@ class _AppendingWriter(ExperimentWriter):
         if not rows:
             path.unlink()
             return
+        self._write(rows)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Add columns; the original leaves no rows where it is killed or the disk is full."""
+        try:
+            self._write(whole_rows(Path(self.metrics_file_path)))
+        except OSError:
+            self._check_log_dir_exists()  # the columns are the old ones still, also for what is logged at the end
+            raise
+
+    def _write(self, rows: Iterable[Mapping[str, str]]) -> None:
+        path = Path(self.metrics_file_path)
         with whole_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
             writer = csv.DictWriter(text, fieldnames=self.metrics_keys)
             writer.writeheader()

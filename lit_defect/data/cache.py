@@ -10,12 +10,12 @@ Rows may differ in size: they lie one behind the other, and only rows of one siz
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -27,12 +27,11 @@ import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
 from lit_defect.claims import Claims
+from lit_defect.console import say
 from lit_defect.data.images import Array, read_mask, read_pixels, resize_image, resize_mask
 from lit_defect.data.samples import Sample
 from lit_defect.errors import DataError
 from lit_defect.files import whole_file
-
-log = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds between looks at what another process decodes
 Shape = tuple[int, ...]
@@ -206,10 +205,10 @@ def _build_once(path: Path, shapes: Sequence[Shape], read: Read, needed: int) ->
         return path.exists() and path.stat().st_size == needed
 
     while not is_there():
-        before = claims.newest().get(path.stem)
+        before = claims.newest(path.stem).get(path.stem)
         if before is not None and not before.released and not claims.is_dead(before):
             if not told:
-                log.info("%s: waits for %s, which decodes the same pictures", path, before.worker)
+                say(f"waits for {before.worker}, which decodes the same pictures into {path}")
             told = True
             time.sleep(_POLL)
         elif held := claims.take(path.stem, before):
@@ -217,8 +216,12 @@ def _build_once(path: Path, shapes: Sequence[Shape], read: Read, needed: int) ->
                 try:
                     if not is_there():  # made since the last look
                         _build(path, shapes, read, needed)
+                except FileNotFoundError:
+                    if held.is_mine():
+                        raise  # else it has slept, and another process has taken over and its file away
                 finally:
-                    held.release()
+                    with suppress(OSError):  # the disk may be full
+                        held.release()
 
 
 def _build(path: Path, shapes: Sequence[Shape], read: Read, needed: int) -> None:

@@ -246,12 +246,15 @@ class Backbone(nn.Module):
         groups = group_parameters(self.model, self.model.group_matcher(coarse=True))
         return [groups[number] for number in sorted(groups)]
 
-    def parameter_groups(self, *, lr: float, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, *, lr: float, weight_decay: float, layer_decay: float = 1.0, by_layer: bool = False
+    ) -> list[dict[str, Any]]:
         """Groups of the trainable parameters, for `timm.optim.create_optimizer_v2` or any optimiser.
 
         A layer k steps before the last learns at `lr * layer_decay ** k`, counted by timm's fine
         `group_matcher` (discriminative fine-tuning, Howard & Ruder 2018). Norms, biases and what the
-        network itself excepts (position embeddings) have no weight decay.
+        network itself excepts (position embeddings) have no weight decay. Layers that learn alike are one group, or
+        with `by_layer` a group each, as in states that earlier versions have saved.
         """
         from timm.optim import param_groups_layer_decay
 
@@ -259,12 +262,13 @@ class Backbone(nn.Module):
         groups = param_groups_layer_decay(
             self.model, weight_decay=weight_decay, no_weight_decay_list=excepted, layer_decay=layer_decay
         )
-        # A plain `lr` in place of timm's `lr_scale`, which only timm's own schedulers read. Layers that learn alike go
-        # into one group: an optimizer's step costs a GPU as many launches as it has groups.
-        alike: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for group in groups:
-            alike.setdefault((lr * group["lr_scale"], group["weight_decay"]), []).extend(group["params"])
-        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in alike.items()]
+        # A plain `lr` in place of timm's `lr_scale`, which only timm's own schedulers read. One group for layers that
+        # learn alike: an optimizer's step costs a GPU as many launches as it has groups.
+        alike: dict[tuple[float, float, int], list[nn.Parameter]] = {}
+        for number, group in enumerate(groups):
+            kind = (lr * group["lr_scale"], group["weight_decay"], number * by_layer)
+            alike.setdefault(kind, []).extend(group["params"])
+        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay, _), params in alike.items()]
 
     def fingerprint(self) -> str:
         """Identity of the map from normalised images to features: equal for equal networks and weights."""

@@ -80,7 +80,7 @@ def _registered(sweep: Sweep, folder: Path, told: Mapping[str, Any]) -> dict[str
     claims = Claims(folder / "claims")
     until = time.monotonic() + _WAIT
     while not (known := runs.read_json(file)):
-        before = claims.newest().get("wandb")
+        before = claims.newest("wandb").get("wandb")
         if (before is None or before.released or claims.is_dead(before)) and (held := claims.take("wandb", before)):
             project = sweep.said.get("project") or os.environ.get("WANDB_PROJECT", "lit_defect")
             entity = sweep.said.get("entity") or os.environ.get("WANDB_ENTITY")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,6 +130,7 @@ class DefectClassifier(DefectTask):
         self.backbone: Backbone | None = None
         self._features: dict[str, Tensor] = {}
         self._fingerprint: str | None = None
+        self._saved_groups: int | None = None  # of parameters, in the state that is gone on with
         self._preview: Preview | None = None
         self._result: dict[str, Any] = {}
         self._evaluation: Evaluation
@@ -214,7 +216,13 @@ class DefectClassifier(DefectTask):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Layer-wise learning rates, no decay for norms and biases."""
-        return self.network.parameter_groups(lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay)
+        make = partial(
+            self.network.parameter_groups, lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay
+        )
+        groups = make()
+        if self._saved_groups in (None, sum(bool(group["params"]) for group in groups)):
+            return groups
+        return make(by_layer=True)  # the run was begun by an earlier version
 
     # --- checkpoints ---
 
@@ -246,6 +254,8 @@ class DefectClassifier(DefectTask):
             checkpoint["state_dict"].update({key: own[key] for key in self._frozen_keys()})
         else:
             self._fingerprint = None  # the checkpoint brings weights of its own
+        if states := checkpoint.get("optimizer_states"):
+            self._saved_groups = len(states[0]["param_groups"])
 
     def fingerprint(self) -> str:
         """Identity of the frozen features."""

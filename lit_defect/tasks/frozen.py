@@ -29,7 +29,7 @@ def cached_features(
         compute: (pictures (B, 3, H, W), view) -> features (B, D).
 
     Raises:
-        UserError: the features could not be kept.
+        UserError: the features could not be kept, by this process or another one.
     """
     keys = [data.sample_key(sample) for sample in data.samples[split]]
     alone = (0, 1)
@@ -51,7 +51,11 @@ def cached_features(
                     reason = f" ({error})"  # told when the others do not wait any more
         trainer.strategy.barrier("features computed")
     found = [store.get(keys, view=number) for number in range(views)]
-    if any(len(missing) for _, missing in found):
+    kept = not any(len(missing) for _, missing in found)
+    everywhere = trainer.strategy.reduce_boolean_decision(kept)  # else the others would wait for those that fail
+    if kept and not everywhere:
+        raise UserError(f"features of {split} could not be kept by another process; its own message says why")
+    if not kept:
         raise UserError(
             f"features of {split} could not be kept in {store.folder}{reason}; "
             "free some space there, or set model.init_args.cache_features to false"
