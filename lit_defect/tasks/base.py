@@ -7,9 +7,10 @@ import difflib
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from lit_defect.errors import UserError
 from lit_defect.runs import MIRRORED, MIRRORED_TRAIN, better, keep_previous
 
 Batch = dict[str, Any]
+_PATIENCE = 5.0  # seconds for what other processes have not answered
 
 
 class DefectTask(LightningModule):
@@ -92,8 +94,8 @@ class DefectTask(LightningModule):
         if reason := self.objection(getattr(stage, "value", stage)):
             raise UserError(reason)
         self._evaluated.clear()
-        atexit.unregister(_part)
-        atexit.register(_part)
+        if _distributed():
+            _part_in_the_end()
 
     def objection(self, verb: str) -> str | None:
         """Why the task has no such verb; None if it has."""
@@ -275,15 +277,33 @@ class DefectTask(LightningModule):
         return merged
 
 
-def _part() -> None:
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@cache
+def _part_in_the_end() -> None:
     """Part from the other processes of a run while Python still lives; Lightning does so for NCCL alone.
 
     Gloo's threads may hold what needs Python to be let go: one in twenty CPU processes was aborted at its very end, and
-    a launcher takes that for a failed run (pytorch/pytorch#179291).
+    a launcher takes that for a failed run (pytorch/pytorch#179291). What waits for another process, as after an error
+    in the midst of a step, is not waited for long.
     """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() != "nccl":
-        distributed.destroy_process_group()
+    ends = threading.Event()
+
+    def part() -> None:
+        ends.wait()
+        if torch.distributed.get_backend() != "nccl":
+            torch.distributed.destroy_process_group()
+
+    def end() -> None:
+        if _distributed():
+            ends.set()
+            thread.join(_PATIENCE)
+
+    thread = threading.Thread(target=part, daemon=True)
+    thread.start()  # in the end Python lets none begin
+    atexit.register(end)
 
 
 def warmup_and_decay(step: int, total: float, warmup: float, schedule: str) -> float:
