@@ -146,7 +146,7 @@ def test_of_leakage_nothing_is_shown_where_nothing_was_looked_for(two_arms):
         file.unlink()
     built = build(gather(Asked(runs=[two_arms])))
     assert "leakage" not in [table.name for table in all_tables(built)]
-    assert "Near-duplicates were not looked for (no `leakage.csv`)." in _text(built)
+    assert "Near-duplicates were not looked for (`data.leakage` off, or files that are missing)." in _text(built)
 
 
 def test_different_tests_of_arms_are_no_chance_of_the_split(two_arms):
