@@ -121,7 +121,8 @@ def leakage(matter: Matter) -> Section | None:
         blocks.append(Text("Its generator has learnt from test pictures:", "warning", _shortened(seen)))
     if unknown:
         of_all = len(unknown) == len(matter.arms)
-        text = f"Near-duplicates were not looked for (`data.leakage` off, or files that are missing){'.' if of_all else ':'}"
+        why = "`data.leakage` off, or files that are missing"
+        text = f"Near-duplicates were not looked for ({why}){'.' if of_all else ':'}"
         blocks.append(Text(text, "note", [] if of_all else _shortened(unknown)))
     if matter.stage == "mirrored":
         blocks.append(Text("The tested pictures are the training pictures mirrored: a leak by design.", "warning"))

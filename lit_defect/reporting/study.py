@@ -187,7 +187,7 @@ def discordant_table(found: Mapping[str, Compared], baseline: str) -> str:
 
 
 def leakage_table(results: Results) -> str:
-    """Test pictures with a near-duplicate in an earlier split, and the accuracy with and without them."""
+    """Test pictures with a near-duplicate in training or validation, and the accuracy with and without them."""
     body, unchecked = [], False
     for arm, runs in results.items():
         tested = [run.tested[HOLD_OUT] for run in runs.values() if HOLD_OUT in run.tested]
@@ -202,7 +202,7 @@ def leakage_table(results: Results) -> str:
         body.append([arm, _range(total), _range(near), of_all.text(100, 1), without.text(100, 1)])
     if not body:
         return "There is no hold-out: every test picture is a training picture, mirrored.\n"
-    head = ("hold-out", "test pictures", "near-duplicates in training", "accuracy, %", "without them")
+    head = ("hold-out", "test pictures", "near-duplicates in earlier splits", "accuracy, %", "without them")
     note = (
         "\n- Near-duplicates were not looked for in all runs (data.leakage off): 0 may mean unknown.\n"
         if unchecked
