@@ -220,6 +220,11 @@ def test_limits_of_a_difference_are_differences_that_shares_can_have(study):
     found = judge(results["A"], results["B"], "test", "accuracy", 0.95)
     assert (found.low, found.high) == (-1, 1)
     assert "(-100.0 to +100.0 at 95 %, 2 seeds" in verdict(found, "accuracy", 0.95)
+    main([str(study), "--report"])
+    with Path("runs/toy/figures.csv").open() as lines:
+        numbers = {row["configuration"]: row for row in csv.DictReader(lines) if row["figure"] == "accuracy"}
+    assert (numbers["A"]["low"], numbers["A"]["high"]) == ("0", "1")
+    assert (numbers["B less A, over seeds"]["low"], numbers["B less A, over seeds"]["high"]) == ("-1", "1")
 
 
 def test_runs_that_were_tested_on_other_pictures_are_no_pairs(study):

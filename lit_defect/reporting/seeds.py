@@ -271,9 +271,9 @@ def experiment_of(made: Path) -> str:
 
 
 def paired(first: Row, other: Row, categories: Sequence[str], figure: str) -> Spread:
-    """Over the seeds that both arms have for all categories: the difference of the means over categories."""
+    """Over the seeds that both arms have for all categories: the difference of a share's means over categories."""
     one, two = (_by_seed(row, categories, figure) for row in (first, other))
-    return Spread.of(two[seed] - one[seed] for seed in one if seed in two)
+    return Spread.of(two[seed] - one[seed] for seed in one if seed in two).within(-1, 1)
 
 
 def difference(spread: Spread) -> str:

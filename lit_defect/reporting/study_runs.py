@@ -156,14 +156,15 @@ def has_stage(results: Results, stage: str) -> bool:
 
 def spread(runs: Mapping[int, StudyRun], stage: str, figure: str) -> Spread:
     """Of a figure over the seeds of an arm."""
-    return Spread.of(run.tested[stage].figures[figure] for run in runs.values() if stage in run.tested)
+    values = (run.tested[stage].figures[figure] for run in runs.values() if stage in run.tested)
+    return Spread.of(values).within(0, 1)
 
 
 def compare(first: Mapping[Any, StudyRun], other: Mapping[Any, StudyRun], stage: str) -> Compared | None:
     """`other` less `first`, over the seeds that both have tested on the same pictures; None where there are none."""
     if not (pairs := _pairs(first, other, stage)):
         return None
-    by_seed = {key: Spread.of(_differences(pairs, key)) for key in FIGURES}
+    by_seed = {key: Spread.of(_differences(pairs, key)).within(-1, 1) for key in FIGURES}
     tests = {seed: mcnemar(*_right(a, b)) for seed, (a, b) in pairs.items()}
     everything = [np.concatenate(part) for part in zip(*(_right(a, b) for a, b in pairs.values()), strict=True)]
     shared = _SharedPictures(list(pairs.values()))
