@@ -325,6 +325,9 @@ def test_t_interval_is_scipys() -> None:
     ours = t_interval(x)
     assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
     assert t_interval([0.9]).reason == "one run only"
+    for same in ([0.9, 0.9, 0.9], [0.0, 0.0], [0.75 - 0.7, 0.8 - 0.75]):  # the last but for rounding
+        assert t_interval(same).reason == "the same in every run"
+        assert math.isnan(t_interval(same).low + t_interval(same).high)
     assert math.isnan(t_interval([]).value)
 
 

@@ -141,12 +141,53 @@ def test_a_run_is_a_row_with_all_figures(two_arms):
     assert [row[names.index("accuracy")] for row in table.rows] == pytest.approx([0.7, 0.71, 0.72, 0.8, 0.79, 0.78])
 
 
+def test_what_near_duplicates_are_worth_is_told_of_the_same_runs(two_arms):
+    """Two of three runs have looked for them and found none; nothing is left out there, and nothing changes."""
+    for seed in (1, 2):
+        folder = two_arms / "elpv_a" / f"s{seed}"
+        (folder / "leakage.csv").unlink()
+        config = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(config.replace("    seed: 0\n", "    seed: 0\n    leakage: warn\n"))
+        said = json.loads((folder / "test_metrics.json").read_text())
+        del said["without_near_duplicates"]
+        (folder / "test_metrics.json").write_text(json.dumps(said))
+    built = build(gather(Asked(runs=[two_arms], metrics=["accuracy"], group_by=["model.lr"])))
+    row = _table(built, "leakage").rows[0]
+    assert row[1:5] == [1, pytest.approx(0.71), pytest.approx(0.71 - 0.01 / 3), pytest.approx(-0.01 / 3)]
+    for run in (two_arms / "elpv_a").iterdir():
+        (run / "leakage.csv").unlink(missing_ok=True)
+    clean = build(gather(Asked(runs=[two_arms / "elpv_a" / "s1"], metrics=["accuracy"])))
+    assert _table(clean, "leakage").rows[0][1:5] == [0, 0.71, 0.71, 0]
+    assert "were not looked for" not in _text(clean)
+
+
+def test_generators_are_those_of_all_seeds(two_arms):
+    for seed, (count, learnt) in enumerate([(5, ["x.png"]), (6, ["p000.png", "p001.png"])]):
+        made = two_arms / f"made{seed}" / "s0"
+        made.mkdir(parents=True)
+        (made / "trained_on.csv").write_text("name,group\n" + "".join(f"{name},\n" for name in learnt))
+        told = {"path": str(made), "generator": "Editor", "train": count}
+        (two_arms / "elpv_b" / f"s{seed}" / "synthetic.json").write_text(json.dumps(told))
+    row = _table(build(gather(Asked(runs=[two_arms], metrics=["accuracy"]))), "leakage").rows[1]
+    assert row[5].count("Editor (") == 2
+    assert row[6] == 2
+
+
+def test_means_of_costs_say_which_are_of_the_first_run(two_arms):
+    assert _table(build(gather(Asked(runs=[two_arms]))), "cost").caption == "Means over the runs of each arm."
+    file = two_arms / "elpv_a" / "s0" / "metrics.csv"
+    file.write_text("step,time/pictures_per_second\n1,100\n2,200\n")
+    table = _table(build(gather(Asked(runs=[two_arms]))), "cost")
+    assert table.caption == "Means over the runs of each arm; pictures a second: of its first run, as logged."
+    assert 150.0 in table.rows[0]
+
+
 def test_of_leakage_nothing_is_shown_where_nothing_was_looked_for(two_arms):
     for file in two_arms.rglob("leakage.csv"):
         file.unlink()
     built = build(gather(Asked(runs=[two_arms])))
     assert "leakage" not in [table.name for table in all_tables(built)]
-    assert "Near-duplicates were not looked for (no `leakage.csv`)." in _text(built)
+    assert "Near-duplicates were not looked for (`data.leakage` off, or files that are missing)." in _text(built)
 
 
 def test_different_tests_of_arms_are_no_chance_of_the_split(two_arms):

@@ -12,7 +12,7 @@ from lit_defect.report.blocks import Intervals, Text
 from lit_defect.report.collect import find_runs, read_runs
 from lit_defect.report.comparing import differences, holm, over_pictures, paired_t, seeds_only, unlike_pictures
 from lit_defect.report.contents import build
-from lit_defect.report.figures import choose
+from lit_defect.report.figures import choose, ends, ends_of_difference
 from lit_defect.report.matter import Asked, gather
 from lit_defect.report.tables import all_tables
 from tests.run_folders import make_run
@@ -91,7 +91,7 @@ def test_other_test_pictures_are_refused(tmp_path):
 def test_pictures_are_compared_as_studies_do(tmp_path):
     for seed in range(3):
         make_run(tmp_path, "e_a", seed, accuracy=0.6, tested=80)
-        make_run(tmp_path, "e_b", seed, accuracy=0.95, lr=0.1, tested=80)
+        make_run(tmp_path, "e_b", seed, accuracy=0.9375 + 0.0125 * seed, lr=0.1, tested=80)
     first, other = _arms(tmp_path)
     found = over_pictures(first, [other], "test", "accuracy")[0]
     assert found.judged.value == pytest.approx(0.35)
@@ -247,6 +247,38 @@ def test_seeds_that_all_say_the_same_have_no_interval_of_no_width(tmp_path):
     assert math.isnan(matter.differences[0].limits(0.95).low)
     assert "no conclusion: b" in build(matter).summary
     assert _chart(matter) is None
+
+
+def test_limits_stay_where_shares_and_their_differences_can_lie(tmp_path):
+    for seed, (a, b) in enumerate([(0.5, 0.6), (0.4, 1.0)]):
+        make_run(tmp_path, "e_a", seed, accuracy=a)
+        make_run(tmp_path, "e_b", seed, accuracy=b, lr=0.1)
+    for file in tmp_path.glob("*/*/test_predictions.csv"):
+        file.unlink()
+    matter = gather(Asked(runs=[tmp_path], metrics=["accuracy", "ece"]))
+    for table in all_tables(build(matter)):
+        heads = [column.name for column in table.columns]
+        for row in table.rows:
+            found = dict(zip(heads, row, strict=True))
+            if table.name == "judged" or (table.name == "figures" and found["figure"] == "accuracy"):
+                limits = [found[head] for head in ("low", "high", "95 % from", "95 % to") if head in found]
+                assert limits == [0, 1]
+            if table.name == "differences" and found["figure"] == "accuracy":
+                assert (found["95 % from"], found["95 % to"]) == (-1, 1)
+    assert (_chart(matter).intervals[0].low, _chart(matter).intervals[0].high) == (-1, 1)
+    assert "(-1 to +1 at 95 %, 2 seeds)" in str(build(matter))
+    assert ends("val/nll") == (-math.inf, math.inf)
+    assert ends_of_difference("gain/refined/iou") == (-2, 2)
+
+
+def test_equal_best_means_all_stand_out(tmp_path):
+    for name, shares in {"a": (0.8, 0.9), "b": (0.9, 0.8), "c": (0.7, 0.8)}.items():
+        for seed, share in enumerate(shares):
+            make_run(tmp_path, f"e_{name}", seed, accuracy=share)
+    (table,) = (
+        t for t in all_tables(build(gather(Asked(runs=[tmp_path], metrics=["accuracy"])))) if t.name == "results"
+    )
+    assert sorted(table.strong) == [(0, 2), (1, 2)]
 
 
 def test_numbers_that_were_drawn_are_read_with_four_digits(tmp_path):

@@ -145,6 +145,20 @@ def test_comparison_of_any_data_set(tmp_path: Path) -> None:
     assert not any(row.objects() for row in rows)
 
 
+def test_a_run_that_has_no_near_duplicates_counts_without_them_as_it_is(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, "elpv", seed, auroc) for seed, auroc in enumerate((0.9, 0.8, 0.7))]
+    said = json.loads((folders[0] / "test_metrics.json").read_text())
+    said["without_near_duplicates"] = {"image": {"gaussian": {"auroc": {"value": 0.6}}}}
+    (folders[0] / "test_metrics.json").write_text(json.dumps(said))
+    for folder in folders[:2]:  # of the third nobody knows
+        (folder / "splits.csv").write_text("name,split\n")
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["data"]["init_args"]["leakage"] = "warn"
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    found = [run.figures["fresh_auroc"] for run in read_runs(folders)]
+    assert found == [0.6, 0.8, pytest.approx(float("nan"), nan_ok=True)]
+
+
 def test_csv_has_every_cell(tmp_path: Path) -> None:
     values = whole_table(tmp_path / "runs", seeds=2)
     write_csv(group(read_runs([tmp_path / "runs"])), tmp_path / "out" / "table.csv")

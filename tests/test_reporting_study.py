@@ -16,6 +16,7 @@ from scipy import stats
 from lit_defect.errors import UserError
 from lit_defect.metrics.classification import evaluate
 from lit_defect.reporting import study_alike, study_runs
+from lit_defect.reporting.seeds import Spread
 from lit_defect.reporting.study import markdown
 from lit_defect.reporting.study_runs import FIGURES, Judged, StudyRun, compare, judge, read_results
 from lit_defect.reporting.study_verdict import verdict
@@ -200,6 +201,52 @@ def test_noise_of_both_kinds_is_seldom_called_a_difference():
     assert called <= 12
 
 
+def test_seeds_with_one_and_the_same_difference_conclude_nothing(study):
+    """Their interval has no width by chance: two seeds and 40 pictures meet in it often."""
+    for seed in range(2):
+        write_run("A", seed, range(10 + seed, 20 + seed))
+        write_run("B", seed, [seed])
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert "no conclusion on accuracy from 2 seed(s)" in text
+    assert "(the same in every run)" in text
+    assert cells(text, "B", 2)[0] == "+22.5 ± 0.0"
+
+
+def test_limits_of_a_difference_are_differences_that_shares_can_have(study):
+    for seed, wrong in enumerate((30, 0)):
+        write_run("A", seed, range(wrong))
+        write_run("B", seed, [5])
+    results = read_results(read_study(study))
+    found = judge(results["A"], results["B"], "test", "accuracy", 0.95)
+    assert (found.low, found.high) == (-1, 1)
+    assert "(-100.0 to +100.0 at 95 %, 2 seeds" in verdict(found, "accuracy", 0.95)
+    main([str(study), "--report"])
+    with Path("runs/toy/figures.csv").open() as lines:
+        numbers = {row["configuration"]: row for row in csv.DictReader(lines) if row["figure"] == "accuracy"}
+    assert (numbers["A"]["low"], numbers["A"]["high"]) == ("0", "1")
+    assert (numbers["B less A, over seeds"]["low"], numbers["B less A, over seeds"]["high"]) == ("-1", "1")
+
+
+def test_runs_that_were_tested_on_other_pictures_are_no_pairs(study):
+    write_all()
+    for seed in (0, 1, 2):
+        file = Path(f"runs/toy_B/s{seed}/test_predictions.csv")
+        file.write_text(file.read_text().replace(",p00,", ",other,"))
+        text = markdown(read_study(study), read_results(read_study(study)))
+        others = ", ".join(f"s{k}" for k in range(seed + 1))
+        assert f"**B: {others} had other test pictures (hold-out) than A; no difference is taken of them.**" in text
+        pair = compare(*read_results(read_study(study)).values(), "test")
+        assert list(pair.discordant if pair else ()) == list(range(seed + 1, 3))
+    assert "no conclusion, since none of its seeds has been tested in the baseline on the same pictures, too." in text
+    assert "less A, points" not in text
+
+
+def test_nothing_is_less_than_nothing():
+    assert Spread(-1e-17, 1e-17, -4e-4, 4e-4, 2).text(100, 1, sign=True) == "+0.0 ± 0.0"
+    assert Spread(-1e-17, 1e-17, -4e-4, 4e-4, 2).limits(100, 1, sign=True) == "+0.0 to +0.0"
+    assert verdict(Judged(-1e-17, -4e-4, 4e-4, 3, 40, 40), "accuracy", 0.95).startswith("accuracy +0.0 points (+0.0 ")
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
@@ -339,6 +386,14 @@ def test_the_papers_tables_have_ours_beside(study):
     assert "| true NG (149) | 143 | 6 |" in text
     assert "| ours, best A, seed 1, hold-out | called good (22) | called defective (18) |" in text
     assert "| true defective (20) | 3 | 17 |" in text
+
+
+def test_the_papers_table_has_no_accuracy_below_none(study):
+    for seed, wrong in enumerate((30, 0)):
+        write_run("A", seed, range(wrong))
+        write_run("B", seed, [5])
+    text = markdown(read_study(study), read_results(read_study(study)))
+    assert cells(text, "95 % interval")[2:] == ["0.00 to 100.00", "-"]
 
 
 def test_arms_name_the_options_of_their_runs(study):

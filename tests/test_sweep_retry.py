@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -136,6 +138,24 @@ def test_what_has_failed_is_not_looked_at_by_importance(tmp_path):
     assert len(study.trials) == 14
     assert list(counted(study, sweep)) == list(range(10))
     assert importance(study, sweep) == {"x": 1.0}
+
+
+def test_importance_holds_five_trials_at_least_against_the_others(tmp_path):
+    """Of 20 trials Optuna would take the best two, and call the parameter important that does nothing."""
+    parameters = {name: {"min": 0.0, "max": 1.0} for name in ("x", "y", "z")}
+    sweep = read_sweep(sweep_file(tmp_path, method="random", run_cap=20, parameters=parameters))
+    right = 0
+    for seed in range(10):
+        study = optuna.create_study(direction=sweep.goal, sampler=optuna.samplers.RandomSampler(seed=seed))
+        noise = random.Random(seed)
+        for _ in range(20):
+            trial = study.ask()
+            drawn = [trial.suggest_float(name, 0, 1) for name in parameters]
+            study.tell(trial, drawn[0] + 0.1 * noise.gauss(0, 1))
+        shares = importance(study, sweep)
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+        right += max(shares, key=shares.get) == "x"
+    assert right == 10
 
 
 def study_of(file: Path, url: str | None = None):

@@ -19,6 +19,8 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 
+_ROUNDING = 1e-12  # values that differ by less differ by rounding
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -170,13 +172,19 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
 
 
 def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """Mean over runs (seeds) with Student's t interval; `n` is the number of runs."""
+    """Mean over runs (seeds) with Student's t interval; without limits for one run.
+
+    Nor has it limits where all runs say the same: they tell nothing of the spread of others, and an interval of no
+    width would say that there is none.
+    """
     x = np.asarray(values, dtype=np.float64)
     if len(x) == 0:
         return Interval(math.nan, reason="no runs")
     if len(x) == 1:
         return Interval(float(x[0]), reason="one run only")
     mean = float(x.mean())
+    if np.ptp(x) <= _ROUNDING * max(1.0, float(np.abs(x).max())):
+        return Interval(mean, reason="the same in every run")
     half = float(stats.t.isf((1 - level) / 2, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return Interval(mean, mean - half, mean + half)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from lit_defect.errors import UserError
 from lit_defect.report.collect import RunInfo
+from lit_defect.report.figures import ends
 from lit_defect.report.keys import computing, resolve, short
 from lit_defect.reporting.seeds import Spread
 from lit_defect.study_file import Study
@@ -51,7 +52,7 @@ class Arm:
 
     def spread(self, stage: str, figure: str) -> Spread:
         """Over the seeds."""
-        return Spread.of(self.by_seed(stage, figure).values())
+        return Spread.of(self.by_seed(stage, figure).values()).within(*ends(figure))
 
     def part(self, stage: str, figure: str, part: str) -> Spread:
         """Over the seeds, of a figure of a class or type."""

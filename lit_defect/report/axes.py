@@ -117,7 +117,7 @@ def cell_text(cell: str | float | None, digits: int) -> str:
         return "-"
     if not isinstance(cell, float):
         return str(cell)
-    return f"{cell:.{digits}f}" if round(cell, digits) or not cell else short(float(f"{cell:.1e}"))
+    return f"{cell:z.{digits}f}" if round(cell, digits) or not cell else short(float(f"{cell:.1e}"))
 
 
 def full(value: float) -> str:

@@ -23,7 +23,7 @@ from lit_defect.errors import UserError
 from lit_defect.metrics.intervals import Interval, t_interval
 from lit_defect.report.arms import Arm, Seeds
 from lit_defect.report.collect import RunInfo
-from lit_defect.report.figures import better, label
+from lit_defect.report.figures import better, ends_of_difference, label
 from lit_defect.report.splits import read_splits, tested_names
 from lit_defect.reporting.seeds import Spread
 from lit_defect.reporting.study_runs import Judged, StudyRun, Tested, compare, judge, read_run
@@ -58,9 +58,9 @@ class Difference:
 
     def limits(self, level: float) -> Interval:
         """The t interval of the mean at a level; without limits where all seeds say the same, which tells no spread."""
-        if not math.isfinite(self.p_value):
-            return Interval(self.spread.mean)
-        return t_interval(self.values, level)
+        found = t_interval(self.values, level)
+        within = Spread(found.value, low=found.low, high=found.high).within(*ends_of_difference(self.figure))
+        return replace(found, low=within.low, high=within.high)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def paired_t(first: Mapping[Seeds, float], other: Mapping[Seeds, float]) -> tupl
     """Mean of `other` less `first` over the seeds of both with its t interval, and the p-value of the paired t test."""
     differences = _by_seed(first, other)
     spread = Spread.of(differences)
-    if spread.seeds < 2 or spread.sd <= 1e-12 * max(map(abs, differences)):
+    if math.isnan(spread.low):
         return spread, math.nan
     return spread, float(2 * stats.t.sf(abs(spread.mean) / (spread.sd / math.sqrt(spread.seeds)), spread.seeds - 1))
 
@@ -120,6 +120,7 @@ def differences(baseline: Arm, others: Sequence[Arm], stage: str, figures: Seque
                 found.append(Difference(arm.name, figure, refused="no seed that both have"))
             else:
                 spread, p_value = paired_t(first, other)
+                spread = spread.within(*ends_of_difference(figure))
                 found.append(Difference(arm.name, figure, spread, p_value, values=_by_seed(first, other)))
     adjusted = holm([one.p_value for one in found])
     return [replace(one, adjusted=p) for one, p in zip(found, adjusted, strict=True)]
@@ -192,9 +193,9 @@ def seeds_only(found: Difference, baseline: str, level: float) -> str:
     if n < 2:
         return f"no conclusion on {name}: {n} seed that both have; a difference over seeds needs two at the very least."
     if not math.isfinite(found.p_value):
-        return f"no conclusion on {name}: its difference to {baseline} is {spread.mean:+.4g} for each of {n} seeds."
+        return f"no conclusion on {name}: its difference to {baseline} is {spread.mean:+z.4g} for each of {n} seeds."
     limits = found.limits(level)
-    text = f"{name} {spread.mean:+.3g} ({limits.low:+.3g} to {limits.high:+.3g} at {100 * level:.4g} %, {n} seeds): "
+    text = f"{name} {spread.mean:+z.3g} ({limits.low:+z.3g} to {limits.high:+z.3g} at {100 * level:.4g} %, {n} seeds): "
     if limits.low <= 0 <= limits.high:
         return text + "no difference is shown; none is excluded within these limits either."
     good = better(found.figure)

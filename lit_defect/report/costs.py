@@ -33,7 +33,9 @@ def cost(matter: Matter) -> Section | None:
     if not names:
         return None
     columns = [Column("arm"), *(Column(name, 2) for name in names)]
-    return Section("Time and memory", [Table("cost", columns, rows, "Means over the runs of each arm.")])
+    logged = ", ".join(name for name in _TIMED.values() if name in names)
+    caption = f"Means over the runs of each arm{f'; {logged}: of its first run, as logged' if logged else ''}."
+    return Section("Time and memory", [Table("cost", columns, rows, caption)])
 
 
 def _times(arm: Arm) -> dict[str, float]:

@@ -37,6 +37,10 @@ _LARGER = re.compile(
     r"(auroc|ap|average_precision|f1|f1_max|accuracy|recall|precision|iou|dice|aupro|psnr\w*|ssim|images_per_second|"
     r"pictures_per_second)$"
 )
+_SHARE = re.compile(
+    r"(auroc|ap|average_precision|f1|f1_max|accuracy|recall|precision|iou|dice|aupro|escape_rate|overkill_rate|"
+    r"false_alarms|ece)$"
+)
 _AVERAGE_PRECISION = "area below precision over recall as the threshold moves: 1 is perfect"
 _MEANINGS = {
     "auroc": "chance that a defective one scores higher than a good one: 1 is perfect, 0.5 is guessing",
@@ -144,6 +148,19 @@ def better(name: str) -> Literal["larger", "smaller"] | None:
     if _SMALLER.search(name):
         return "larger" if name.startswith("gain/") else "smaller"
     return "larger" if name.startswith("gain/") or _LARGER.search(last) else None
+
+
+def ends(name: str) -> tuple[float, float]:
+    """The least and the largest value of a figure that is a share by its name; infinite of another."""
+    if not _SHARE.search(name.rpartition("/")[2]):
+        return -math.inf, math.inf
+    return (-1.0, 1.0) if name.startswith("gain/") else (0.0, 1.0)
+
+
+def ends_of_difference(name: str) -> tuple[float, float]:
+    """The same of the difference of two such values."""
+    low, high = ends(name)
+    return low - high, high - low
 
 
 def digits(values: Iterable[float]) -> int:

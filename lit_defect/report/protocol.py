@@ -16,7 +16,7 @@ from lit_defect.report.collect import RunInfo
 from lit_defect.report.figures import label, meaning
 from lit_defect.report.matter import Matter, common_folder
 from lit_defect.report.splits import read_splits, tested_names
-from lit_defect.reporting.seeds import Spread, experiment_of
+from lit_defect.reporting.seeds import experiment_of, near_duplicates
 from lit_defect.reporting.study_runs import REAL
 
 _SIDE_BY_SIDE = 8
@@ -82,17 +82,19 @@ def leakage(matter: Matter) -> Section | None:
     unknown: list[str] = []
     for arm in matter.arms:
         runs = [run for run in arm.runs if matter.stage in run.measured]
-        found = [_near_duplicates(run.folder.path / "leakage.csv", matter.stage) for run in runs]
+        found = [near_duplicates(run.folder.path, run.config, matter.stage) for run in runs]
         counted = [count for count in found if count is not None]
-        spread, fresh = arm.spread(matter.stage, matter.judged), _fresh(runs, matter)
-        learnt, generators = _learnt(runs[0], matter.stage)
+        spread = arm.spread(matter.stage, matter.judged)
+        pairs = [_with_and_without(run, matter, count) for run, count in zip(runs, found, strict=True)]
+        fresh = [pair for pair in pairs if pair is not None]
+        learnt, generators = _learnt(runs, matter.stage)
         rows.append(
             [
                 arm.name,
                 None if not counted else max(counted),
                 _value(spread.mean),
-                _value(fresh.mean),
-                _value(fresh.mean - spread.mean),
+                _mean(without for _, without in fresh),
+                _mean(without - whole for whole, without in fresh),
                 ", ".join(generators) or None,
                 learnt,
             ]
@@ -106,10 +108,10 @@ def leakage(matter: Matter) -> Section | None:
         Column("arm"),
         Column("near-duplicate pairs", 0, f"between training and {matter.where}, the most of any of its runs"),
         Column(name, 3),
-        Column("without them", 3, "the same without pictures that nearly repeat a training picture"),
-        Column("change", 4),
+        Column("without them", 3, "the same without pictures that nearly repeat an earlier one"),
+        Column("change", 4, "of the runs in which they were looked for"),
         Column("trained with pictures of", 0),
-        Column("test pictures that these learnt from", 0),
+        Column("test pictures that these learnt from", 0, "the most of any of its runs"),
     ]
     blocks: list[Block] = []
     if any(any(cell is not None for cell in row[1:2] + row[5:]) for row in rows):
@@ -119,7 +121,8 @@ def leakage(matter: Matter) -> Section | None:
         blocks.append(Text("Its generator has learnt from test pictures:", "warning", _shortened(seen)))
     if unknown:
         of_all = len(unknown) == len(matter.arms)
-        text = f"Near-duplicates were not looked for (no `leakage.csv`){'.' if of_all else ':'}"
+        why = "`data.leakage` off, or files that are missing"
+        text = f"Near-duplicates were not looked for ({why}){'.' if of_all else ':'}"
         blocks.append(Text(text, "note", [] if of_all else _shortened(unknown)))
     if matter.stage == "mirrored":
         blocks.append(Text("The tested pictures are the training pictures mirrored: a leak by design.", "warning"))
@@ -280,23 +283,26 @@ def _environment(runs: Sequence[RunInfo]) -> Iterator[Block]:
     yield Code("\n".join(lines), "made with")
 
 
-def _near_duplicates(file: Path, stage: str) -> int | None:
-    """Pairs between training and the stage's pictures; None where they were not looked for."""
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            pairs = [{row.get("split_a"), row.get("split_b")} for row in csv.DictReader(lines)]
-    except (OSError, ValueError, csv.Error):
-        return None
-    return sum(pair == {"train", "test" if stage == "mirrored" else stage} for pair in pairs)
+def _with_and_without(run: RunInfo, matter: Matter, near: int | None) -> tuple[float, float] | None:
+    """The judged figure of a run on all pictures and without near-duplicates, the same where it has none of them."""
+    measured = run.measured[matter.stage]
+    whole, fresh = measured.figures.get(matter.judged), measured.fresh.get(matter.judged)
+    if fresh is None and near == 0:
+        fresh = whole
+    return None if whole is None or fresh is None else (whole.value, fresh.value)
 
 
-def _fresh(runs: Sequence[RunInfo], matter: Matter) -> Spread:
-    found = [run.measured[matter.stage].fresh.get(matter.judged) for run in runs]
-    return Spread.of(figure.value for figure in found if figure is not None)
+def _learnt(runs: Sequence[RunInfo], stage: str) -> tuple[int | None, list[str]]:
+    """Who made the generated training pictures of an arm's runs, and from how many tested pictures they have learnt.
+
+    The most of any of its runs: each seed may have a generator of its own.
+    """
+    found = [_learnt_by_one(run, stage) for run in runs]
+    counts = [count for count, _ in found if count is not None]
+    return max(counts, default=None), list(dict.fromkeys(name for _, names in found for name in names))
 
 
-def _learnt(run: RunInfo, stage: str) -> tuple[int | None, list[str]]:
-    """How many tested pictures the makers of the generated training pictures have learnt from, and who they are."""
+def _learnt_by_one(run: RunInfo, stage: str) -> tuple[int | None, list[str]]:
     said = _synthetic(run)
     if "path" not in said:
         return None, []

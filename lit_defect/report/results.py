@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from lit_defect.report.answer import capital
 from lit_defect.report.arms import Arm, spread_cell
+from lit_defect.report.axes import fixed
 from lit_defect.report.blocks import Block, Cell, Column, Details, Interval, Intervals, Section, Table, Text
 from lit_defect.report.comparing import Difference, level_of, p_text
 from lit_defect.report.curves import ARMS, RUNS, charts
@@ -101,7 +102,8 @@ def _overview(matter: Matter) -> Table:
     for k, figure in enumerate(matter.figures):
         means = [(row[k].mean, i) for i, row in enumerate(all_rows) if row[k].seeds]
         if better(figure) and len(means) > 1 and figure not in apart:
-            strong.append(((max if better(figure) == "larger" else min)(means)[1], k + 2))
+            best = (max if better(figure) == "larger" else min)(mean for mean, _ in means)
+            strong += [(i, k + 2) for mean, i in means if fixed(mean, shown[k]) == fixed(best, shown[k])]
     rows: list[list[Cell]] = [
         [
             arm,

@@ -134,7 +134,7 @@ def _blocks(sweep: Sweep) -> Iterator[Block]:
         )
     if importance := sweep.said.get("importance"):
         bars = sorted(((short(name), float(share)) for name, share in importance.items()), key=lambda bar: -bar[1])
-        yield Bars("Importance: share of the variance over trials that a parameter explains", "share", bars)
+        yield Bars("Importance (PED-ANOVA): share of a parameter in what sets the best trials apart", "share", bars)
     yield _table(sweep, names)
 
 

@@ -22,6 +22,7 @@ from lit_defect.errors import UserError
 from lit_defect.reporting import seeds
 from lit_defect.reporting.seeds import Line, Run, Spread
 from lit_defect.reporting.tables import markdown_table
+from lit_defect.runs import RunFolder
 
 OBJECTS = (
     "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush", "transistor", "zipper"
@@ -180,11 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _read(path: Path, score: str | None) -> Run:
-    file, result = path / "test_metrics.json", seeds.read_metrics(path)
+    file, result, config = path / "test_metrics.json", seeds.read_metrics(path), RunFolder(path).config()
     try:
         name = score or result["score"]
         known = list(result["image"])
         figures = _figures(result, name) if name in known else {}
+        if figures and "without_near_duplicates" not in result and seeds.near_duplicates(path, config) == 0:
+            figures["fresh_auroc"] = figures["auroc"]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{file} does not hold the metrics of anomaly detection") from None
     if not figures:
@@ -235,7 +238,7 @@ def _verdict(row: Row) -> str:
     beside = [(p.name, p.mean if not missing else _mean_over(p, names)) for p in PUBLISHED]
     if math.isnan(mean.low):
         values = ", ".join(f"{name} {value:.1f}" for name, value in beside)
-        return f"{text}, without an interval, for which two seeds must have all of them; beside it {values}."
+        return f"{text}, without an interval, for which two seeds must have all and differ; beside it {values}."
     words = (
         f"{'above' if 100 * mean.low > value else 'below' if 100 * mean.high < value else 'not told apart from'} "
         f"{name} ({value:.1f})"

@@ -171,7 +171,7 @@ def _paper_table(row: Row, animals: Sequence[str]) -> str:
         f"{SOURCE}. It does not name its test pictures; ours can be held against its gains rather than its IoU.",
         f"Plain mean over the {len(animals)} classes: published {plain[0]:.1f} and {plain[1]:.1f}, gain "
         f"{plain[1] - plain[0]:+.1f}; ours {gain.text(100, 1, sign=True)}"
-        + (f" ({gain.limits(100, 1, sign=True)})." if gain.seeds > 1 else "."),
+        + (f" ({limits})." if (limits := gain.limits(100, 1, sign=True)) else "."),
     ]
     return f"**{row.name}**\n\n{markdown_table(head, body)}\n" + "".join(f"- {note}\n" for note in notes)
 

@@ -14,7 +14,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +24,7 @@ import numpy as np
 from lit_defect.errors import UserError
 from lit_defect.files import whole_file
 from lit_defect.metrics.intervals import t_interval
-from lit_defect.runs import RunFolder, flatten
+from lit_defect.runs import MIRRORED, RunFolder, flatten
 
 # Options that say where, how fast or from which seed, not what is computed.
 INCIDENTAL = (
@@ -69,7 +69,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over seeds with standard deviation and 95 % t interval (nan for one); `seeds` says over how many."""
+    """Mean over seeds with standard deviation and 95 % t interval; `seeds` says over how many.
+
+    nan are both of one seed, and the limits where all seeds say the same.
+    """
 
     mean: float = math.nan
     sd: float = math.nan
@@ -87,21 +90,27 @@ class Spread:
         sd = float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
         return cls(mean.value, sd, mean.low, mean.high, len(finite))
 
+    def within(self, least: float, most: float) -> Spread:
+        """The same with limits between these ends, of which t knows nothing; as it is where the mean lies outside."""
+        if math.isnan(self.low) or not least <= self.mean <= most:
+            return self
+        return replace(self, low=max(least, self.low), high=min(most, self.high))
+
     def text(self, factor: float = 1.0, digits: int = 3, *, sign: bool = False) -> str:
         """`0.943 ± 0.002`, `0.943` for one seed, `-` for none; `sign` writes `+` as well."""
         if not self.seeds:
             return "-"
-        mean = f"{factor * self.mean:{'+' if sign else ''}.{digits}f}"
+        mean = f"{factor * self.mean:{'+' if sign else ''}z.{digits}f}"
         return mean if math.isnan(self.sd) else f"{mean} ± {factor * self.sd:.{digits}f}"
 
     def limits(self, factor: float = 1.0, digits: int = 3, *, sign: bool = False) -> str:
-        """`0.938 to 0.948`, within [0, 1], or with `sign` `-0.012 to +0.020`, within [-1, 1]; empty for one seed."""
+        """`0.938 to 0.948`, within [0, 1], or with `sign` `-0.012 to +0.020`, within [-1, 1]; empty without limits."""
         if math.isnan(self.low):
             return ""
-        least = -1.0 if sign else 0.0
-        low, high = (factor * min(1.0, max(least, end)) for end in (self.low, self.high))
+        found = self.within(-1.0 if sign else 0.0, 1.0)
+        low, high = factor * found.low, factor * found.high
         plus = "+" if sign else ""
-        return f"{low:{plus}.{digits}f} to {high:{plus}.{digits}f}"
+        return f"{low:{plus}z.{digits}f} to {high:{plus}z.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -206,6 +215,26 @@ def learning_options(path: Path, incidental: tuple[str, ...] = INCIDENTAL) -> di
     return kept | {_SYNTHETIC: ", ".join([folder if folder == "None" else experiment_of(Path(folder)), *words])}
 
 
+def near_duplicates(path: Path, config: Mapping[str, Any], stage: str = "test") -> int | None:
+    """Pairs of near-duplicates between the training and the tested pictures of a run folder, as its data found them.
+
+    A run that has looked for them and found none, in any of its splits, has no `leakage.csv`.
+
+    Returns:
+        None where they were not looked for, or files are missing that would tell.
+    """
+    try:
+        with (path / "leakage.csv").open(newline="", encoding="utf-8") as lines:
+            pairs = [{row.get("split_a"), row.get("split_b")} for row in csv.DictReader(lines)]
+    except FileNotFoundError:
+        told = ((config.get("data") or {}).get("init_args") or {}).get("leakage")
+        looked = told in ("warn", "error") and (path / "splits.csv").is_file()
+        return 0 if looked and stage != MIRRORED else None
+    except (OSError, ValueError, csv.Error):
+        return None
+    return sum(pair == {"train", "test" if stage == MIRRORED else stage} for pair in pairs)
+
+
 def group_runs(runs: Sequence[Run], row: type[AnyRow]) -> list[AnyRow]:
     """Rows of runs that compute the same, in the order of their first run.
 
@@ -242,9 +271,9 @@ def experiment_of(made: Path) -> str:
 
 
 def paired(first: Row, other: Row, categories: Sequence[str], figure: str) -> Spread:
-    """Over the seeds that both arms have for all categories: the difference of the means over categories."""
+    """Over the seeds that both arms have for all categories: the difference of a share's means over categories."""
     one, two = (_by_seed(row, categories, figure) for row in (first, other))
-    return Spread.of(two[seed] - one[seed] for seed in one if seed in two)
+    return Spread.of(two[seed] - one[seed] for seed in one if seed in two).within(-1, 1)
 
 
 def difference(spread: Spread) -> str:

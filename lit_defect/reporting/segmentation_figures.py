@@ -293,7 +293,7 @@ def _gain_summary(gain: Floats) -> str:
     better, worse = int((gain > _EQUAL).sum()), int((gain < -_EQUAL).sum())
     equal = len(gain) - better - worse
     mean = 100 * float(gain.mean())
-    return f"{better} images better, {worse} worse, {equal} equal; mean gain {mean:+.1f} points of IoU"
+    return f"{better} images better, {worse} worse, {equal} equal; mean gain {mean:+z.1f} points of IoU"
 
 
 def _class_summary(

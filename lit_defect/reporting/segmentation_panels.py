@@ -163,7 +163,7 @@ def _iou_words(row: PanelRow) -> list[Words]:
     colour = GOOD if gain > 0.05 else DEFECTIVE if gain < -0.05 else MUTED
     return [
         Words(f"IoU {_share(before)} \N{RIGHTWARDS ARROW} {_share(after)}, "),
-        Words(f"{gain:+.1f}   ", colour, bold=True),
+        Words(f"{gain:+z.1f}   ", colour, bold=True),
     ]
 
 

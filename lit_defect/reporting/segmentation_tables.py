@@ -102,7 +102,7 @@ def _percent(entry: Entry, *, limits: bool = False, sign: bool = False) -> str:
     value = entry.get("value")
     if value is None:
         return "-"
-    shown = f"{100 * value:{'+' if sign else ''}.1f}"
+    shown = f"{100 * value:{'+' if sign else ''}z.1f}"
     span = _limits(entry, digits=0) if limits else ""
     return f"{shown} ({span})" if span else shown
 
@@ -119,7 +119,7 @@ def _limits(entry: Entry, *, sign: bool = False, digits: int = 1) -> str:
     if low is None or high is None:
         return ""
     plus = "+" if sign else ""
-    return f"{100 * low:{plus}.{digits}f} to {100 * high:{plus}.{digits}f}"
+    return f"{100 * low:{plus}z.{digits}f} to {100 * high:{plus}z.{digits}f}"
 
 
 def _caption(result: Mapping[str, Any]) -> str:

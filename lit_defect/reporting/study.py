@@ -18,11 +18,12 @@ from lit_defect.files import whole_file
 from lit_defect.metrics.intervals import Interval
 from lit_defect.reporting import seeds
 from lit_defect.reporting.seeds import Line, Spread, difference
-from lit_defect.reporting.study_alike import changed_since, unlike
+from lit_defect.reporting.study_alike import changed_since, tested_unlike, unlike
 from lit_defect.reporting.study_runs import (
     FIGURES,
     HOLD_OUT,
     OVER_PICTURES,
+    STAGES,
     Compared,
     Results,
     StudyRun,
@@ -36,8 +37,6 @@ from lit_defect.reporting.tables import markdown_table
 from lit_defect.runs import MIRRORED
 from lit_defect.study_file import Study
 from lit_defect.study_plan import step_run
-
-_NAMES = {HOLD_OUT: "hold-out", MIRRORED: "mirrored training pictures"}
 
 
 def write_report(study: Study, *, checked: bool = False) -> Path:
@@ -57,7 +56,7 @@ def write_report(study: Study, *, checked: bool = False) -> Path:
     text = markdown(study, results, () if checked else changed_since(study, results))
     stage = HOLD_OUT if has_stage(results, HOLD_OUT) else MIRRORED
     titles = {arm: study.arms[arm].title for arm in results}
-    title = study.name if stage == HOLD_OUT else f"{study.name}, {_NAMES[stage]}"
+    title = study.name if stage == HOLD_OUT else f"{study.name}, {STAGES[stage]}"
     save_figure(arms_figure(results, titles, study.baseline, title, stage), folder / "arms.png")
     seeds.write_lines(_lines(study, results), folder / "figures.csv")
     text += _pictures(study, folder)
@@ -69,16 +68,16 @@ def write_report(study: Study, *, checked: bool = False) -> Path:
 
 def markdown(study: Study, results: Results, changes: Iterable[str] = ()) -> str:
     """The whole report; `changes` say where the runs are not what the file says."""
-    stages = [stage for stage in _NAMES if has_stage(results, stage)]
+    stages = [stage for stage in STAGES if has_stage(results, stage)]
     text = f"# Study {study.name}\n\n"
     text += f"{study.question}\n\n" if study.question else ""
     if missing := [f"{a}/s{s}" for a in study.arms for s in study.seeds if s not in results.get(a, {})]:
         text += f"**Unfinished: no results yet of {', '.join(missing)}.**\n\n"
     text += "".join(f"{sentence}\n\n" for sentence in conclusions(study, results))
-    text += "".join(f"{note}\n\n" for note in (*changes, *unlike(results)))
+    text += "".join(f"{note}\n\n" for note in (*changes, *tested_unlike(results, study.baseline), *unlike(results)))
     text += "![arms](arms.png)\n\n## Arms\n\n" + arms_table(study, results) + "\n"
     for stage in stages:
-        text += f"## On the {_NAMES[stage]}\n\n" + figures_table(results, stage) + "\n"
+        text += f"## On the {STAGES[stage]}\n\n" + figures_table(results, stage) + "\n"
         if stage == MIRRORED:
             text += f"{_MIRRORED_NOTE}\n\n"
         if found := _compared(study, results, stage):
@@ -188,7 +187,7 @@ def discordant_table(found: Mapping[str, Compared], baseline: str) -> str:
 
 
 def leakage_table(results: Results) -> str:
-    """Test pictures with a near-duplicate in an earlier split, and the accuracy with and without them."""
+    """Test pictures with a near-duplicate in training or validation, and the accuracy with and without them."""
     body, unchecked = [], False
     for arm, runs in results.items():
         tested = [run.tested[HOLD_OUT] for run in runs.values() if HOLD_OUT in run.tested]
@@ -203,7 +202,7 @@ def leakage_table(results: Results) -> str:
         body.append([arm, _range(total), _range(near), of_all.text(100, 1), without.text(100, 1)])
     if not body:
         return "There is no hold-out: every test picture is a training picture, mirrored.\n"
-    head = ("hold-out", "test pictures", "near-duplicates in training", "accuracy, %", "without them")
+    head = ("hold-out", "test pictures", "near-duplicates in earlier splits", "accuracy, %", "without them")
     note = (
         "\n- Near-duplicates were not looked for in all runs (data.leakage off): 0 may mean unknown.\n"
         if unchecked
@@ -232,7 +231,7 @@ def _compared(study: Study, results: Results, stage: str) -> dict[str, Compared]
 
 
 def _lines(study: Study, results: Results) -> Iterator[Line]:
-    for stage, name in _NAMES.items():
+    for stage, name in STAGES.items():
         for arm, runs in results.items():
             for key in FIGURES:
                 yield Line(name, arm, key, spread(runs, stage, key))
@@ -253,7 +252,7 @@ def _runs_csv(results: Results) -> str:
         for seed, run in runs.items():
             for stage, tested in run.tested.items():
                 numbers = ["" if math.isnan(x) else f"{x:.6g}" for x in tested.figures.values()]
-                writer.writerow((arm, seed, _NAMES[stage], len(tested.names), *numbers, run.folder.path))
+                writer.writerow((arm, seed, STAGES[stage], len(tested.names), *numbers, run.folder.path))
     return text.getvalue()
 
 
@@ -282,8 +281,8 @@ def _interval(found: Interval | None) -> str:
     if found is None or math.isnan(found.value):
         return "-"
     if math.isnan(found.low):
-        return f"{100 * found.value:+.1f}" + (f" ({found.reason})" if found.reason else "")
-    return f"{100 * found.value:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+        return f"{100 * found.value:+z.1f}" + (f" ({found.reason})" if found.reason else "")
+    return f"{100 * found.value:+z.1f} ({100 * found.low:+z.1f} to {100 * found.high:+z.1f})"
 
 
 def _p(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lit_defect.errors import UserError
-from lit_defect.reporting.study_runs import Results
+from lit_defect.reporting.study_runs import STAGES, Results
 from lit_defect.study_check import changes_since, parsed
 from lit_defect.study_file import Study
 from lit_defect.study_plan import plan
@@ -22,6 +22,23 @@ def changed_since(study: Study, results: Results) -> Iterator[str]:
                 yield f"**{job.arm}: its runs were made with other options than the file has now: {changes}.**"
     except UserError as error:
         yield f"**Whether the runs have the options of the file is unknown: {error}.**"
+
+
+def tested_unlike(results: Results, baseline: str) -> Iterator[str]:
+    """A sentence for each arm and test set with runs that were not tested on the baseline's pictures."""
+    for arm, runs in results.items():
+        for stage, name in STAGES.items():
+            seeds = [
+                f"s{seed}"
+                for seed, run in runs.items()
+                if (first := results.get(baseline, {}).get(seed)) and stage in run.tested and stage in first.tested
+                and set(run.tested[stage].names) != set(first.tested[stage].names)
+            ]  # fmt: skip
+            if seeds:
+                yield (
+                    f"**{arm}: {', '.join(seeds)} had other test pictures ({name}) than {baseline}; no difference is "
+                    "taken of them.**"
+                )
 
 
 def unlike(results: Results) -> Iterator[str]:

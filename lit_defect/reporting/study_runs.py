@@ -40,6 +40,7 @@ FIGURES = {
 OVER_PICTURES = ("accuracy", "balanced_accuracy", "auroc")
 """Figures that have an interval over test pictures."""
 HOLD_OUT = "test"
+STAGES = {HOLD_OUT: "hold-out", MIRRORED: "mirrored training pictures"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Judged:
     Attributes:
         value: mean of the differences seed by seed.
         low, high: `value` less, and plus, the root of the summed squares of the two intervals' arms on that side: seeds
-            and pictures move it independently. nan where either interval has no limits.
+            and pictures move it independently. Within [-1, 1]; nan where either interval has no limits.
         seeds, pictures, parts: that it rests on.
         reason: why there are no limits, if so.
     """
@@ -155,14 +156,15 @@ def has_stage(results: Results, stage: str) -> bool:
 
 def spread(runs: Mapping[int, StudyRun], stage: str, figure: str) -> Spread:
     """Of a figure over the seeds of an arm."""
-    return Spread.of(run.tested[stage].figures[figure] for run in runs.values() if stage in run.tested)
+    values = (run.tested[stage].figures[figure] for run in runs.values() if stage in run.tested)
+    return Spread.of(values).within(0, 1)
 
 
 def compare(first: Mapping[Any, StudyRun], other: Mapping[Any, StudyRun], stage: str) -> Compared | None:
-    """`other` less `first`, over the seeds that both have; None where there are none."""
+    """`other` less `first`, over the seeds that both have tested on the same pictures; None where there are none."""
     if not (pairs := _pairs(first, other, stage)):
         return None
-    by_seed = {key: Spread.of(_differences(pairs, key)) for key in FIGURES}
+    by_seed = {key: Spread.of(_differences(pairs, key)).within(-1, 1) for key in FIGURES}
     tests = {seed: mcnemar(*_right(a, b)) for seed, (a, b) in pairs.items()}
     everything = [np.concatenate(part) for part in zip(*(_right(a, b) for a, b in pairs.values()), strict=True)]
     shared = _SharedPictures(list(pairs.values()))
@@ -173,7 +175,7 @@ def compare(first: Mapping[Any, StudyRun], other: Mapping[Any, StudyRun], stage:
 def judge(
     first: Mapping[Any, StudyRun], other: Mapping[Any, StudyRun], stage: str, key: str, level: float
 ) -> Judged | None:
-    """`other` less `first` in one of `OVER_PICTURES`, with one interval of a level; None where no seed has both."""
+    """`other` less `first` in one of `OVER_PICTURES`, with one interval of a level; None as in `compare`."""
     if not (pairs := _pairs(first, other, stage)):
         return None
     differences = [value for value in _differences(pairs, key) if math.isfinite(value)]
@@ -183,18 +185,21 @@ def judge(
     low = seeds.value - math.hypot(seeds.value - seeds.low, pictures.value - pictures.low)
     high = seeds.value + math.hypot(seeds.high - seeds.value, pictures.high - pictures.value)
     reason = seeds.reason or pictures.reason
+    if math.isfinite(low + high):  # shares differ by no more, whatever t says of two seeds
+        low, high = max(-1.0, low), min(1.0, high)
     return Judged(seeds.value, low, high, len(differences), len(shared.names), shared.parts, reason)
 
 
 def _pairs(
     first: Mapping[Any, StudyRun], other: Mapping[Any, StudyRun], stage: str
 ) -> dict[Any, tuple[Tested, Tested]]:
-    """By the seeds that both have tested."""
-    return {
+    """By the seeds that both have tested, on the same pictures: of others a difference says nothing of the arms."""
+    both = {
         seed: (first[seed].tested[stage], other[seed].tested[stage])
         for seed in first
         if seed in other and stage in first[seed].tested and stage in other[seed].tested
     }
+    return {seed: (a, b) for seed, (a, b) in both.items() if set(a.names) == set(b.names)}
 
 
 def _differences(pairs: Mapping[int, tuple[Tested, Tested]], key: str) -> list[float]:
@@ -250,9 +255,9 @@ def _rows(tested: Tested, names: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _right(a: Tested, b: Tested) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """What both arms made of the pictures that both have."""
-    shared = sorted(set(a.names) & set(b.names))
-    return a.right[_rows(a, shared)], b.right[_rows(b, shared)]
+    """What both arms made of their pictures, in one order."""
+    names = sorted(a.names)
+    return a.right[_rows(a, names)], b.right[_rows(b, names)]
 
 
 def read_run(run: RunFolder, stages: Sequence[str]) -> StudyRun:

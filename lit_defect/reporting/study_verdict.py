@@ -5,7 +5,8 @@
    of the t interval over the seeds and of the bootstrap interval over whole parts.
 3. Its level is 1 - 0.05 / k for k arms held against one (Bonferroni), so that 95 % hold for all of them together.
 4. An arm is better or worse where that interval leaves out 0. Fewer than two seeds or `LEAST_PARTS` parts conclude
-   nothing: a bootstrap over few parts is too narrow.
+   nothing: a bootstrap over few parts is too narrow. Nor do seeds that all have the same difference: they tell nothing
+   of what others would change.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def verdict(found: Judged, figure: str, level: float) -> str:
             f"{found.parts} parts{why}."
         )
     text = (
-        f"{figure} {100 * found.value:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f} at "
+        f"{figure} {100 * found.value:+z.1f} points ({100 * found.low:+z.1f} to {100 * found.high:+z.1f} at "
         f"{100 * level:.4g} %, {found.seeds} seeds, {found.pictures} pictures of {found.parts} parts): "
     )
     if found.low <= 0 <= found.high:
@@ -67,7 +68,7 @@ def _sentences(study: Study, results: Results, level: float) -> Iterator[str]:
         if found is not None:
             said = verdict(found, FIGURES[study.judged_by], level)
         elif has_stage({arm: runs}, HOLD_OUT):
-            said = "no conclusion, since none of its seeds has been tested in the baseline, too."
+            said = "no conclusion, since none of its seeds has been tested in the baseline on the same pictures, too."
         else:
             said = "no conclusion, since it has results on mirrored training pictures only."
         yield f"**{arm} ({study.arms[arm].title}) against {study.baseline}: {said}**"

@@ -37,6 +37,7 @@ _FIGURES = (
     ("brier", "Brier score", False),
     ("nll", "negative log-likelihood", False),
 )
+_WITHOUT_END = ("brier", "nll")  # figures that may lie above 1
 _LISTED_CLASSES = 10  # in the terminal
 
 
@@ -198,8 +199,8 @@ def _summary(same: list[Row]) -> Summary:
     mean = t_interval(values)
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     low, high = mean.low, mean.high
-    if first.in_percent:  # t knows nothing of the ends of the scale
-        low, high = max(0.0, low), min(1.0, high)
+    if math.isfinite(low):  # t knows nothing of the ends of the scale
+        low, high = max(0.0, low), high if first.key in _WITHOUT_END else min(1.0, high)
     return Summary(first.key, first.label, first.in_percent, mean.value, sd, low, high, len(values))
 
 

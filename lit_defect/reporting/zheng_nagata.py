@@ -5,6 +5,7 @@ Their test set C is the original training pictures mirrored, so what compares wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -114,4 +115,4 @@ def published_difference() -> str:
 
 def _limits(found: Spread) -> str:
     """Of percents."""
-    return "-" if found.seeds < 2 else f"{found.low:.2f} to {min(100.0, found.high):.2f}"
+    return "-" if math.isnan(found.low) else f"{max(0.0, found.low):.2f} to {min(100.0, found.high):.2f}"

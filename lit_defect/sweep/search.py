@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
+from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
@@ -30,6 +31,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 _TRIES = 10  # to make the tables
 _WAIT = 60.0  # seconds for SQLite's file, which one worker at a time may write; five by default, then the others fail
+_BEST, _FEWEST_BEST = 0.1, 5  # share of the trials, and number, that importance holds against the others
 _ID = "sweep_id"  # of the folder that a study in a database belongs to
 
 
@@ -218,17 +220,19 @@ def _first_line(error: BaseException, url: str | None) -> str:
 
 
 def importance(study: optuna.Study, sweep: Sweep) -> dict[str, float] | None:
-    """Each parameter's share in what makes trials good (PED-ANOVA), None while there are too few to tell.
+    """Each parameter's share in what sets the best trials apart (PED-ANOVA), None while there are too few to tell.
 
-    With few trials a share is mostly chance: at least 4 for each parameter and 10 in all are asked for.
+    The best are a tenth of the trials, but five at least: of fewer, which Optuna takes by default, a share is mostly
+    chance. For the same reason at least 4 trials for each parameter and 10 in all are asked for.
     """
     done = [t for t in counted(study, sweep).values() if t.state == TrialState.COMPLETE]
     if len(done) < max(10, 4 * len(sweep.parameters)) or len({t.value for t in done}) < 2:
         return None
     local = optuna.create_study(direction=sweep.goal)
     local.add_trials(done)
+    judge = PedAnovaImportanceEvaluator(target_quantile=max(_BEST, _FEWEST_BEST / len(done)))
     try:
-        shares = optuna.importance.get_param_importances(local)
+        shares = optuna.importance.get_param_importances(local, evaluator=judge)
     except (ValueError, RuntimeError):
         return None
     return {name: round(float(share), 4) for name, share in shares.items()}
