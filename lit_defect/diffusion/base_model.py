@@ -208,7 +208,7 @@ def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
 
     transformers.utils.logging.disable_progress_bar()
     if index.get("text_encoder_2", [None, None])[1]:
-        raise UserError(f"{KEY}: {folder} has two text encoders (Stable Diffusion XL); take a model with one")
+        raise UserError(f"{KEY}: {folder} has two text encoders, as Stable Diffusion XL, 3 and Flux; take a model with one")
     name, kind = _entry(folder, index, _PARTS[part])
     expected = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}.get(part, kind)
     if kind != expected:
@@ -257,7 +257,13 @@ def _check_agreement(base: LatentBase) -> None:
             f"{KEY}: the U-Net of {base.source} takes {wanted} channels, its autoencoder gives {known}: it is {kind}; "
             "take its text-to-image relative"
         )
-    taken, given = base.unet.config.cross_attention_dim, base.text_encoder.config.hidden_size
+    config = base.unet.config
+    if config.class_embed_type or config.num_class_embeds or config.addition_embed_type:
+        raise UserError(
+            f"{KEY}: the U-Net of {base.source} is told more than a prompt, such as a picture (unCLIP) or a class; take a "
+            "text-to-image model"
+        )
+    taken, given = config.cross_attention_dim, base.text_encoder.config.hidden_size
     if isinstance(taken, int) and taken != given:  # a list has one for each level
         raise UserError(
             f"{KEY}: the U-Net of {base.source} attends to states of width {taken}, its text encoder gives {given}: "
