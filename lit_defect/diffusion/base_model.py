@@ -208,7 +208,9 @@ def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
 
     transformers.utils.logging.disable_progress_bar()
     if index.get("text_encoder_2", [None, None])[1]:
-        raise UserError(f"{KEY}: {folder} has two text encoders, as Stable Diffusion XL, 3 and Flux; take a model with one")
+        raise UserError(
+            f"{KEY}: {folder} has two text encoders, as Stable Diffusion XL, 3 and Flux; take a model with one"
+        )
     name, kind = _entry(folder, index, _PARTS[part])
     expected = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}.get(part, kind)
     if kind != expected:
@@ -260,8 +262,8 @@ def _check_agreement(base: LatentBase) -> None:
     config = base.unet.config
     if config.class_embed_type or config.num_class_embeds or config.addition_embed_type:
         raise UserError(
-            f"{KEY}: the U-Net of {base.source} is told more than a prompt, such as a picture (unCLIP) or a class; take a "
-            "text-to-image model"
+            f"{KEY}: the U-Net of {base.source} is told more than a prompt, such as a picture (unCLIP) or a "
+            "class; take a text-to-image model"
         )
     taken, given = config.cross_attention_dim, base.text_encoder.config.hidden_size
     if isinstance(taken, int) and taken != given:  # a list has one for each level
