@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_defect.diffusion.base_model import LatentBase
+from lit_defect.diffusion.base_model import LatentBase, as_in_files
 from lit_defect.diffusion.latent_sampling import guided, sample
 from lit_defect.diffusion.pipeline_files import KEY
 from lit_defect.diffusion.prompts import encode_prompt, text_states
@@ -22,6 +22,7 @@ from lit_defect.diffusion.samplers import Sampler
 from lit_defect.errors import UserError
 from lit_defect.nets import weights as weights_module
 from tests.latent import WIDTH, sd_alpha_bar, tiny_pipeline, tiny_unet, tiny_vae
+from tests.pipelines import tiny_unclip
 
 INDEX = "model_index.json"
 WEIGHTS = {
@@ -120,6 +121,24 @@ def test_nothing_trains(folder):
     base = LatentBase.open(str(folder)).train()
     assert not [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     assert not [name for name, module in base.named_modules() if module.training]
+
+
+def test_a_network_that_is_told_more_than_a_prompt(tmp_path):
+    """It would be opened, and fail in the first step of a training."""
+    with pytest.raises(UserError, match=r"base: the U-Net of .* is told more than a prompt, .* \(unCLIP\)"):
+        LatentBase.open(str(tiny_unclip(tmp_path / "base")))
+
+
+def test_the_text_encoder_has_the_names_of_published_ones(folder):
+    """All programs but the newest transformers look for these, and make random numbers of what they do not find."""
+    path = folder / "text_encoder" / "model.safetensors"
+    names = load_file(path).keys()
+    assert "text_model.embeddings.token_embedding.weight" in names
+    assert all(name.startswith("text_model.") for name in names)
+    assert as_in_files(load_file(path)).keys() == names
+    torch.testing.assert_close(
+        LatentBase.open(str(folder)).embeddings, load_file(path)["text_model.embeddings.token_embedding.weight"]
+    )
 
 
 def test_half_precision_files_are_opened_in_float32(folder):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 from scipy import ndimage
+from torch.nn import functional as F
 
 from lit_defect.editing.content import blurred, fill, latent_cells, started
 
@@ -194,6 +195,20 @@ def test_a_speck_beside_a_large_part_stays_and_a_blurred_scratch_too() -> None:
     cells = cells_of(blurred(scratch, 4), (8, 8))  # at most a tenth anywhere
     assert cells[2].tolist() == [0, 1, 1, 1, 1, 1, 1, 0]
     assert cells.sum() == 6
+
+
+def test_specks_are_looked_at_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    resize = F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda x, *a, **k: (seen.append(x.numel()), resize(x, *a, **k))[1])
+    mask = np.zeros((256, 512), dtype=bool)
+    mask[3::16, 5::16] = True
+    mask[100:103, 20:300] = True  # a scratch through some of them
+    expected = np.zeros((32, 64))
+    expected[::2, ::2] = 1
+    expected[12, 2:37] = 1
+    assert np.array_equal(cells_of(mask, (32, 64)), expected)
+    assert sum(seen) < 3 * mask.size, "a thousand specks of a photograph are not a thousand photographs"
 
 
 def test_cells_of_an_empty_a_full_and_several_masks() -> None:

@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import socket
+import warnings
 
 import pytest
 import torch
@@ -159,6 +160,39 @@ def test_kinds_that_do_not_fit_the_mode(tmp_path, folder):
     )
 
 
+@pytest.mark.parametrize("name", ["FluxKontextPipeline", "Flux2Pipeline", "QwenImagePipeline", "StableDiffusionControlNetPipeline"])  # fmt: skip
+def test_kinds_that_work_otherwise_are_refused_before_they_are_opened(tmp_path, name, monkeypatch):
+    """They would change the size, take no strength, or say that the folder is damaged."""
+    import diffusers
+
+    monkeypatch.setattr(diffusers.AutoPipelineForImage2Image, "from_pretrained", lambda *_, **__: pytest.fail("opened"))
+    path = tiny_flux(tmp_path / "base")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
+    assert refused(path) == (
+        f"{BASE}: {path} is a {name}, of a kind that cannot edit here; take Stable Diffusion 1.x, 2.x, XL or 3, or "
+        "Flux 1"
+    )
+
+
+def test_flux_fill_inpaints_only(tmp_path):
+    path = tiny_flux(tmp_path / "base", fill=True)
+    assert refused(path).startswith(
+        f"{BASE}: {path} is a FluxFillPipeline, a model for the mode inpaint; img2img needs"
+    )
+
+
+@pytest.mark.parametrize("mode", ["img2img", "inpaint"])
+def test_nothing_is_used_that_diffusers_will_drop(folder, mode, monkeypatch):
+    monkeypatch.setattr(warnings, "simplefilter", lambda *_, **__: None)  # which hides it from users
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=FutureWarning)
+        pipeline = opened(folder, mode, dtype="bfloat16")
+        mask = torch.ones(1, 40, 56)
+        run(pipeline, [Request(pictures(1)[0], mask=mask, prompt="hole")], Edit(steps=2))
+    assert pipeline.pipe.unet.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("make", "mode", "name", "takes_mask", "multiple"),
     [
@@ -280,6 +314,24 @@ def test_loras_change_the_weights_as_they_say(tmp_path, folder):
     assert opened(folder, lora=[f"{first}/pytorch_lora_weights.safetensors"]).trained_on == {("hole/1.png", "")}
 
 
+def test_loras_of_different_strengths(tmp_path, folder):
+    plain = opened(folder)
+    paths = [tiny_lora(tmp_path / f"lora{seed}", plain.pipe.unet, seed=seed) for seed in (0, 1)]
+    both = opened(folder, lora=list(map(str, paths)), lora_scale=[0.8, 0.25])
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    states = torch.randn(1, 5, plain.pipe.unet.get_submodule(name).in_features)
+    expected = plain.pipe.unet.get_submodule(name)(states)
+    for path, scale in zip(paths, (0.8, 0.25), strict=True):
+        told = load_file(path / "pytorch_lora_weights.safetensors")
+        down, up = (told[f"unet.{name}.lora_{side}.weight"] for side in "AB")
+        expected = expected + scale * states @ down.T @ up.T
+    torch.testing.assert_close(both.pipe.unet.get_submodule(name)(states), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match=rf"{NETWORK}.lora_scale = \[0.8\]: expected one number, or .* of the 2 in"):
+        Network(lora=["a", "b"], lora_scale=[0.8])
+    with pytest.raises(UserError, match=rf"{NETWORK}.lora_scale = \[0.8, -1\]: expected 0 or more"):
+        Network(lora=["a", "b"], lora_scale=[0.8, -1])
+
+
 def test_a_lora_for_another_model(tmp_path, folder):
     wide = tiny_lora(tmp_path / "wide", tiny_unet(width=2 * WIDTH, levels=3))
     assert refused(folder, lora=[str(wide)]).startswith(f"{NETWORK}.lora: {wide} cannot be put on this model (")
@@ -308,6 +360,15 @@ def test_words_of_textual_inversion(tmp_path, folder, caplog):
     torch.testing.assert_close(embedded, load_file(path)["<scratch>"])
     assert pipeline.cut_words("hole " * 28 + "<scratch>") == ""  # of two vectors
     assert pipeline.cut_words("hole " * 29 + "<scratch>") == "<scratch>"
+
+
+def test_files_of_the_web_interface_that_hold_no_word(tmp_path, folder):
+    paths = [tiny_embedding(tmp_path / f"{word}.safetensors", "emb_params") for word in ("rust", "scratch")]
+    pipeline = opened(folder, embeddings=list(map(str, paths)))
+    assert pipeline.tokens == ["<rust>", "<scratch>"]
+    number = pipeline.pipe.tokenizer.convert_tokens_to_ids("<scratch>")
+    embedded = pipeline.pipe.text_encoder.get_input_embeddings().weight[number : number + 2]
+    torch.testing.assert_close(embedded, load_file(paths[1])["emb_params"])
 
 
 def test_words_for_both_encoders(tmp_path):

@@ -14,7 +14,7 @@ from lit_defect.editing import running
 from lit_defect.editing.content import fill
 from lit_defect.editing.options import Edit, Network
 from lit_defect.editing.pipelines import open_pipeline
-from lit_defect.editing.running import Request, check_steps, run
+from lit_defect.editing.running import Request, check_steps, run, unheeded_negative
 from lit_defect.editing.samplers import make_scheduler
 from lit_defect.errors import UserError
 from tests.latent import tiny_unet
@@ -282,6 +282,36 @@ def test_negative_prompts_count_and_may_be_missing_for_some(tmp_path):
     assert not torch.allclose(together[1], together[2], atol=1e-3)
     for number, one in enumerate(requests):
         torch.testing.assert_close(run(pipeline, [one], EDIT).pictures[0], together[number], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "told"),
+    [
+        ("img2img", {"guidance": 1.0}, "of no effect with model.init_args.edit.guidance = 1.0; take more than 1"),
+        ("img2img of Flux", {}, "of no effect: FluxImg2ImgPipeline is guided without one"),
+        ("inpaint of Flux Fill", {}, "of no effect: FluxFillPipeline is guided without one"),
+        ("variation", {}, "of no effect: StableDiffusionImageVariationPipeline is guided without one"),
+        ("img2img", {}, None),
+        ("img2img of 3", {}, None),
+    ],
+)
+def test_a_negative_prompt_without_effect_is_told(tmp_path, kind, edit, told):
+    pipeline, edit = opened(tmp_path, kind), edit_of(kind, negative_prompt="wood", **edit)
+    found = unheeded_negative(pipeline, edit)
+    assert found == (told and f"model.init_args.edit.negative_prompt is {told}")
+    assert unheeded_negative(pipeline, edit_of(kind)) is None
+    made = [run(pipeline, [fitting(kind, negative_prompt=words)], edit).pictures for words in ("", "wood")]
+    assert torch.equal(*made) == (told is not None)
+
+
+def test_no_guidance_by_the_picture_would_be_none_by_the_prompt(tmp_path):
+    """Why less than 1 is refused: diffusers then leaves out both."""
+    pipeline = opened(tmp_path, "instruct")
+    given = {"prompt": "hole in a nut", "image": picture()[None], "image_guidance_scale": 0.9}
+    plain, guided = (by_hand(pipeline.pipe, generator=[generator()], guidance_scale=g, **given) for g in (1.0, 9.0))
+    assert torch.equal(plain, guided)
+    with pytest.raises(UserError, match=r"edit.image_guidance = 0.9: expected 1 or more"):
+        Edit(image_guidance=0.9)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.0])

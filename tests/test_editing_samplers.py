@@ -283,6 +283,13 @@ def test_pure_noise_at_the_end_is_kept_or_refused() -> None:
         make_scheduler("Heun", {**SD, "rescale_betas_zero_snr": True})
 
 
+@pytest.mark.parametrize("name", ["default", "LCM"])
+def test_a_start_from_nothing_but_noise(name: str) -> None:
+    zero = {**SD, "_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    assert start(make_scheduler(name, zero), 1.0, 20) == (999, math.inf)
+    assert start(make_scheduler(name, zero), 0.5, 20).sigma < 2
+
+
 @pytest.mark.parametrize(("name", "near"), [("DPM++2M Karras", "DPM++ 2M Karras"), ("euler_a", "Euler a")])
 def test_a_misspelt_sampler_names_the_nearest(name: str, near: str) -> None:
     with pytest.raises(UserError) as problem:

@@ -15,7 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.training_utils import compute_snr
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 
 from lit_defect.data import ELPV
 from lit_defect.diffusion.base_model import LatentBase
@@ -27,6 +31,7 @@ from lit_defect.tasks.few_shots import FewShots
 from tests.anomaly_diffusion import SIZE, make_base, make_parts, parts, pixels
 from tests.contrastive import make_trainer
 from tests.fakes import make_elpv
+from tests.latent import tiny_pipeline
 from tests.segmentation import fit
 
 GRID = (SIZE // 4, SIZE // 4)  # of the latents
@@ -253,6 +258,49 @@ def test_the_loss_weighs_the_mask(made):
     assert found == pytest.approx(np.mean(by_hand), rel=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("gamma", "offset", "text_encoder"), [(None, 0.0, False), (5.0, 0.1, True)])
+def test_loss_and_gradients_are_those_of_diffusers_own_training(
+    made, tmp_path, prediction, gamma, offset, text_encoder
+):
+    """By the parts that its scripts train with: `add_noise`, `get_velocity`, `compute_snr`."""
+    folder = tiny_pipeline(tmp_path / "base", prediction=prediction)
+    task = ready(lora(folder, min_snr_gamma=gamma, offset_noise=offset, text_encoder=text_encoder), parts(made.root))
+    base = task.network
+    learnt = {name: p for name, p in base.named_parameters() if p.requires_grad}
+    for name, weight in learnt.items():
+        if "lora_B" in name:  # which are zero at first
+            torch.nn.init.normal_(weight, std=0.1)
+    moments = torch.randn(2, 8, *GRID)
+    torch.manual_seed(3)
+    found = task._weighed(moments, torch.zeros(2, 1, SIZE, SIZE), torch.tensor([0, len(task.said)]))
+    found.backward()
+    own = {name: p.grad.clone() for name, p in learnt.items()}
+    base.zero_grad()
+
+    scheduler: Any = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    told = {"max_length": base.tokenizer.model_max_length, "padding": "max_length", "return_tensors": "pt"}
+    states = base.text_encoder(base.tokenizer([task.said[0], ""], **told).input_ids)[0]
+    torch.manual_seed(3)
+    latents = DiagonalGaussianDistribution(moments).sample() * base.vae.config.scaling_factor
+    t = torch.randint(0, 1000, (2,))
+    noise = torch.randn_like(latents)
+    if offset:
+        noise = noise + offset * torch.randn(2, 4, 1, 1)
+    target = {"epsilon": noise, "v_prediction": scheduler.get_velocity(latents, noise, t), "sample": latents}[
+        prediction
+    ]
+    output = base.unet(scheduler.add_noise(latents, noise, t), t, states).sample
+    error = (output - target).square().mean(dim=(1, 2, 3))
+    if gamma is not None:
+        snr = compute_snr(scheduler, t)
+        error = error * snr.clamp(max=gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction]
+    error.mean().backward()
+    torch.testing.assert_close(found, error.mean(), rtol=1e-5, atol=0)
+    for name, weight in learnt.items():
+        torch.testing.assert_close(own[name], weight.grad, rtol=1e-3, atol=1e-5 * float(weight.grad.abs().max()))
+
+
 def test_validation_is_the_same_for_the_same_weights(made, tmp_path):
     root = make_parts(tmp_path / "data", defects={"crack": 18, "hole": 18})
     task, data = lora(made.base, lr=1e-12), parts(root, val_fraction=0.4, batches_per_epoch=1)
@@ -294,6 +342,15 @@ def test_diffusers_opens_the_export(made):
     for before, after, own in zip(plain, found, expected, strict=True):
         torch.testing.assert_close(after, own, rtol=1e-4, atol=1e-5)
         assert (after - before).abs().max() > 1e-3, "it has learnt something"
+
+
+def test_the_export_has_the_names_of_other_peoples_files(made):
+    names = load_file(made.folder / "lora" / "pytorch_lora_weights.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"unet", "text_encoder"}
+    encoder = [name for name in names if name.startswith("text_encoder.")]
+    assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in encoder), (
+        "as diffusers had them before transformers 5.6 dropped text_model, and as other programs look for them"
+    )
 
 
 def test_the_export_says_what_it_is_of(made):

@@ -250,6 +250,12 @@ def test_words_that_the_encoder_does_not_see_are_told_once(edit, capsys):
     assert {row["prompt"] for row in made.rows} == {prompt}
 
 
+def test_a_negative_prompt_without_effect_is_told_once(edit, capsys):
+    edit("img2img", result="hole", count=2, batch=1, negative_prompt="wood", guidance=1.0)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("negative_prompt is of no effect with model.init_args.edit.guidance = 1.0") == 1
+
+
 @pytest.mark.parametrize(
     ("extra", "mode", "told"),
     [

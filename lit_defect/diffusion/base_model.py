@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lit_defect.generation.store import find_trained_on
 from lit_defect.nets.fitting import fingerprint
 
 _PARTS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text_encoder": ("text_encoder", "bert")}
+_IN_FILES = "text_model."
 _FOLDERS = (*itertools.chain(*_PARTS.values()), "tokenizer", "scheduler")
 
 
@@ -150,6 +151,7 @@ def save_pipeline(
 ) -> None:
     """Write an ordinary StableDiffusionPipeline of these parts, which diffusers and `LatentBase.open` load."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from safetensors.torch import load_file, save_file
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -173,6 +175,17 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    weights = folder / "text_encoder" / "model.safetensors"
+    save_file(as_in_files(load_file(weights)), weights, {"format": "pt"})
+
+
+def as_in_files(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a CLIPTextModel by the names that files have, which begin with `text_model.`.
+
+    Since transformers 5.6 its modules do not, and what is saved of a new one lacks it, too: older versions would fill
+    such a text encoder with random numbers, and other tools find nothing in it.
+    """
+    return {name if name.startswith(_IN_FILES) else _IN_FILES + name: value for name, value in state.items()}
 
 
 def _is_whole(folder: Path, halves: bool) -> bool:
@@ -195,7 +208,9 @@ def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
 
     transformers.utils.logging.disable_progress_bar()
     if index.get("text_encoder_2", [None, None])[1]:
-        raise UserError(f"{KEY}: {folder} has two text encoders (Stable Diffusion XL); take a model with one")
+        raise UserError(
+            f"{KEY}: {folder} has two text encoders, as Stable Diffusion XL, 3 and Flux; take a model with one"
+        )
     name, kind = _entry(folder, index, _PARTS[part])
     expected = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}.get(part, kind)
     if kind != expected:
@@ -244,7 +259,13 @@ def _check_agreement(base: LatentBase) -> None:
             f"{KEY}: the U-Net of {base.source} takes {wanted} channels, its autoencoder gives {known}: it is {kind}; "
             "take its text-to-image relative"
         )
-    taken, given = base.unet.config.cross_attention_dim, base.text_encoder.config.hidden_size
+    config = base.unet.config
+    if config.class_embed_type or config.num_class_embeds or config.addition_embed_type:
+        raise UserError(
+            f"{KEY}: the U-Net of {base.source} is told more than a prompt, such as a picture (unCLIP) or a "
+            "class; take a text-to-image model"
+        )
+    taken, given = config.cross_attention_dim, base.text_encoder.config.hidden_size
     if isinstance(taken, int) and taken != given:  # a list has one for each level
         raise UserError(
             f"{KEY}: the U-Net of {base.source} attends to states of width {taken}, its text encoder gives {given}: "

@@ -40,13 +40,13 @@ class _Place(NamedTuple):
         return find_trained_on(Path(self.home))
 
 
-def add_loras(pipe: Any, sources: list[str], scale: float) -> Pictures:
+def add_loras(pipe: Any, sources: list[str], scales: list[float]) -> Pictures:
     """Load LoRA weights beside one another; gives the pictures of one's own that they were trained on.
 
     Args:
         pipe: of diffusers.
         sources: folders, files, runs of a `StableDiffusionLoRA` (with a folder `lora`), or repositories.
-        scale: of all of them.
+        scales: of each.
 
     Raises:
         UserError: nothing there, a hub out of reach, or weights that are not for this model.
@@ -61,14 +61,15 @@ def add_loras(pipe: Any, sources: list[str], scale: float) -> Pictures:
                 raise ValueError("none of its weights is for a network of this model")
             trained_on |= place.trained_on
     if names:
-        pipe.set_adapters(names, adapter_weights=[scale] * len(names))
+        pipe.set_adapters(names, adapter_weights=scales)
     return trained_on
 
 
 def add_embeddings(pipe: Any, sources: list[str]) -> tuple[list[str], Pictures]:
     """Load words of textual inversion; gives them, and the pictures of one's own that they were trained on.
 
-    Files for Stable Diffusion XL, of `clip_l` and `clip_g`, hold no word; theirs is the file's name in <>.
+    Some files hold no word: those for Stable Diffusion XL, of `clip_l` and `clip_g`, and those of the web interface, of
+    `emb_params`. Theirs is the file's name in <>.
 
     Raises:
         UserError: nothing there, a hub out of reach, a word that is known already, or vectors of another width.
@@ -84,28 +85,46 @@ def add_embeddings(pipe: Any, sources: list[str]) -> tuple[list[str], Pictures]:
             if hasattr(pipe, "text_encoder_2"):
                 _add_to_both(pipe, place)
             else:
-                pipe.load_textual_inversion(place.home, weight_name=place.file, **place.options)
+                _add_to_one(pipe, place)
             added = set(pipe.tokenizer.get_vocab()) - before
             words += sorted(added - {f"{word}_{n}" for word in added for n in range(len(added))})  # of several vectors
             trained_on |= place.trained_on
     return words, trained_on
 
 
+def _add_to_one(pipe: Any, place: _Place) -> None:
+    """To the text encoder of Stable Diffusion 1.x and 2.x."""
+    from safetensors import safe_open
+
+    word = None  # that the file says
+    if place.file and place.file.endswith(".safetensors"):
+        path = _fetched(place)
+        with safe_open(path, "pt") as file:
+            word = f"<{path.stem}>" if set(file.keys()) == {"emb_params"} else None
+    pipe.load_textual_inversion(place.home, token=word, weight_name=place.file, **place.options)
+
+
 def _add_to_both(pipe: Any, place: _Place) -> None:
     """To both text encoders of Stable Diffusion XL."""
-    from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
 
-    if place.file is None:
-        raise ValueError("name the file")
-    local = Path(place.home, place.file)
-    path = local if local.is_file() else Path(hf_hub_download(place.home, place.file, **place.options))
+    path = _fetched(place)
     vectors = load_file(path)
     if not {"clip_l", "clip_g"} <= vectors.keys():
         raise ValueError(f"it has {', '.join(vectors)}; expected clip_l and clip_g, for the two text encoders")
     for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
         parts = {name: getattr(pipe, name + suffix) for name in ("tokenizer", "text_encoder")}
         pipe.load_textual_inversion(vectors[key], token=f"<{path.stem}>", **parts)
+
+
+def _fetched(place: _Place) -> Path:
+    """The file, on this machine."""
+    from huggingface_hub import hf_hub_download
+
+    if place.file is None:
+        raise ValueError("name the file")
+    local = Path(place.home, place.file)
+    return local if local.is_file() else Path(hf_hub_download(place.home, place.file, **place.options))
 
 
 def add_ip_adapter(pipe: Any, source: str | None, scale: float) -> None:

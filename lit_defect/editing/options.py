@@ -23,7 +23,7 @@ class Network:
         dtype: of its weights and computation; `auto` is float16 on GPUs (bfloat16 where the trainer's precision says
             so) and float32 on the CPU.
         lora: folders or hub names with LoRA weights of diffusers, or runs of a `StableDiffusionLoRA`.
-        lora_scale: of all of them.
+        lora_scale: of all of them, or one for each.
         embeddings: textual-inversion files or hub names; the token is the one that the file names.
         ip_adapter: folder or hub name, with the file's path in it behind a colon:
             `h94/IP-Adapter:models/ip-adapter_sd15.safetensors`.
@@ -39,7 +39,7 @@ class Network:
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     lora: list[str] = field(default_factory=list)
-    lora_scale: float = 1.0
+    lora_scale: float | list[float] = 1.0
     embeddings: list[str] = field(default_factory=list)
     ip_adapter: str | None = None
     ip_adapter_scale: float = 0.6
@@ -49,9 +49,19 @@ class Network:
     offload: Literal["none", "model", "sequential"] = "none"
 
     def __post_init__(self) -> None:
-        for key in ("lora_scale", "ip_adapter_scale"):
-            if not getattr(self, key) >= 0:
+        if isinstance(self.lora_scale, list) and len(self.lora_scale) != len(self.lora):
+            raise UserError(
+                f"{NETWORK_KEY}.lora_scale = {self.lora_scale}: expected one number, or one for each of the "
+                f"{len(self.lora)} in {NETWORK_KEY}.lora"
+            )
+        for key, numbers in (("lora_scale", self.lora_scales), ("ip_adapter_scale", [self.ip_adapter_scale])):
+            if not all(number >= 0 for number in numbers):
                 raise UserError(f"{NETWORK_KEY}.{key} = {getattr(self, key)}: expected 0 or more")
+
+    @property
+    def lora_scales(self) -> list[float]:
+        """Of each LoRA."""
+        return self.lora_scale if isinstance(self.lora_scale, list) else [self.lora_scale] * len(self.lora)
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,9 @@ class Edit:
         strength: of denoising; one number, or one for each type of source. Without effect in `instruct_pix2pix` and
             `variation`, which begin with noise.
         steps_convention: how many steps a strength s leaves of N: int(N s) + 1 (`webui`) or int(N s) (`diffusers`).
-        guidance: scale of classifier-free guidance.
-        image_guidance: of instruct-pix2pix: how closely the source is followed.
+        guidance: scale of classifier-free guidance; none up to 1.
+        image_guidance: of instruct-pix2pix: how closely the source is followed, 1 or more; of no effect without
+            guidance.
         noise_level: of `variation` by unCLIP: noise on the picture's embedding, 0 to 1000.
         references: of `reference_only` and `ip_adapter`: a type of training picture, such as `hole`, or a folder, in
             which no picture of the data set may lie that is evaluated. They keep their aspect unless `stretch` is set.
@@ -176,9 +187,14 @@ class Edit:
         for key in ("style_fidelity", "least_covered", "least_contrast"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected a number from 0 to 1")
-        for key in ("mask_blur", "padding", "feather", "guidance", "image_guidance", "least_change"):
+        for key in ("mask_blur", "padding", "feather", "guidance", "least_change"):
             if not getattr(self, key) >= 0:
                 raise UserError(f"{KEY}.{key} = {getattr(self, key)}: expected 0 or more")
+        if not self.image_guidance >= 1:
+            raise UserError(
+                f"{KEY}.image_guidance = {self.image_guidance}: expected 1 or more; below that diffusers leaves out "
+                "all guidance, that by the prompt, too"
+            )
         if not 0 < self.mask_area[0] <= self.mask_area[1] <= 1:
             raise UserError(f"{KEY}.mask_area = {list(self.mask_area)}: expected two rising shares of the object")
         if self.mask_threshold is not None and not 1 <= self.mask_threshold <= 255:

@@ -44,6 +44,7 @@ _KINDS = {
     "inpaint": "an inpainting model",
     "instruct": "a model for instruct_pix2pix",
 }
+_FLUX = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline")
 _NEEDED = {
     "inpaint": "an inpainting or a text-to-image model",
     "instruct_pix2pix": "an InstructPix2Pix model, such as timbrooks/instruct-pix2pix",
@@ -214,7 +215,7 @@ def open_pipeline(
     folder = pipeline_folder(source)
     dtype = _dtype(network, device, precision)
     pipe = _load(folder, mode, dtype)
-    trained_on = find_trained_on(folder) | add_loras(pipe, network.lora, network.lora_scale)
+    trained_on = find_trained_on(folder) | add_loras(pipe, network.lora, network.lora_scales)
     tokens, learnt_from = add_embeddings(pipe, network.embeddings)
     if tokens:
         log.info("%s: the prompt may use %s", ", ".join(network.embeddings), ", ".join(tokens))
@@ -266,7 +267,7 @@ def _load(folder: Path, mode: Mode, dtype: torch.dtype) -> Any:
     index = read_index(folder)
     _check_channels(folder, index, mode)
     factory = getattr(diffusers, _factory(folder, index, mode))
-    options: dict[str, Any] = {"torch_dtype": dtype, "variant": variant(folder, index)}
+    options: dict[str, Any] = {"dtype": dtype, "variant": variant(folder, index)}
     # Stable Diffusion 3 is often kept without its largest text encoder, which diffusers takes only if it is told.
     options |= {name: None for name, kind in index.items() if kind == [None, None]}
     if "safety_checker" in index:
@@ -287,6 +288,12 @@ def _load(folder: Path, mode: Mode, dtype: torch.dtype) -> Any:
 def _factory(folder: Path, index: dict[str, Any], mode: Mode) -> str:
     """The class of diffusers that opens a folder for a mode."""
     name = str(index.get("_class_name"))
+    of_stable_diffusion = name.startswith(("Stable", "LatentConsistencyModel")) and "ControlNet" not in name
+    if not of_stable_diffusion and name not in _FLUX:
+        raise UserError(
+            f"{BASE_KEY}: {folder} is a {name}, of a kind that cannot edit here; take Stable Diffusion 1.x, 2.x, XL or "
+            "3, or Flux 1"
+        )
     if mode == "instruct_pix2pix":
         size = "XL" if "text_encoder_2" in index else ""
         return f"StableDiffusion{size}InstructPix2PixPipeline"
@@ -300,6 +307,8 @@ def _factory(folder: Path, index: dict[str, Any], mode: Mode) -> str:
         raise UserError(f"{BASE_KEY}: {folder} is a {name}; the mode variation needs {_needed(mode)}")
     if mode == "inpaint":
         return name if name == "FluxFillPipeline" else "AutoPipelineForInpainting"
+    if name == "FluxFillPipeline":
+        raise UserError(f"{BASE_KEY}: {folder} is a {name}, a model for the mode inpaint; {mode} needs {_needed(mode)}")
     if mode in ("reference_only", "ip_adapter") and "unet" not in index:
         raise UserError(
             f"{BASE_KEY}: {folder} is a {name}; the mode {mode} needs a model with a U-Net: Stable Diffusion 1.x, 2.x "

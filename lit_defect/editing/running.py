@@ -125,6 +125,18 @@ def check_steps(opened: Opened, edit: Edit, strengths: Iterable[float]) -> None:
             start(scheduler, told, edit.steps)
 
 
+def unheeded_negative(opened: Opened, edit: Edit) -> str | None:
+    """What to tell if the negative prompt is of no effect; else None."""
+    known = inspect.signature(type(opened.pipe).__call__).parameters
+    if not edit.negative_prompt:
+        return None
+    if "negative_prompt" not in known or "true_cfg_scale" in known:  # Flux 1 has its guidance learnt
+        return f"{KEY}.negative_prompt is of no effect: {type(opened.pipe).__name__} is guided without one"
+    if edit.guidance <= 1:
+        return f"{KEY}.negative_prompt is of no effect with {KEY}.guidance = {edit.guidance}; take more than 1"
+    return None
+
+
 def _told(opened: Opened, strength: float, edit: Edit) -> float:
     """The strength that the pipeline is told; 1 where it knows none."""
     if opened.mode in _FROM_NOISE:

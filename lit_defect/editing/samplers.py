@@ -158,7 +158,7 @@ def start(scheduler: Any, told: float, steps: int) -> Start:
     if hasattr(scheduler, "sigmas"):
         return Start(timestep, float(scheduler.sigmas[first]))
     kept = float(scheduler.alphas_cumprod[int(timestep)])
-    return Start(timestep, math.sqrt((1 - kept) / kept))
+    return Start(timestep, math.sqrt((1 - kept) / kept) if kept else math.inf)  # zero terminal SNR
 
 
 def warn_of_content(content: Content, strength: float) -> str | None:

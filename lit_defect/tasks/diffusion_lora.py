@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_defect.diffusion.base_model import LatentBase
+from lit_defect.diffusion.base_model import LatentBase, as_in_files
 from lit_defect.diffusion.prompts import encode_prompt, text_states
 from lit_defect.editing.prompts import CATEGORY, TYPE, Prompts
 from lit_defect.errors import UserError
@@ -308,6 +308,7 @@ class StableDiffusionLoRA(OnFrozenBase):
                 key: value.detach().cpu() * (self.alpha / self.rank if ".lora_B." in key else 1)
                 for key, value in get_peft_model_state_dict(network).items()
             }
+            state = as_in_files(state) if name == "text_encoder" else state
             layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
         StableDiffusionPipeline.save_lora_weights(path, **layers)
         about = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_defect.editing.content import blurred
 from lit_defect.editing.options import KEY, NO_MASK, Edit
-from lit_defect.editing.running import Request, check_steps, reconstruct, run
+from lit_defect.editing.running import Request, check_steps, reconstruct, run, unheeded_negative
 from lit_defect.editing.samplers import warn_of_content
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture
@@ -92,8 +92,9 @@ class EditMaking:
         self._warned: set[str] = set()
         self._warn_of_cut(self.edit.negative_prompt, "negative_prompt")
         self.unfit: dict[EditJob, DataError] = {}  # what is wrong with pictures that cannot be edited
-        if reason := warn_of_content(self.edit.content, min(strengths)):
-            rank_zero_warn(reason)
+        for reason in (warn_of_content(self.edit.content, min(strengths)), unheeded_negative(self.opened, self.edit)):
+            if reason:
+                rank_zero_warn(reason)
         about = About(
             generator=f"StableDiffusionEditor {task.mode}",
             base={"source": task.base_source, "fingerprint": self.opened.fingerprint},
