@@ -29,7 +29,7 @@ from lit_defect.callbacks.startup import EpochLines, StartupSummary
 from lit_defect.callbacks.storage import keep_files_whole
 from lit_defect.callbacks.throughput import Throughput
 from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, StartTracking, TrackingMode, finishing
-from lit_defect.checking import Findings, Job, Launch, examine, one_process, sources
+from lit_defect.checking import Findings, Job, Launch, examine, one_process, sources, strategy_objection
 from lit_defect.choosing import RunChoice
 from lit_defect.claims import launching
 from lit_defect.console import fail, quiet
@@ -146,6 +146,8 @@ class CLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "check":
             return one_process(config.as_dict(), Launch.of(config.as_dict()), CheckingTrainer)
+        if objection := strategy_objection(config.get("strategy")):
+            raise UserError(objection)
         if self.subcommand == "fit" and self._get(self.config, "test_after_fit"):
             self._check_test(checkpoints=config.get("enable_checkpointing") is not False)
         own = config.get("callbacks") or []

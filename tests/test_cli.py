@@ -269,7 +269,7 @@ def test_of_launches_that_begin_one_run_at_the_same_moment_the_first_one_has_it(
         assert begin_launch(run.path, last_launch(run.path)) is not None
 
     monkeypatch.setattr(MVTecAD, "prepare_data", look_while_another_begins)
-    assert "was taken by another process" in fails(capsys, lit_defect, *words)
+    assert "was taken by another process" in fails(capsys, lit_defect, *words, "--wandb", "offline")
     assert [path.name for path in run.path.iterdir()] == [".launches"], "nothing was written into the other's folder"
     monkeypatch.setattr(MVTecAD, "prepare_data", look)
     lit_defect(*words, "--resume", "--trainer.max_epochs", "1")  # the other was killed before it wrote anything

@@ -181,20 +181,22 @@ module.DefectClassifier.validation_step = validation_step
 sys.argv = ["lit_defect", *sys.argv[1:]]
 main()
 """
+EMA = {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.5}}
 EARLY = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 3}}
 
 
 @pytest.mark.parametrize(
-    ("processes", "number", "options"),
+    ("processes", "number", "options", "callbacks"),
     [
-        pytest.param(1, 3, (), id="at the end of the last epoch"),
-        pytest.param(1, 3, ("--trainer.val_check_interval", "0.5"), id="within an epoch"),
-        pytest.param(2, 2, (), id="of two processes"),
+        pytest.param(1, 3, (), [EARLY], id="at the end of the last epoch"),
+        pytest.param(1, 3, ("--trainer.val_check_interval", "0.5"), [EARLY], id="within an epoch"),
+        pytest.param(1, 2, (), [EARLY, EMA], id="of averaged weights"),
+        pytest.param(2, 2, (), [EARLY], id="of two processes"),
     ],
 )
-def test_a_validation_that_a_signal_breaks_off_is_begun_anew(config, tmp_path, processes, number, options):  # noqa: F811
+def test_a_validation_that_a_signal_breaks_off_is_begun_anew(config, tmp_path, processes, number, options, callbacks):  # noqa: F811
     content = yaml.safe_load(config.read_text())
-    content["trainer"]["callbacks"].append(EARLY)
+    content["trainer"]["callbacks"] += callbacks
     content["data"]["init_args"] |= {"val_fraction": 0.4, "eval_batch_size": 1}
     config.write_text(yaml.safe_dump(content))
     script = tmp_path / "signalled.py"
@@ -224,7 +226,8 @@ def test_a_validation_that_a_signal_breaks_off_is_begun_anew(config, tmp_path, p
     assert rows(stopped) == rows(whole)
     for name in ("last", "best"):
         one, other = (torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (whole, stopped))
-        assert all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items()), name
+        for state in ("state_dict", "current_model_state"):  # the second one where weights are averaged
+            assert all(torch.equal(value, other[state][key]) for key, value in one.get(state, {}).items()), name
         assert one["epoch"] == other["epoch"]
         loops = [
             {key: value for key, value in state["loops"]["fit_loop"].items() if key != "state_dict"}  # of the loader
@@ -493,6 +496,15 @@ def test_the_first_process_speaks_for_all_that_have_agreed(tmp_path, monkeypatch
     monkeypatch.setenv("PATH", scontrol(tmp_path)["PATH"])
     assert ended(Stopped(signal.SIGUSR1, follows=True), {"SLURM_JOB_ID": "17"}) == 0
     assert not (tmp_path / "asked.txt").exists()
+
+
+@pytest.mark.parametrize("environment", [{"GROUP_RANK": "1"}, {"NODE_RANK": "1"}], ids=str)
+def test_other_nodes_say_themselves_that_they_were_stopped(environment):
+    """Else torchrun there waits five minutes for the first node's and ends with 0, as if all were done."""
+    stop = Stopped(signal.SIGTERM, follows=True)
+    assert ended(stop, environment) == 143
+    assert ended(stop, {**environment, "SLURM_JOB_ID": "17"}) == 0, "srun would end the first process"
+    assert ended(stop, dict.fromkeys(environment, "0")) == 0, "torchrun would end the first process"
 
 
 def test_without_scontrol_the_user_is_told(tmp_path, monkeypatch, capsys):

@@ -307,6 +307,9 @@ class LastCheckpoint(Checkpoint):
             return
         if number := self._agree(trainer, count=done)[1]:
             _begin_anew(trainer)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.on_validation_epoch_end(trainer, pl_module)  # the model gets its own weights back
             self._save(trainer)
             STOP.stop(number, follows=not trainer.is_global_zero)
 
@@ -385,12 +388,10 @@ def _log_step(trainer: Trainer) -> None:
 def _can_begin_anew(trainer: Any) -> bool:
     """Whether a run that goes on from a state within this validation would come to it again.
 
-    Lightning does not where the training is over, nor where the clock says when to validate; and `WeightAveraging` has
-    put other weights in the model's place meanwhile.
+    Lightning does not where the training is over, nor where the clock says when to validate.
     """
     over = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-    lent = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-    return not (over or lent or trainer._val_check_time_interval is not None)
+    return not (over or trainer._val_check_time_interval is not None)
 
 
 def _begin_anew(trainer: Any) -> None:
