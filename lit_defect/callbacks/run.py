@@ -52,7 +52,8 @@ class RunRecorder(Callback):
             UserError: the processes of one launch have not come to the same folder; another launch has taken it;
                 it cannot be written.
         """
-        if trainer.strategy.broadcast(self.run.run_id) != self.run.run_id:
+        agrees = trainer.strategy.broadcast(self.run.run_id) == self.run.run_id
+        if not trainer.strategy.reduce_boolean_decision(agrees):  # all say so, rather than that others are gone
             raise UserError("the processes of this launch disagree on the run's folder: give all of them one --run_id")
         if self._begun:
             return
@@ -307,9 +308,6 @@ class LastCheckpoint(Checkpoint):
             return
         if number := self._agree(trainer, count=done)[1]:
             _begin_anew(trainer)
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):
-                    callback.on_validation_epoch_end(trainer, pl_module)  # the model gets its own weights back
             self._save(trainer)
             STOP.stop(number, follows=not trainer.is_global_zero)
 
@@ -388,10 +386,12 @@ def _log_step(trainer: Trainer) -> None:
 def _can_begin_anew(trainer: Any) -> bool:
     """Whether a run that goes on from a state within this validation would come to it again.
 
-    Lightning does not where the training is over, nor where the clock says when to validate.
+    Lightning does not where the training is over, nor where the clock says when to validate; and `WeightAveraging` has
+    put other weights in the model's place meanwhile.
     """
     over = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-    return not (over or trainer._val_check_time_interval is not None)
+    lent = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    return not (over or lent or trainer._val_check_time_interval is not None)
 
 
 def _begin_anew(trainer: Any) -> None:
