@@ -11,7 +11,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_defect import runs
-from lit_defect.claims import Claim, last_launch
+from lit_defect.claims import Claim, last_launch, still_writes
 from lit_defect.console import say
 from lit_defect.errors import UserError
 
@@ -151,6 +151,11 @@ class RunChoice:
                 f"the run goes on with other options ({'; '.join(changes)}); what its checkpoint holds, such as the "
                 "optimizer with its learning rates, comes from there",
                 stacklevel=2,
+            )
+        if self.before is not None and self.verb == "fit" and still_writes(self.before):  # `check` does not wait
+            raise UserError(
+                f"{run.path} is being written by {self.before.worker}; wait for it or stop it, or start another run "
+                "with --run_id NEW_NAME"
             )
 
 

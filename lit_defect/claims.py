@@ -9,6 +9,7 @@ An owner is dead when
 
 - it is of this machine (same host, same boot, same process namespace) and its process is gone, or is the observer's
   own, which has ended its work without giving the task back, as on a full disk;
+- or is a job of SLURM that has been put back into the queue since, as after its node has failed, and is the observer's;
 - or its file has not changed for `DEAD_AFTER` seconds of the observer's clock: no clocks are compared.
 """
 
@@ -21,19 +22,26 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_defect import runs
+from lit_defect.stopping import STOP, slurm_job
 
 BEAT = 20.0  # seconds between signs of life
 DEAD_AFTER = 180.0  # seconds without any; network folders may show a change a minute late
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # what file systems without links say
+_POLL = 1.0  # seconds
 _working: set[str] = set()  # tokens of what this process has taken and not ended
-_LAUNCHES, _LAUNCH = ".launches", "launch"  # folder and task of the launches that write a folder
+LAUNCH = "launch"
+"""Task of the launches that train into a folder, or fill it."""
+_LAUNCHES = ".launches"
+_launched: list[Held] = []  # what `begin_launch` has begun and `launching` ends
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Claim:
         token: of the owner.
         machine, pid, born: the owner's process, and when the kernel started it.
         worker: the owner for people, `host:pid`.
+        job, restarts: the owner's job of SLURM, empty without, and how often that had been put back into the queue.
         deaths: how many owners of this task have died.
         released: whether the owner has given it back.
     """
@@ -59,6 +68,8 @@ class Claim:
     pid: int = 0
     born: str = ""
     worker: str = ""
+    job: str = ""
+    restarts: int = 0
     deaths: int = 0
     released: bool = False
 
@@ -108,7 +119,8 @@ class Claims:
         if claim.machine == machine():
             ended = claim.pid == os.getpid() and claim.token not in _working
             return ended or not claim.pid or runs.process_start(claim.pid) != claim.born
-        return self.unchanged(claim.path)
+        job, restarts = _job()
+        return bool(job and job == claim.job and restarts > claim.restarts) or self.unchanged(claim.path)
 
     def is_alive(self, claim: Claim) -> bool:
         """Whether the owner has given a sign of life since the claim was first looked at, or is a process here."""
@@ -131,11 +143,14 @@ class Held:
     """A claim of this worker, kept alive by a thread until it ends; a context manager.
 
     Attributes:
+        claim: what is claimed.
+        on_loss: called by the thread when it finds that the task is lost.
         lost: set when another worker has taken the task over, for whom this one seemed dead.
     """
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
+        self.on_loss: Callable[[], None] = lambda: None
         self.lost = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)
@@ -165,36 +180,85 @@ class Held:
     def _live(self) -> None:
         while not self._done.wait(BEAT):
             if not self.is_mine():
+                self.on_loss()
                 return
             with contextlib.suppress(OSError):  # the folder may be away for a while
                 os.utime(self.claim.path)
 
 
-def last_launch(folder: Path) -> Claim | None:
+def last_launch(folder: Path, task: str = LAUNCH) -> Claim | None:
     """The last launch that has begun to write into a folder, whether it has ended or not; None if there was none.
 
     To be looked up before it is decided to write there; see `begin_launch`.
     """
-    return Claims(folder / _LAUNCHES).newest(_LAUNCH).get(_LAUNCH)
+    return Claims(folder / _LAUNCHES).newest(task).get(task)
 
 
-def begin_launch(folder: Path, before: Claim | None) -> Held | None:
-    """Begin to write into a folder; None if another launch has begun since `before` was the last one.
+def begin_launch(folder: Path, before: Claim | None, task: str = LAUNCH) -> bool:
+    """Begin to write into a folder, until `launching` ends; False if another launch has begun since `before`.
 
-    So of several that have decided the same, seconds or minutes ago, on any machines, the first one writes.
+    So of several that have decided the same, seconds or minutes ago, on any machines, the first one writes. Where
+    another takes over, for whom this one seems dead, as while the folder is away, this process ends.
+
+    Args:
+        folder: that is written.
+        before: the last launch when it was decided to write there, see `last_launch`; `still_writes` tells whether it
+            is over.
+        task: what is written: launches of one task are kept apart.
     """
-    return Claims(folder / _LAUNCHES).take(_LAUNCH, before)
+    for own in [held for held in _launched if before is not None and held.claim.path == before.path]:
+        own.__exit__()  # this process begins anew
+        _launched.remove(own)
+    held = Claims(folder / _LAUNCHES).take(task, before)
+    if held is None:
+        return False
+    held.on_loss = lambda: _leave_to_the_other(folder)
+    _launched.append(held.__enter__())
+    return True
+
+
+def _leave_to_the_other(folder: Path) -> None:
+    """Nothing is saved any more: the other goes on from the last state."""
+    print(f"error: {folder} was taken over by another process, for which this one seemed dead", file=sys.stderr)
+    STOP.leave(1)
+
+
+@contextlib.contextmanager
+def launching() -> Iterator[None]:
+    """What `begin_launch` begins in here ends with it; a decorator, too."""
+    try:
+        yield
+    finally:
+        while _launched:
+            held = _launched.pop()
+            held.__exit__()
+            if held.is_mine():
+                with contextlib.suppress(OSError):  # a full disk, or the folder was handed on
+                    held.release()
+
+
+def still_writes(launch: Claim | None) -> bool:
+    """Whether a launch writes still; of one on another machine it waits for a sign of life, `DEAD_AFTER` seconds."""
+    if launch is None or launch.released or (launch.machine == machine() and launch.pid == os.getpid()):
+        return False
+    claims, told = Claims(launch.path.parent, DEAD_AFTER), False
+    while not claims.is_dead(launch):
+        if claims.is_alive(launch):
+            return True
+        if not told:
+            told = True
+            print(
+                f"waits for up to {DEAD_AFTER:.0f} s to see whether {launch.worker} still writes "
+                f"{launch.path.parent.parent}: it has not said that it ended",
+                flush=True,
+            )
+        time.sleep(_POLL)
+    return False
 
 
 def forget_launches(folder: Path) -> None:
     """Take away what tells of the launches, where the folder is complete and is handed on without it."""
     shutil.rmtree(folder / _LAUNCHES, ignore_errors=True)
-
-
-def is_writing(launch: Claim) -> bool:
-    """Whether a launch that has not been given back is another process of this machine, and lives."""
-    alive = launch.machine == machine() and runs.process_start(launch.pid) == launch.born
-    return alive and not launch.released and launch.pid != os.getpid()
 
 
 def create(path: Path, content: Any) -> bool:
@@ -250,4 +314,12 @@ def _myself() -> dict[str, Any]:
         "pid": pid,
         "born": runs.process_start(pid),
         "worker": f"{socket.gethostname()}:{pid}",
+        "job": _job()[0],
+        "restarts": _job()[1],
     }
+
+
+def _job() -> tuple[str, int]:
+    """This process's job of SLURM, and how often it has been put back into the queue."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    return slurm_job() or "", int(restarts) if restarts.isdecimal() else 0

@@ -28,9 +28,10 @@ from lit_defect.callbacks.seen import SeenPictures
 from lit_defect.callbacks.startup import EpochLines, StartupSummary
 from lit_defect.callbacks.storage import keep_files_whole
 from lit_defect.callbacks.throughput import Throughput
-from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, TrackingMode, finishing, wandb_logger
-from lit_defect.checking import Findings, Job, Launch, examine, one_process, sources
+from lit_defect.callbacks.tracking import LearningRate, MetricsCSV, StartTracking, TrackingMode, finishing
+from lit_defect.checking import Findings, Job, Launch, examine, one_process, sources, strategy_objection
 from lit_defect.choosing import RunChoice
+from lit_defect.claims import launching
 from lit_defect.console import fail, quiet
 from lit_defect.errors import UserError
 from lit_defect.spelling import explain, unknown_environment
@@ -145,6 +146,8 @@ class CLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "check":
             return one_process(config.as_dict(), Launch.of(config.as_dict()), CheckingTrainer)
+        if objection := strategy_objection(config.get("strategy")):
+            raise UserError(objection)
         if self.subcommand == "fit" and self._get(self.config, "test_after_fit"):
             self._check_test(checkpoints=config.get("enable_checkpointing") is not False)
         own = config.get("callbacks") or []
@@ -156,8 +159,9 @@ class CLI(LightningCLI):
             callbacks += [RichProgressBar()] if shown else [EpochLines()]
             kwargs["enable_progress_bar"] = shown
         if self.run is not None:
-            callbacks += self._keeping_the_run(self.run, checkpoints=config.get("enable_checkpointing") is not False)
             kwargs["logger"] = self._loggers(self.run, config.get("logger"))
+            tracks = config.get("logger") in (None, True)
+            callbacks += self._keeping_the_run(self.run, config.get("enable_checkpointing") is not False, tracks)
             kwargs["default_root_dir"] = str(self.run.path)
             if self.subcommand == "fit" and kwargs["logger"]:
                 callbacks += [Throughput()]
@@ -181,13 +185,17 @@ class CLI(LightningCLI):
         if not checkpoints:
             raise UserError("--test_after_fit true tests a checkpoint: leave trainer.enable_checkpointing on")
 
-    def _keeping_the_run(self, run: runs.RunFolder, checkpoints: bool) -> list[Callback]:
-        """What writes into the run's folder; without `checkpoints` a fit leaves its record only."""
+    def _keeping_the_run(self, run: runs.RunFolder, checkpoints: bool, tracks: bool) -> list[Callback]:
+        """What writes into the run's folder; without `checkpoints` a fit leaves its record only.
+
+        Without `tracks` W&B is not started, as the user's own loggers take its place.
+        """
         config_hash = runs.hash_config(self.config_dump)
         recorder = RunRecorder(run, str(self.subcommand), self.config_dump, config_hash, self.choice.before)
         kept = self.config_dump.get("wandb_checkpoints", "reference")
         tracking = ResultsTracking(run, str(self.subcommand), self.config_dump, kept)
-        callbacks: list[Callback] = [SeenPictures(run, self.config_dump), recorder, tracking]
+        start = [StartTracking(run, self.config_dump, str(self.subcommand))] * tracks
+        callbacks: list[Callback] = [SeenPictures(run, self.config_dump), recorder, *start, tracking]
         if self.subcommand == "fit" and checkpoints:
             watched = getattr(self.model, "monitor", ("val/loss", "min"))
             callbacks += [BestCheckpoint(run.checkpoints, *watched)] if watched else []
@@ -195,14 +203,13 @@ class CLI(LightningCLI):
         return callbacks
 
     def _loggers(self, run: runs.RunFolder, own: Any) -> list[Any] | bool:
-        """CSV always while training, and the user's own or W&B; none for `--trainer.logger false`."""
+        """CSV always while training, and the user's own; W&B comes later. None for `--trainer.logger false`."""
         if own is False:
             return False
         if own not in (None, True):
             return [MetricsCSV(run.path), *(own if isinstance(own, list) else [own])]
-        tracking = wandb_logger(self.config_dump.get("wandb", "auto"), run, self.config_dump, str(self.subcommand))
-        csv = [MetricsCSV(run.path, every_n_steps=1 if tracking else 50)] if self.subcommand == "fit" else []
-        return [*csv, *([tracking] if tracking else [])] or False
+        tracks = self.config_dump.get("wandb") != "off"  # a resumed run sends W&B what metrics.csv has not
+        return [MetricsCSV(run.path, every_n_steps=1 if tracks else 50)] if self.subcommand == "fit" else False
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the verb; what stops this process for good stops those that it has started, too."""
@@ -277,6 +284,7 @@ def main(args: list[str] | None = None) -> CLI:
             raise
 
 
+@launching()
 @finishing()
 def _run(args: list[str] | None) -> CLI:
     return CLI(

@@ -3,7 +3,7 @@
 `<runs_dir>/<experiment>/<run id>/` holds
 
 - `config.yaml`: every option, defaults included; `run.json`: status, command, commit, versions, data fingerprint;
-- `.launches/`: who has begun to train into it, one after the other (`lit_defect.claims`);
+- `.launches/`: who has begun to train into it or to evaluate it, one after the other (`lit_defect.claims`);
 - `metrics.csv`: what was logged, step by step;
 - `checkpoints/last.ckpt` and `checkpoints/best.ckpt`;
 - `splits.csv`, `leakage.csv`, `skipped.csv`: which sample went where, and what was found;

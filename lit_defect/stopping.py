@@ -144,6 +144,11 @@ class StopRequest:
             self._wake(number)  # where no signal has come to this process
         raise Stopped(number, follows)
 
+    def leave(self, status: int) -> NoReturn:
+        """End this process at once, and those that it has started: what it does is another's by now."""
+        end_all(self._launcher, patience=0.0)
+        os._exit(status)
+
     def explained(self, error: BaseException) -> BaseException:
         """The stop behind an error: another process was quicker, and this one has lost its connection."""
         lost = isinstance(error, RuntimeError) and re.search(_LOST, f"{type(error).__name__} {error}")
@@ -262,7 +267,10 @@ def ended(stop: Stopped, environ: Mapping[str, str] = os.environ) -> int:
             os.kill(parent, stop.number)
         return 0
     if stop.follows:
-        return 0
+        # On another node nobody kills the first process for it; at 0 torchrun there would wait five minutes for that
+        # node's, and then say that all went well. But srun does, while that process may still put the job back.
+        node = environ.get("GROUP_RANK", environ.get("NODE_RANK", "0"))  # of torchrun, of Lightning
+        return 128 + stop.number if node != "0" and not slurm_job(environ) else 0
     first = environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"  # of torchrun, of srun
     if stop.preempted and first and _PARENT not in environ:
         requeue(environ)

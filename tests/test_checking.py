@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
 
 from lit_defect.checking.cost import Cost, kept
 from lit_defect.checking.findings import Findings, duration
-from lit_defect.checking.launch import Launch
+from lit_defect.checking.launch import Launch, strategy_objection
 from lit_defect.checking.memory import Memory
 from lit_defect.checking.sources import sources
 from lit_defect.checking.steps import fewer
@@ -304,6 +305,26 @@ def test_a_strategy_that_is_none(check):
     code, found = check("--trainer.strategy", "dpp")
     assert (code, failed(found)) == (1, {"launch"})
     assert found["launch"].remedy == "--trainer.strategy ddp"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp_spawn", "ddp_fork_find_unused_parameters_true", "deepspeed_stage_2"])
+def test_a_strategy_that_does_not_serve_is_refused_with_one_that_does(check, strategy):
+    code, found = check("--trainer.devices", "2", "--trainer.strategy", strategy)
+    assert (code, failed(found)) == (1, {"launch"})
+    assert strategy in found["launch"].found
+    assert found["launch"].remedy == "--trainer.strategy ddp"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "serves"),
+    [
+        (None, True), ("auto", True), ("ddp", True), ("ddp_find_unused_parameters_true", True), (DDPStrategy(), True),
+        (FSDPStrategy(), False), (DDPStrategy(start_method="spawn"), False), ("ddp_notebook", False),
+    ],
+    ids=["none", "auto", "ddp", "unused", "its object", "FSDP's", "spawning", "notebook"],
+)  # fmt: skip
+def test_strategies_that_serve(strategy, serves):
+    assert (not strategy_objection(strategy)) == serves
 
 
 @pytest.mark.parametrize(

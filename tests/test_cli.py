@@ -269,7 +269,7 @@ def test_of_launches_that_begin_one_run_at_the_same_moment_the_first_one_has_it(
         assert begin_launch(run.path, last_launch(run.path)) is not None
 
     monkeypatch.setattr(MVTecAD, "prepare_data", look_while_another_begins)
-    assert "was taken by another process" in fails(capsys, lit_defect, *words)
+    assert "was taken by another process" in fails(capsys, lit_defect, *words, "--wandb", "offline")
     assert [path.name for path in run.path.iterdir()] == [".launches"], "nothing was written into the other's folder"
     monkeypatch.setattr(MVTecAD, "prepare_data", look)
     lit_defect(*words, "--resume", "--trainer.max_epochs", "1")  # the other was killed before it wrote anything
@@ -309,10 +309,22 @@ def test_why_a_folder_cannot_be_begun_all_processes_are_told(tmp_path, process):
             said.append(own)
             return own if len(said) == 1 or process == 0 else "why not"
 
+        def reduce_boolean_decision(self, own: bool) -> bool:
+            return own
+
     trainer = SimpleNamespace(strategy=Strategy(), is_global_zero=process == 0, world_size=2)
     with pytest.raises(UserError, match=r"cannot be written .*--runs_dir" if process == 0 else "why not"):
         RunRecorder(run, "fit", {}, "hash").setup(trainer, None, "fit")
     assert len(said) == 2, "the first process has spoken, and the other listened"
+
+
+@pytest.mark.parametrize("own", ["one", "two"])
+def test_processes_that_disagree_on_the_folder_all_say_so(tmp_path, own):
+    """As two machines without --run_id: one of them alone would leave the other a lost connection."""
+    strategy = SimpleNamespace(broadcast=lambda _: "one", reduce_boolean_decision=lambda agrees: False)
+    trainer = SimpleNamespace(strategy=strategy, is_global_zero=own == "one", world_size=2)
+    with pytest.raises(UserError, match="give all of them one --run_id"):
+        RunRecorder(RunFolder(tmp_path / own), "fit", {}, "hash").setup(trainer, None, "fit")
 
 
 def test_a_run_that_was_killed_in_its_test_is_tested_by_resume(lit_defect, config, tmp_path, capsys):

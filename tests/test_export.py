@@ -238,6 +238,21 @@ def test_an_interrupted_export_leaves_nothing_and_an_earlier_one_stays(runs, tmp
     assert json.loads((out / "model.json").read_text())["threshold"] == 0.9
 
 
+def test_of_two_exports_at_once_the_first_is_left_alone(runs, tmp_path, monkeypatch):
+    words, make = (runs("localizer"), "--to", "torch", "--out", tmp_path / "out"), making.make
+
+    def while_another_begins(opened: Any, options: Any, folder: Path) -> Any:
+        command = [sys.executable, "-m", "lit_defect", "export", *map(str, words)]
+        other = subprocess.run(command, capture_output=True, text=True)
+        assert (other.returncode, "is being written by another export" in other.stderr) == (2, True)
+        return make(opened, options, folder)
+
+    monkeypatch.setattr(making, "make", while_another_begins)
+    assert export(*words) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.json", "model.pt2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # --- refusals ---
 
 

@@ -495,6 +495,15 @@ def test_the_first_process_speaks_for_all_that_have_agreed(tmp_path, monkeypatch
     assert not (tmp_path / "asked.txt").exists()
 
 
+@pytest.mark.parametrize("environment", [{"GROUP_RANK": "1"}, {"NODE_RANK": "1"}], ids=str)
+def test_other_nodes_say_themselves_that_they_were_stopped(environment):
+    """Else torchrun there waits five minutes for the first node's and ends with 0, as if all were done."""
+    stop = Stopped(signal.SIGTERM, follows=True)
+    assert ended(stop, environment) == 143
+    assert ended(stop, {**environment, "SLURM_JOB_ID": "17"}) == 0, "srun would end the first process"
+    assert ended(stop, dict.fromkeys(environment, "0")) == 0, "torchrun would end the first process"
+
+
 def test_without_scontrol_the_user_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     stopping.requeue({"SLURM_JOB_ID": "17"})

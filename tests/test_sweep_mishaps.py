@@ -15,7 +15,7 @@ from lit_defect.claims import Claims, create
 from lit_defect.runs import RunFolder
 from lit_defect.sweep import _write_plan, main
 from lit_defect.sweep.file import read_sweep
-from lit_defect.sweep.search import open_study
+from lit_defect.sweep.search import _MendingLock, open_study
 from lit_defect.sweep.training import Stops, Training
 from tests.sweeping import at_once, hold, outcome, run_record, start, sweep_file, until
 
@@ -153,6 +153,53 @@ def test_a_folder_that_is_away_while_a_trial_trains_costs_nothing(tmp_path, monk
     assert not away
     assert asked
     assert [trial["state"] for trial in outcome(file)["trials"]] == ["complete", "complete"]
+
+
+def test_a_storage_that_is_away_when_a_trial_ends_is_waited_for(tmp_path, monkeypatch, capsys):
+    import optuna
+
+    told, written, away = optuna.Study.tell, runs.write_json, {"tell": 2, "sweep.json": 2}
+
+    def unless_away(which):
+        if away[which]:
+            away[which] -= 1
+            raise OSError(116, "Stale file handle")
+
+    def tell(self, *words, **named):
+        unless_away("tell")
+        return told(self, *words, **named)
+
+    def write(path, content):
+        if path.name == "sweep.json":
+            unless_away("sweep.json")
+        written(path, content)
+
+    monkeypatch.setattr("lit_defect.sweep.worker._POLL", 0.01)
+    monkeypatch.setattr(optuna.Study, "tell", tell)
+    monkeypatch.setattr(runs, "write_json", write)
+    file = sweep_file(tmp_path, parameters={"x": {"values": [1, 2]}})
+    assert work(file) == 0
+    assert not any(away.values())
+    assert [trial["state"] for trial in outcome(file)["trials"]] == ["complete", "complete"]
+    assert "tries again" in capsys.readouterr().out
+
+
+def test_a_storage_that_stays_away_is_not_waited_for_for_ever(tmp_path, monkeypatch, capsys):
+    def away(*_, **__):
+        raise OSError(28, "No space left on device", "journal.log")
+
+    monkeypatch.setattr("lit_defect.sweep.worker._POLL", 0.01)
+    monkeypatch.setattr("lit_defect.claims.Claims.__init__.__defaults__", (0.2,))
+    monkeypatch.setattr("optuna.Study.tell", away)
+    assert work(sweep_file(tmp_path, parameters={"x": {"values": [1, 2]}})) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_journal_that_cannot_be_opened_is_left_unlocked(tmp_path):
+    lock = _MendingLock(tmp_path / "journal.log")
+    with pytest.raises(FileNotFoundError):  # it has gone with its folder, which is back
+        lock.acquire()
+    assert not list(tmp_path.iterdir()), "else other workers wait half a minute for it"
 
 
 def test_a_claim_is_kept_alive_when_the_folder_is_back(tmp_path, monkeypatch):

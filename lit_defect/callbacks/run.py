@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAvera
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_defect.callbacks.tracking import MetricsCSV, mark_preempting
-from lit_defect.claims import Claim, begin_launch
+from lit_defect.claims import Claim, begin_launch, last_launch, still_writes
 from lit_defect.errors import UserError
 from lit_defect.files import whole_file
 from lit_defect.runs import RunFolder, describe_process, keep_previous
@@ -52,7 +52,8 @@ class RunRecorder(Callback):
             UserError: the processes of one launch have not come to the same folder; another launch has taken it;
                 it cannot be written.
         """
-        if trainer.strategy.broadcast(self.run.run_id) != self.run.run_id:
+        agrees = trainer.strategy.broadcast(self.run.run_id) == self.run.run_id
+        if not trainer.strategy.reduce_boolean_decision(agrees):  # all say so, rather than that others are gone
             raise UserError("the processes of this launch disagree on the run's folder: give all of them one --run_id")
         if self._begun:
             return
@@ -65,11 +66,16 @@ class RunRecorder(Callback):
         """Take the folder and write which run it is; why that cannot be, empty if it is done."""
         try:
             # The folder was chosen before data were looked at, which may have taken minutes.
-            if self.stage == "fit" and (self.run.is_alive() or begin_launch(self.run.path, self.before) is None):
+            if self.stage == "fit" and (self.run.is_alive() or not begin_launch(self.run.path, self.before)):
                 return (
                     f"{self.run.path} was taken by another process, which began at the same time; wait for it or stop "
                     "it, or start another run with --run_id NEW_NAME"
                 )
+            if self.stage != "fit":  # beside a training, whose best state may be evaluated while it goes on
+                before = last_launch(self.run.path, self.stage)
+                if still_writes(before) or not begin_launch(self.run.path, before, self.stage):
+                    by = f" by {before.worker}" if before is not None else ""
+                    return f"{self.stage} of {self.run.path} is being written{by}; wait for it or stop it"
             if self.stage == "fit" or not self.run.record():
                 self._write(trainer)
         except OSError as error:

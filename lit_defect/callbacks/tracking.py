@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -144,6 +144,28 @@ class RunWandb(WandbLogger):
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: W&B has the whole configuration from the start."""
+
+
+class StartTracking(Callback):
+    """Starts W&B once the run's folder is this launch's: one that is refused, also for its data, leaves nothing there.
+
+    Args:
+        run, config, verb: as of `wandb_logger`, whose `mode` is the option `wandb`.
+    """
+
+    def __init__(self, run: RunFolder, config: dict[str, Any], verb: str) -> None:
+        self.run = run
+        self.config = config
+        self.verb = verb
+        self._begun = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Add its logger to the trainer's; a test that follows a fit has it already."""
+        if self._begun:
+            return
+        self._begun = True
+        if logger := wandb_logger(self.config.get("wandb", "auto"), self.run, self.config, self.verb):
+            trainer.loggers = [*trainer.loggers, logger]
 
 
 @contextmanager

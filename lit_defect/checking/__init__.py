@@ -13,8 +13,8 @@ it would have computed without a check.
 """
 
 from lit_defect.checking.findings import Findings
-from lit_defect.checking.launch import Launch, one_process
+from lit_defect.checking.launch import Launch, one_process, strategy_objection
 from lit_defect.checking.order import Job, examine
 from lit_defect.checking.sources import sources
 
-__all__ = ["Findings", "Job", "Launch", "examine", "one_process", "sources"]
+__all__ = ["Findings", "Job", "Launch", "examine", "one_process", "sources", "strategy_objection"]

@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator, 
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_defect.callbacks.startup import describe_machine
@@ -22,6 +22,7 @@ from lit_defect.errors import UserError
 
 _GPUS = {"gpu": (CUDAAccelerator, MPSAccelerator), "cuda": (CUDAAccelerator,), "mps": (MPSAccelerator,)}
 _OF_GPUS = ("auto", *_GPUS)
+_STRATEGIES = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,32 @@ def _devices(asked: Any, here: int) -> tuple[int, bool]:
     return count, False
 
 
+def strategy_objection(asked: Any) -> str:
+    """Why nothing is trained by a strategy of Lightning's, with what to use; empty if it serves, or is none."""
+    if isinstance(asked, str):
+        serves, name = asked in _STRATEGIES or asked not in StrategyRegistry.available_strategies(), asked
+    else:
+        started = not isinstance(asked, DDPStrategy) or asked._start_method == "popen"
+        serves = asked is None or (isinstance(asked, DDPStrategy | SingleDeviceStrategy) and started)
+        name = type(asked).__name__ + ("" if started else f" with start_method {asked._start_method}")
+    if serves:
+        return ""
+    why = (
+        "processes that it forks or spawns do not heed signals, so that a run that is stopped is lost"
+        if "ddp" in name.lower() and "fsdp" not in name.lower()
+        else "the networks here fit on one GPU each, and tasks set up optimizers and write states for whole ones only"
+    )
+    return f"trainer.strategy = {name}: {why}; set --trainer.strategy ddp"
+
+
 def check_launch(findings: Findings, launch: Launch, trainer: Trainer, asked: Mapping[str, Any]) -> None:
     """Whether there is such a strategy, and what of the rest this machine can try."""
     values = {"processes": launch.processes, "processes_per_node": launch.devices, "nodes": launch.nodes}
     known, strategy = StrategyRegistry.available_strategies(), asked.get("strategy") or "auto"
-    if isinstance(strategy, str) and strategy != "auto" and strategy not in known:
+    if objection := strategy_objection(strategy):
+        text, _, remedy = objection.partition("; set ")
+        findings.fail("launch", text, remedy, **values)
+    elif isinstance(strategy, str) and strategy != "auto" and strategy not in known:
         near = difflib.get_close_matches(strategy, known, 1, cutoff=0.4) or ["ddp"]
         findings.fail(
             "launch", f"trainer.strategy = {strategy}: no such strategy", f"--trainer.strategy {near[0]}", **values

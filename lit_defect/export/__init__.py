@@ -85,6 +85,7 @@ def _batch(word: str) -> int | str:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from lit_defect.claims import forget_launches, launching
     from lit_defect.export.files import DESCRIPTION, check_packages
     from lit_defect.export.making import make
     from lit_defect.export.opening import open_run
@@ -96,17 +97,37 @@ def _export(options: argparse.Namespace) -> int:
     if target.exists() and not (target / DESCRIPTION).is_file():
         raise UserError(f"{target} exists and holds no exported model: choose another folder by --out")
     unfinished = target.with_name(f".{target.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    try:
-        unfinished.mkdir(parents=True)
-        wrong = make(opened, options, unfinished)
-        if wrong:
-            print(f"error: the exported model disagrees with PyTorch, so there is no {target}:", file=sys.stderr)
-            print("\n".join(f"  {line}" for line in wrong), file=sys.stderr)
-            return 1
-        keep_previous(target)
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with launching():
+        _take(unfinished)
+        try:
+            wrong = make(opened, options, unfinished)
+            if wrong:
+                print(f"error: the exported model disagrees with PyTorch, so there is no {target}:", file=sys.stderr)
+                print("\n".join(f"  {line}" for line in wrong), file=sys.stderr)
+                return 1
+            keep_previous(target)
+            unfinished.rename(target)
+            forget_launches(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     print(f"files        {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
     return 0
+
+
+def _take(unfinished: Path) -> None:
+    """The folder that is written first, empty but for whose it is.
+
+    Raises:
+        UserError: another process writes it, or it cannot be written.
+    """
+    from lit_defect.claims import begin_launch, last_launch, still_writes
+
+    before = last_launch(unfinished)
+    try:
+        if still_writes(before) or not begin_launch(unfinished, before):
+            raise UserError(f"{unfinished} is being written by another export; wait for it, or choose another --out")
+        for left in unfinished.iterdir():  # of a process that was killed
+            if left.name != ".launches":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    except OSError as error:
+        raise UserError(f"{unfinished} cannot be written ({error.strerror}): choose another --out") from None

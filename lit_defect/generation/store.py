@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from lit_defect.claims import begin_launch, forget_launches, is_writing, last_launch
+from lit_defect.claims import begin_launch, forget_launches, last_launch, still_writes
 from lit_defect.errors import DataError, UserError
 from lit_defect.generation.files import Bools, Picture, png, read_mask, write_whole
 from lit_defect.generation.manifest import COLUMNS, Made, Row, append, cells, read_rows, read_table, table
@@ -94,8 +94,8 @@ class Store:
         """Begin to write, for all processes of this launch, if no other launch does."""
         before = last_launch(self.root)
         with self._writing():
-            launch = None if before is not None and is_writing(before) else begin_launch(self.root, before)
-        if launch is None:
+            begun = not still_writes(before) and begin_launch(self.root, before)
+        if not begun:
             by = f" by {before.worker}" if before is not None else ""
             raise UserError(
                 f"{self.root} is being written{by}; wait for it or stop it. To be faster, give one command more devices"

@@ -150,12 +150,16 @@ class _MendingLock(JournalFileOpenLock):
     def acquire(self) -> bool:
         """As Optuna does."""
         got = super().acquire()
-        with self._journal.open("rb+") as file:
-            end = size = file.seek(0, os.SEEK_END)
-            while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
-                end -= 1
-            if end < size:
-                file.truncate(end)
+        try:
+            with self._journal.open("rb+") as file:
+                end = size = file.seek(0, os.SEEK_END)
+                while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
+                    end -= 1
+                if end < size:
+                    file.truncate(end)
+        except OSError:
+            self.release()  # which Optuna does of what it has acquired, and the others wait for it
+            raise
         return got
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from lit_defect.claims import Claim, Claims, Held
@@ -205,7 +205,8 @@ class Worker:
             state, reason, value = TrialState.FAIL, str(error), None
         else:
             state, reason, value = TrialState.COMPLETE, "", sum(values) / len(values)
-        self._note(trial, values=values, seconds=round(before + time.monotonic() - started, 1))
+        seconds = round(before + time.monotonic() - started, 1)
+        self._patiently(lambda: self._note(trial, values=values, seconds=seconds))
         if not held.is_mine():
             raise LostError
         self._tell(number, trial, state, value, reason)
@@ -306,14 +307,33 @@ class Worker:
     ) -> None:
         """End a trial for good, and write how the sweep stands."""
         if reason:
-            optuna.Trial(self.study, trial._trial_id).set_user_attr("reason", reason)
+            told = optuna.Trial(self.study, trial._trial_id)
+            self._patiently(lambda: told.set_user_attr("reason", reason))
         try:
-            self.study.tell(trial.number, value, state=state)
+            self._patiently(lambda: self.study.tell(trial.number, value, state=state))
         except ValueError as error:
             raise LostError from error
         what = {TrialState.COMPLETE: f"{self.sweep.metric} {value:.5g}" if value is not None else ""}
         self.say(f"trial {number}: {what.get(state) or state.name.lower() + (': ' + reason if reason else '')}")
-        write_summary(self.sweep, self.study, self.folder, self.claims)
+        self._patiently(lambda: write_summary(self.sweep, self.study, self.folder, self.claims))
+
+    def _patiently(self, write: Callable[[], object]) -> None:
+        """Write what a trial has come to, also where the storage is away for a while.
+
+        Not for longer than it takes until other workers may take this one for dead.
+        """
+        until, told = time.monotonic() + self.claims.dead_after, False
+        while True:
+            try:
+                write()
+                return
+            except (OSError, StorageInternalError) as error:
+                if self.stops.number or time.monotonic() > until:
+                    raise
+                if not told:
+                    told = True
+                    self.say(f"  tries again for {self.claims.dead_after:.0f} s: {error}")
+            time.sleep(_POLL)
 
 
 class _Reporter:
