@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lit_defect.diffusion.pipeline_files import INDEX, KEY, pipeline_folder, reason, variant, variants
 from lit_defect.diffusion.process import ForwardProcess, Prediction
 from lit_defect.errors import UserError
+from lit_defect.files import whole_file
 from lit_defect.generation.store import find_trained_on
 from lit_defect.nets.fitting import fingerprint
 
@@ -151,7 +152,7 @@ def save_pipeline(
 ) -> None:
     """Write an ordinary StableDiffusionPipeline of these parts, which diffusers and `LatentBase.open` load."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -176,7 +177,9 @@ def save_pipeline(
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     weights = folder / "text_encoder" / "model.safetensors"
-    save_file(as_in_files(load_file(weights)), weights, {"format": "pt"})
+    whole = as_in_files(load_file(weights))
+    with whole_file(weights) as file:  # not into the file itself, of which the tensors may be a view
+        file.write(save(whole, {"format": "pt"}))
 
 
 def as_in_files(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
