@@ -28,8 +28,9 @@ quickstart: environment
 	@echo "                                --data.root FOLDER   (FOLDER/good/*.png, FOLDER/scratched/*.jpg, ...)"
 	@echo "  every option              $(BIN)/python -m lit_defect fit --config experiments/quickstart.yaml --print_config"
 
+# On up to four cores; more processes would want more memory than most machines have (about 2.5 GB each).
 test: environment
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 slow: environment
 	$(BIN)/python -m pytest -m slow
