@@ -24,17 +24,20 @@ pytestmark = [
 # Their asserts compare with tensors of the CPU, they start processes, or ask the compiler for code of the device.
 OF_THE_CPU = (
     "two_processes or compiled or test_new_pictures or by_hand or only_what_is_learnt or own_learning_rate or every_loss "
-    "or frozen_parts"
+    "or frozen_parts or autoencoder_of_the_best or not_the_last_epoch or what_a_run_leaves_and_a_prediction"
 )
 SYSTEMS = (
-    "classification", "contrastive_runs", "contrastive", "segmentation", "localization", "image_autoencoder",
+    "classification", "contrastive_runs", "contrastive", "segmentation", "refinement", "localization", "image_autoencoder",
     "latent_diffusion_runs", "anomaly_diffusion", "generation", "mask_diffusion", "editing_modes", "diffusion_lora",
 )  # fmt: skip
 # A GPU is waited for once a step where its answer decides what comes next: how many pictures change, which strips a
-# mask has, whether an average has begun, which stored latents a batch takes, whether masks and pictures are valid.
+# mask has, whether an average has begun, which stored latents a batch takes, whether masks and pictures are valid;
+# and where kornia's SSIM and the text encoders of transformers make their own constants.
 NEEDED = {
     "copy to the host anomalies/base.py:_check",
     "copy to the host anomalies/perlin.py:strips_of",
+    "copy to the device tasks/diffusion_lora.py:_weighed",
+    "copy to the device tasks/image_autoencoder.py:loss",
     "copy to the host tasks/contrastive.py:_log_discards",
     "copy to the host tasks/latent_diffusion.py:training_step",
     "copy to the host tasks/pseudo.py:share_of",

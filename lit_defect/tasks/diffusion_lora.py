@@ -285,7 +285,7 @@ class StableDiffusionLoRA(OnFrozenBase):
         base, device = self.network, self.device
         asked = noised(base, sent(moments, device), self.offset, self.min_snr_gamma)
         if self._states is None:
-            states = text_states(base.text_encoder, sent(self._ids, device)[sent(prompts, device)])
+            states = text_states(base.text_encoder, sent(self._ids[prompts], device))
         else:
             states = self._states[sent(prompts, device)]
         output = base.unet(asked.state, asked.t, states).sample.float()

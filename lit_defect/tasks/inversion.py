@@ -275,7 +275,7 @@ class Inversion(OnFrozenBase):
             inserted = torch.cat([inserted, self.learnt["spatial"](masks)], dim=1)  # (B, k + n, d)
         if self.prompt_noise and draw is not None:
             size = inserted.detach().square().mean(dim=(1, 2), keepdim=True).sqrt()
-            inserted = inserted + self.prompt_noise * size * draw(*inserted.shape).to(inserted)
+            inserted = inserted + self.prompt_noise * size * sent(draw(*inserted.shape), self.device).to(inserted)
         assert self.pairs is not None
         ids = torch.stack([self.prompts[self.pairs[pair][0]].ids for pair in pairs.tolist()])
         return text_states(self.network.text_encoder, sent(ids, self.device), inserted, self.positions)
