@@ -189,7 +189,7 @@ class Serving(Layout, LightningDataModule):
 
     def _loader(self, split: str, order: TrainBatchSampler | EvalBatchSampler, **kwargs: Any) -> BatchLoader:
         workers = self.num_workers if self.cache == "off" or self._new(split) else 0
-        pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        pin = torch.cuda.is_available()
         return BatchLoader(partial(self._dataset, split), order, num_workers=workers, pin_memory=pin, **kwargs)
 
     def _dataset(self, split: str) -> DefectDataset:
