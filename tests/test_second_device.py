@@ -23,7 +23,7 @@ pytestmark = [
 ]
 # Their asserts compare with tensors of the CPU, they start processes, or ask the compiler for code of the device.
 OF_THE_CPU = (
-    "two_processes or compiled or test_new_pictures or by_hand or only_what_is_learnt or own_learning_rate or every_loss "
+    "two_processes or compiled or test_new_pictures or by_hand or only_what_is_learnt or every_loss "
     "or frozen_parts or only_the_adapters or autoencoder_of_the_best or not_the_last_epoch or what_a_run_leaves_and_a_prediction"
 )
 SYSTEMS = (

@@ -64,6 +64,7 @@ def install() -> Any:
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _module(extension))
     torch.utils.generate_methods_for_privateuse1_backend()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # `.to` leaves a parameter the same object, as on CUDA
     if NAME not in AcceleratorRegistry:
         AcceleratorRegistry.register(NAME, SecondAccelerator)
     return extension
