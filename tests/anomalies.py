@@ -21,6 +21,6 @@ class Stripes(PseudoAnomaly):
         masks = torch.zeros_like(made[:, :1], dtype=torch.bool)
         masks[:, :, ::4] = True
         accepted = (images.mean((1, 2, 3)) < 0.9).repeat(2)
-        one = torch.ones(len(made))
-        kind = torch.arange(1, 3).repeat_interleave(len(images))
+        one = made.new_ones(len(made))
+        kind = torch.arange(1, 3, device=made.device).repeat_interleave(len(images))
         return PseudoAnomalies(made, masks, one, accepted, one, kind, one[:, None], one[:, None])

@@ -436,7 +436,7 @@ def test_reweighting_looks_at_the_pictures_as_they_are_foreseen(learnt, tmp_path
         for i, row in enumerate(rows):
             served = smaller(learnt.root / row["source"])
             for n in (2 * i, 2 * i + 1):
-                assert abs((looks[0][1][n].permute(1, 2, 0).numpy() + 1) * 127.5 - served).mean() < 2
+                assert abs((looks[0][1][n].permute(1, 2, 0).cpu().numpy() + 1) * 127.5 - served).mean() < 2
     else:
         for state, (seen, latents, _, _) in zip(states, looks, strict=True):
             assert torch.equal(seen, state[-4:])

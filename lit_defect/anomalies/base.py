@@ -21,6 +21,7 @@ from lit_defect.anomalies.draws import KEY
 from lit_defect.anomalies.pixels import Pixels
 from lit_defect.anomalies.ssim import WINDOW, ssim_around
 from lit_defect.errors import UserError
+from lit_defect.transfer import sent
 
 # What parts moved background from changes of an object in benchmarks/anomalies.py: the patch scope discards 87 % of the
 # former and 10 to 14 % of the latter, the image scope 73 % and a third (of small edits nearly all).
@@ -180,7 +181,7 @@ class GatedEdit(PseudoAnomaly):
         pixels, values = self.edit(images, owner, uniforms.reshape(len(owner), self.uniforms))
         before = pixels.read(images)
         changed = (values - before).abs_().amax(dim=0) >= HALF_LEVEL  # (N,)
-        area = (pixels.lengths / images[0, 0].numel()).float().to(device).view(shape)
+        area = sent((pixels.lengths / images[0, 0].numel()).float(), device).view(shape)
         if self.ssim_scope == "off":
             similarity = torch.full(shape, torch.nan, device=device)
             visible = pixels.sums(changed.float()).view(shape) > 0

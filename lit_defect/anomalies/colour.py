@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lit_defect.anomalies.draws import check_number
 from lit_defect.anomalies.pixels import Pixels
+from lit_defect.transfer import sent
 
 DRAWS = 4  # uniforms for one patch
 _LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
@@ -67,10 +68,10 @@ def jitter(values: Tensor, pixels: Pixels, uniforms: Tensor, strengths: Strength
     turn = 2 * math.pi * amount[:, 3]
     grey = sum(weight * colour for weight, colour in zip(_LUMA.tolist(), values, strict=True))  # (N,)
     assert isinstance(grey, Tensor)
-    mean = pixels.sums(grey) / pixels.lengths.clamp(min=1).to(grey.device)  # (n,)
+    mean = pixels.sums(grey) / sent(pixels.lengths.clamp(min=1), grey.device)  # (n,)
     p, r = b * c * s * turn.cos(), b * c * s * turn.sin()
     p_each, r_each, q_each = pixels.spread(torch.stack((p, r, b * c - p)).float())
-    common = pixels.spread(mean * ((1 - c) * b).float().to(mean.device)).addcmul_(q_each, grey)
+    common = pixels.spread(mean * sent(((1 - c) * b).float(), mean.device)).addcmul_(q_each, grey)
     changed = torch.addcmul(common, values, p_each)  # (3, N)
     if strengths.hue:
         for row, target in zip(_J, changed, strict=True):

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from lit_defect.anomalies.base import PseudoAnomalies, PseudoAnomaly
 from lit_defect.anomalies.draws import KEY
 from lit_defect.errors import UserError
+from lit_defect.transfer import sent
 
 
 class MixedAnomaly(PseudoAnomaly):
@@ -43,10 +44,12 @@ class MixedAnomaly(PseudoAnomaly):
         for number, maker in enumerate(self.makers):
             rows = (choice == number).nonzero().squeeze(1)
             if len(rows):
-                made = maker.generate(images[rows.to(images.device)], uniforms[rows, 1 : 1 + maker.uniforms_of_picture])
+                made = maker.generate(
+                    images[sent(rows, images.device)], uniforms[rows, 1 : 1 + maker.uniforms_of_picture]
+                )
                 missing = (0, self.candidates - made.tried.shape[1])  # of a maker that tries fewer
                 tried, tried_ssim = (pad(part, missing, value=torch.nan) for part in (made.tried, made.tried_ssim))
                 parts.append(made._replace(tried=tried, tried_ssim=tried_ssim))
                 order.append(rows)
-        back = torch.cat(order).argsort().to(images.device)
+        back = sent(torch.cat(order).argsort(), images.device)
         return PseudoAnomalies(*(torch.cat(same)[back] for same in zip(*parts, strict=True)))

@@ -25,6 +25,7 @@ from lit_defect.anomalies.colour import DRAWS, Strengths, jitter
 from lit_defect.anomalies.draws import KEY, between, check_number, check_range, whole
 from lit_defect.anomalies.pixels import Boxes, Pixels, Strips
 from lit_defect.errors import UserError
+from lit_defect.transfer import sent
 
 _FINEST = 5  # 2^5 cells along an axis
 _REACH = math.ceil(2**_FINEST * math.sqrt(0.5))  # cells from the middle of the picture to a corner, when turned
@@ -136,14 +137,14 @@ def perlin_field(uniforms: Tensor, rows: int, columns: int, device: torch.device
     lines = torch.column_stack(
         (cos * cells[:, 0], sin * cells[:, 0], start[:, 0], cos * cells[:, 1], -sin * cells[:, 1], start[:, 1])
     )
-    down_y, across_y, start_y, across_x, down_x, start_x = lines.float().to(device).T[:, :, None, None]
+    down_y, across_y, start_y, across_x, down_x, start_x = sent(lines.float(), device).T[:, :, None, None]
     y = ((torch.arange(rows, device=device) + 0.5) / rows - 0.5)[:, None]
     x = (torch.arange(columns, device=device) + 0.5) / columns - 0.5
     v = down_y * y + across_y * x + start_y  # (n, rows, columns), in cells
     u = across_x * x + down_x * y + start_x
     i, j = v.long(), u.long()
     v, u = v.sub_(i), u.sub_(j)
-    down, across = _gradients((uniforms[:, 5] * 2**24).long()).to(device)  # (n * corners,) each
+    down, across = sent(_gradients((uniforms[:, 5] * 2**24).long()), device)  # (n * corners,) each
     corner = (torch.arange(len(cells), device=device)[:, None, None] * _LATTICE).add(i).mul_(_LATTICE).add_(j)
 
     def slope(below: int, right: int) -> Tensor:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_defect.transfer import sent
+
 
 class Boxes(NamedTuple):
     """n half-open rectangles in pixels: (n,) int64 each, on the CPU."""
@@ -82,7 +84,7 @@ class Pixels:
         self.total = int(strips.width.sum())  # N
         self._begin = strips.width.cumsum(0) - strips.width  # (R,) where each strip begins in the list
         self._number = torch.arange(self.total, device=device)
-        self._strip = torch.repeat_interleave(strips.width.to(device), output_size=self.total)  # (N,)
+        self._strip = torch.repeat_interleave(sent(strips.width, device), output_size=self.total)  # (N,)
 
     def along(self, start: Tensor) -> Tensor:
         """(R,) int64, a value where each strip begins -> (N,), counting up along the strip."""
@@ -90,11 +92,11 @@ class Pixels:
 
     def each(self, of_strips: Tensor) -> Tensor:
         """(..., R), one for each strip -> (..., N), one for each pixel."""
-        return of_strips.to(self.device).index_select(-1, self._strip)
+        return sent(of_strips, self.device).index_select(-1, self._strip)
 
     def spread(self, of_regions: Tensor) -> Tensor:
         """(..., n), one for each region -> (..., N), one for each pixel."""
-        return self.each(of_regions[..., self.strips.region])
+        return self.each(of_regions.index_select(-1, sent(self.strips.region, of_regions.device)))
 
     @cached_property
     def place(self) -> Tensor:
@@ -124,4 +126,4 @@ class Pixels:
 
     def sums(self, values: Tensor) -> Tensor:
         """(N,) -> (n,), the sum over each region, in the type of the values."""
-        return torch.segment_reduce(values, "sum", lengths=self.lengths.to(self.device), unsafe=True)
+        return torch.segment_reduce(values, "sum", lengths=sent(self.lengths, self.device), unsafe=True)

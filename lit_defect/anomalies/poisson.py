@@ -23,6 +23,7 @@ from lit_defect.anomalies.base import Edit, GatedEdit
 from lit_defect.anomalies.draws import check_range, log_between, rectangle, whole
 from lit_defect.anomalies.pixels import Boxes, Pixels
 from lit_defect.errors import UserError
+from lit_defect.transfer import sent
 
 
 class PoissonPatch(GatedEdit):
@@ -139,8 +140,8 @@ def solve(known: Tensor, pixels: Pixels) -> Tensor:
 
 def _solve_blocks(known: Tensor, height: Tensor, width: Tensor) -> Tensor:
     """(C, m, rows, columns), of which the first height x width of each are meant -> the solution there."""
-    down, down_values = (part.to(known.device) for part in _sines(height, known.shape[-2]))
-    across, across_values = (part.to(known.device) for part in _sines(width, known.shape[-1]))
+    down, down_values = (sent(part, known.device) for part in _sines(height, known.shape[-2]))
+    across, across_values = (sent(part, known.device) for part in _sines(width, known.shape[-1]))
     waves = down @ known @ across / (down_values[:, :, None] + across_values[:, None, :])
     return down @ waves @ across
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_defect.anomalies.pixels import Boxes, Pixels
+from lit_defect.transfer import sent
 
 RADIUS = 5
 WINDOW = 2 * RADIUS + 1
@@ -76,7 +77,7 @@ def ssim_around(images: Tensor, edits: Pixels, values: Tensor, scope: Scope) -> 
     lost = columns.sums(loss.where(row < columns.spread(centres.height), 0).double())
     whole = torch.full_like(centres.top, (height - 2 * RADIUS) * (width - 2 * RADIUS))
     count = whole if scope == "image" else centres.height * centres.width
-    return (1 - lost / count.to(images.device)).float()
+    return (1 - lost / sent(count, images.device)).float()
 
 
 def _at_least_window(boxes: Boxes) -> Boxes:

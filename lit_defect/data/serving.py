@@ -23,6 +23,7 @@ from lit_defect.data.samples import REAL, Sample
 from lit_defect.data.stores import Stores, open_stores
 from lit_defect.data.synthetic import SYNTHETIC_VAL, Recipe, turns
 from lit_defect.errors import DataError, UserError
+from lit_defect.transfer import sent
 
 
 class Serving(Layout, LightningDataModule):
@@ -95,11 +96,7 @@ class Serving(Layout, LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Moves the tensors; Lightning's own way looks at every string too, which costs more than a step."""
-        asynchronous = device.type == "cuda"
-        return {
-            key: value.to(device, non_blocking=asynchronous) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
+        return {key: sent(value, device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
     # ---- for tasks, callbacks and the command line --------------------------------------------------------
 

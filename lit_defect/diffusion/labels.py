@@ -10,6 +10,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from lit_defect.transfer import sent
+
 VOID = 255
 LabelInput = Literal["sample", "argmax", "soft"]
 
@@ -26,7 +28,7 @@ def generators(seed: int, indices: Sequence[int], sample: int = 0) -> list[Gener
 
 def draw_normal(shape: Sequence[int], streams: Sequence[Generator], like: Tensor) -> Tensor:
     """(B, *shape) standard normal numbers, each picture's from its own stream."""
-    return torch.stack([torch.randn(*shape, generator=stream) for stream in streams]).to(like)
+    return sent(torch.stack([torch.randn(*shape, generator=stream) for stream in streams]), like.device).to(like)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -48,7 +50,7 @@ def sample_labels(probabilities: Tensor, streams: Sequence[Generator] | None = N
         level = torch.rand(count, 1, height, width, device=probabilities.device)
     else:
         drawn = [torch.rand(1, height, width, generator=stream) for stream in streams]
-        level = torch.stack(drawn).to(probabilities.device)
+        level = sent(torch.stack(drawn), probabilities.device)
     above = probabilities.float().cumsum(1)
     # The last sum is 1 up to rounding; without it every level finds a class below n.
     return (level >= above[:, : classes - 1]).sum(1)

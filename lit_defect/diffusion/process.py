@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_defect.errors import UserError
+from lit_defect.transfer import sent
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "logits"]
@@ -76,7 +77,7 @@ class ForwardProcess:
 
     def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of signal sqrt(alpha_bar_t) and of noise sqrt(1 - alpha_bar_t), (B, 1, 1, 1), for steps t (B,)."""
-        share = self.alpha_bar.to(like.device)[t].view(-1, 1, 1, 1)
+        share = sent(self.alpha_bar, like.device)[t].view(-1, 1, 1, 1)
         return share.sqrt(), (1 - share).sqrt()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_defect.errors import UserError
+from lit_defect.transfer import sent
 
 PLACEHOLDER = "*"
 CATEGORY = "{category}"
@@ -144,7 +145,7 @@ def _taking_places(text_encoder: Any, inserted: Tensor | None, positions: Sequen
     expected = (batch, len(positions), table.embedding_dim)
     if inserted.shape != expected:
         raise ValueError(f"inserted vectors of shape {tuple(inserted.shape)}: expected {expected}")
-    places = torch.tensor(positions, device=inserted.device)
+    places = sent(torch.tensor(positions), inserted.device)
 
     def replace(module: nn.Module, arguments: object, embedded: Tensor) -> Tensor:
         return embedded.index_copy(1, places, inserted.to(embedded.dtype))

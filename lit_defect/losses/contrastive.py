@@ -124,7 +124,7 @@ def one_class(
         counted = torch.cat([valid.new_ones(2 * n), valid.repeat(2)])  # (R,)
         positive = torch.zeros_like(itself)
         positive[: 2 * n, : 2 * n] = True
-        positive[torch.arange(2 * n, len(rows)), 2 * n + _twins(m, rows.device)] = True
+        positive[torch.arange(2 * n, len(rows), device=rows.device), 2 * n + _twins(m, rows.device)] = True
         positive &= ~itself
         # The twin stays in the sum of a masked anchor, so that no row is empty; the mean leaves it out below.
         denominator = logits.masked_fill(itself | ~(counted | positive), -torch.inf).logsumexp(dim=1)  # (R,)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_defect.errors import UserError
+from lit_defect.transfer import sent
 
 
 class Canvas:
@@ -78,7 +79,7 @@ class Canvas:
             side = inputs.shape[axis]
             places = _padded_places(side, _round_up(side, self.multiple))
             if len(places) > side:
-                inputs = inputs.index_select(axis, places.to(inputs.device))
+                inputs = inputs.index_select(axis, sent(places, inputs.device))
         return inputs
 
     def _stride(self, tile: int) -> int:
@@ -97,8 +98,8 @@ class Canvas:
         batch, _, height, width = padded.shape
         tile_h, tile_w = min(height, self.tile or height), min(width, self.tile or width)
         rows, columns = self.starts(height), self.starts(width)
-        row_weights = _window_weights(rows, tile_h, height).to(padded.device)  # (R, tile_h)
-        column_weights = _window_weights(columns, tile_w, width).to(padded.device)  # (S, tile_w)
+        row_weights = sent(_window_weights(rows, tile_h, height), padded.device)  # (R, tile_h)
+        column_weights = sent(_window_weights(columns, tile_w, width), padded.device)  # (S, tile_w)
         places = [(r, s) for r in range(len(rows)) for s in range(len(columns))]
         total: Tensor | None = None
         for first in range(0, len(places), self.tiles_at_once):

@@ -32,6 +32,7 @@ from lit_defect.tasks.evaluation import Evaluation, check_watched, to_log
 from lit_defect.tasks.frozen import cached_features
 from lit_defect.tasks.pseudo import Preview, share_of, sizes_with_anomalies, with_anomalies
 from lit_defect.tasks.views import VIEWS, Augment, random_views, resize, unit_range, view
+from lit_defect.transfer import sent
 
 Pixels = npt.NDArray[np.uint8]
 Heat = npt.NDArray[np.float32]
@@ -365,9 +366,9 @@ class DefectClassifier(DefectTask):
         """Loss of a batch, some of whose normal pictures may be made defective, each picture in a random view."""
         batch = batch if self.anomaly is None else self._with_pseudo_anomalies(batch, self.anomaly)
         size = len(batch["label"])
-        numbers = torch.randint(VIEWS[self.augment], (size,), device=self.device)
+        numbers = torch.randint(VIEWS[self.augment], (size,))
         if "train" in self._features:
-            features = self._features["train"][batch["index"], numbers]
+            features = self._features["train"][batch["index"], sent(numbers, self.device)]
         elif self.transfer == "head":
             features = self.network.features(self._random_pixels(batch, numbers))
         if self.transfer == "head":  # a frozen network is in eval mode, where its own dropout rests

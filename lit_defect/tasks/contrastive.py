@@ -267,7 +267,8 @@ class SimCLR(AnomalyTask):
     def _loss(self, batch: Batch, *, shared: bool = True) -> Tensor:
         """Of one batch; `shared` joins those of all processes, whose sizes must then be equal."""
         images = self.pixels(batch["image"])
-        _check_finite(images, batch["name"])
+        if batch["image"].is_floating_point():  # bytes are always numbers
+            _check_finite(images, batch["name"])
         every = joined_with_gradient if shared and self.trainer.world_size > 1 else _own
         source = every(batch["index"], 0)
         if self.loss_name == "ntxent":
@@ -291,9 +292,10 @@ class SimCLR(AnomalyTask):
         self.log("train/rejected", 1 - made.accepted.float().mean(), batch_size=len(made.accepted))
         if self.anomaly.ssim_scope == "off":
             return
-        alike = (made.tried_ssim >= self.anomaly.ssim_threshold).float()
+        tried, similarity = torch.stack([made.tried, made.tried_ssim]).cpu()  # waits for the device once
+        alike = (similarity >= self.anomaly.ssim_threshold).float()
         for low, high in pairwise(_AREAS):
-            within = (made.tried >= low) & (made.tried < high)
+            within = (tried >= low) & (tried < high)
             if within.any():
                 self.log(f"discarded/area below {high:.0%}", alike[within].mean(), batch_size=int(within.sum()))
 

@@ -196,7 +196,7 @@ class DefectGeneration:
         pairs = torch.tensor([task.learnt["tokens"].row_of(*job.pair) for job in jobs for _ in range(count)])
         clean = clean.float().repeat_interleave(count, dim=0)  # (J N, C, h, w)
         marks = masks.repeat_interleave(count, dim=0)
-        told = task.states(pairs.to(task.device), marks, lambda *shape: _draws(shape, streams))
+        told = task.states(pairs, marks, lambda *shape: _draws(shape, streams))
         pixels = (2 * normal - 1).repeat_interleave(count, dim=0)
         places = latent_mask(marks, clean.shape[2:])
         try:

@@ -33,6 +33,7 @@ from lit_defect.tasks.picture_sheets import picture_sheet
 from lit_defect.tasks.pixels import Listed
 from lit_defect.tasks.prompt_samples import sample_prompts
 from lit_defect.tasks.views import VIEWS
+from lit_defect.transfer import sent
 
 FOLDER, ABOUT = "lora", "lora.json"
 _ATTENTION = {"unet": ["to_q", "to_k", "to_v", "to_out.0"], "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"]}
@@ -282,15 +283,15 @@ class StableDiffusionLoRA(OnFrozenBase):
             prompts: (B,) rows of `said`; the number of these for the empty one.
         """
         base, device = self.network, self.device
-        asked = noised(base, moments.to(device), self.offset, self.min_snr_gamma)
+        asked = noised(base, sent(moments, device), self.offset, self.min_snr_gamma)
         if self._states is None:
-            states = text_states(base.text_encoder, self._ids[prompts].to(device))
+            states = text_states(base.text_encoder, sent(self._ids[prompts], device))
         else:
-            states = self._states[prompts.to(device)]
+            states = self._states[sent(prompts, device)]
         output = base.unet(asked.state, asked.t, states).sample.float()
         weighed = None
         if self.mask_weight:
-            weighed = 1 + self.mask_weight * latent_mask(masks.to(device).float(), output.shape[2:])
+            weighed = 1 + self.mask_weight * latent_mask(sent(masks, device).float(), output.shape[2:])
         return masked_mse(output, asked.target, weighed, weights=asked.weights)
 
     # --- the result ---

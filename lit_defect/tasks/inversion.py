@@ -34,6 +34,7 @@ from lit_defect.tasks.learnt_files import (
 )
 from lit_defect.tasks.pixels import Listed
 from lit_defect.tasks.views import VIEWS
+from lit_defect.transfer import sent
 
 _LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 _FEWEST = 2
@@ -258,26 +259,26 @@ class Inversion(OnFrozenBase):
 
     def _loss(self, shots: FewShots, rows: Tensor, views: Tensor) -> Tensor:
         base, device = self.network, self.device
-        masks = shots.masks[rows, views].to(device).float()
-        asked = noised(base, shots.moments[rows, views].to(device), self.offset, self.min_snr_gamma)
-        states = self.states(shots.pairs[rows].to(device), masks, torch.randn)
+        masks = sent(shots.masks[rows, views], device).float()
+        asked = noised(base, sent(shots.moments[rows, views], device), self.offset, self.min_snr_gamma)
+        states = self.states(shots.pairs[rows], masks, torch.randn)
         return self.loss(base.unet(asked.state, asked.t, states).sample.float(), asked.target, masks, asked.weights)
 
     def states(self, pairs: Tensor, masks: Tensor, draw: Any = None) -> Tensor:
-        """Text states (B, L, D) of pairs (B,) with the defects at masks (B, 1, H, W).
+        """Text states (B, L, D) of pairs (B,), on the CPU, with the defects at masks (B, 1, H, W).
 
         Args:
             draw: (*shape) -> standard normal numbers for `prompt_noise`; None for none.
         """
-        inserted = self.learnt["tokens"](pairs)
+        inserted = self.learnt["tokens"](sent(pairs, self.device))
         if "spatial" in self.learnt:
             inserted = torch.cat([inserted, self.learnt["spatial"](masks)], dim=1)  # (B, k + n, d)
         if self.prompt_noise and draw is not None:
             size = inserted.detach().square().mean(dim=(1, 2), keepdim=True).sqrt()
-            inserted = inserted + self.prompt_noise * size * draw(*inserted.shape).to(inserted)
+            inserted = inserted + self.prompt_noise * size * sent(draw(*inserted.shape), self.device).to(inserted)
         assert self.pairs is not None
-        ids = torch.stack([self.prompts[self.pairs[pair][0]].ids for pair in pairs.tolist()]).to(self.device)
-        return text_states(self.network.text_encoder, ids, inserted, self.positions)
+        ids = torch.stack([self.prompts[self.pairs[pair][0]].ids for pair in pairs.tolist()])
+        return text_states(self.network.text_encoder, sent(ids, self.device), inserted, self.positions)
 
     def unconditional(self, count: int) -> Tensor:
         """Text states (B, L, D) of the empty prompt."""

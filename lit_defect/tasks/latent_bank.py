@@ -12,6 +12,7 @@ from lit_defect.diffusion.prompts import encode_prompt
 from lit_defect.tasks.processes import joined_by_key
 from lit_defect.tasks.variations import Variations
 from lit_defect.tasks.views import unit_range
+from lit_defect.transfer import sent
 
 
 class LatentBank(NamedTuple):
@@ -30,7 +31,7 @@ class LatentBank(NamedTuple):
     @torch.no_grad()
     def draw(self, rows: Tensor, variants: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Moments (B, 2 C, h, w) float32 and ids (B, L) of the given rows and variations, both (B,) on the CPU."""
-        return self.moments[rows, variants].to(device).float(), self.ids[rows, variants].to(device)
+        return sent(self.moments[rows, variants], device).float(), sent(self.ids[rows, variants], device)
 
 
 @torch.no_grad()

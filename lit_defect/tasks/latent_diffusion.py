@@ -35,6 +35,7 @@ from lit_defect.tasks.pixels import Listed
 from lit_defect.tasks.prompt_samples import sample_prompts
 from lit_defect.tasks.variations import Variations, spoken
 from lit_defect.tasks.views import unit_range
+from lit_defect.transfer import sent
 
 FOLDER = "pipeline"
 _SHOWN = 12  # samples drawn at the end
@@ -245,7 +246,8 @@ class LatentDiffusion(DefectTask):
         else:
             moments, ids = self._encoded(batch)
         empty = torch.rand(len(ids)) < self.drop_caption
-        ids[empty.to(ids.device)] = encode_prompt(self.tokenizer, "", 0).ids.to(ids.device)
+        blank = sent(encode_prompt(self.tokenizer, "", 0).ids, ids.device)
+        ids = torch.where(sent(empty, ids.device)[:, None], blank, ids)
         loss = self._loss(self.networks, moments, ids)
         self.log("train/loss", loss, batch_size=len(rows), prog_bar=True)
         return loss
@@ -256,7 +258,7 @@ class LatentDiffusion(DefectTask):
         pictures, captions = self.variations.captioned(images, [self.names[category] for category in batch["category"]])
         posterior = self.vae.encode(2 * pictures - 1).latent_dist
         ids = torch.stack([encode_prompt(self.tokenizer, caption, 0).ids for caption in captions])
-        return torch.cat([posterior.mean, posterior.logvar], dim=1), ids.to(self.device)
+        return torch.cat([posterior.mean, posterior.logvar], dim=1), sent(ids, self.device)
 
     def _loss(self, networks: Any, moments: Tensor, ids: Tensor, streams: Sequence[Generator] | None = None) -> Tensor:
         """Each picture draws from its own stream, all from torch's global one where none are given."""
@@ -270,7 +272,7 @@ class LatentDiffusion(DefectTask):
         output = networks["unet"](state, t, states).sample
         weights = None
         if self.min_snr_gamma is not None:
-            weights = min_snr_weights(self.process.alpha_bar.to(t.device)[t], self.min_snr_gamma, self.prediction)
+            weights = min_snr_weights(sent(self.process.alpha_bar, t.device)[t], self.min_snr_gamma, self.prediction)
         target = self.process.target(state, latents, t, self.prediction)
         return masked_mse(output.float(), target, None, normalised=True, weights=weights)
 

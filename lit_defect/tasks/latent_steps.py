@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_defect.diffusion.base_model import LatentBase
 from lit_defect.losses.diffusion import min_snr_weights, offset_noise
+from lit_defect.transfer import sent
 
 
 class Asked(NamedTuple):
@@ -42,5 +43,5 @@ def noised(base: LatentBase, moments: Tensor, offset: float, min_snr_gamma: floa
     state = base.process.add_noise(latents, noise, t)
     weights = None
     if min_snr_gamma is not None:
-        weights = min_snr_weights(base.process.alpha_bar.to(t.device)[t], min_snr_gamma, base.prediction)
+        weights = min_snr_weights(sent(base.process.alpha_bar, t.device)[t], min_snr_gamma, base.prediction)
     return Asked(state, t, base.process.target(state, latents, t, base.prediction), weights)

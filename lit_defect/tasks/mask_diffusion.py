@@ -202,7 +202,7 @@ class MaskDiffusion(InversionMaker):
             generators(self.seed, [job.number], attempt * len(self.pairs) + row)[0]
             for job, row in zip(jobs, rows, strict=True)
         ]
-        pairs = torch.tensor(rows, device=self.device)
+        pairs = torch.tensor(rows)
 
         def draw(*shape: int) -> Tensor:
             return torch.stack([torch.randn(*shape[1:], generator=stream) for stream in streams])

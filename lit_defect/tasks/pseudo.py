@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_defect.anomalies import PseudoAnomaly
 from lit_defect.errors import UserError
 from lit_defect.tasks.base import Batch
+from lit_defect.transfer import sent
 
 _PROBED = 64  # pictures whose pseudo-anomalies are looked at before the training
 
@@ -73,9 +74,9 @@ def share_of(batch: Batch, normal: int, share: float) -> Tensor:
 
     Drawn from torch's global generator on the CPU; so is whether a part of a picture counts as one.
     """
-    good = (batch["label"] == normal).nonzero()[:, 0].cpu()
+    good = (batch["label"].cpu() == normal).nonzero()[:, 0]
     count = min(int(share * len(batch["label"]) + float(torch.rand(()))), len(good) // 2)
-    return good[torch.randperm(len(good))[:count]].to(batch["label"].device)
+    return sent(good[torch.randperm(len(good))[:count]], batch["label"].device)
 
 
 def with_anomalies(images: Tensor, rows: Tensor, maker: PseudoAnomaly) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,5 +91,6 @@ def with_anomalies(images: Tensor, rows: Tensor, maker: PseudoAnomaly) -> tuple[
         The pictures (B, 3, H, W), the rows (m,) of those that have changed, their masks (m, H, W) bool.
     """
     made = maker.one_of_each(images[rows])
-    rows = rows[made.accepted]
-    return images.index_copy(0, rows, made.images[made.accepted]), rows, made.masks[made.accepted, 0]
+    kept = made.accepted.nonzero()[:, 0]
+    rows = rows[kept]
+    return images.index_copy(0, rows, made.images[kept]), rows, made.masks[kept, 0]

@@ -14,6 +14,7 @@ from lit_defect.reporting.probabilities import HEADER, ProbabilityMaps
 from lit_defect.runs import RunFolder, list_runs, run_of_checkpoint
 from lit_defect.tasks.base import Batch
 from lit_defect.tasks.segmentation import load_segmenter
+from lit_defect.transfer import sent
 
 
 class FirstStage(nn.Module):
@@ -111,7 +112,7 @@ class StoredStage(FirstStage):
                     f"{self.maps.folder}: the map of {name} is {one.shape[-2]}x{one.shape[-1]}, its picture "
                     f"{size[0]}x{size[1]}: write the maps for pictures of this size, or set data.image_size to theirs"
                 )
-        return torch.stack(maps).to(batch["image"].device)
+        return sent(torch.stack(maps), batch["image"].device)
 
     def check(self, data: Any, splits: Sequence[str]) -> None:
         """Read every map once; those in a Segmenter's run are too good where it was trained.

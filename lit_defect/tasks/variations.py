@@ -12,6 +12,7 @@ from lit_defect.diffusion.captions import MASK, PHOTO, edit_of, light_of
 from lit_defect.errors import UserError
 from lit_defect.tasks.pixels import Listed, augmented
 from lit_defect.tasks.views import random_light
+from lit_defect.transfer import sent
 
 
 def arbitrary_edits() -> PseudoAnomaly:
@@ -84,13 +85,14 @@ class Variations:
     def _varied(self, images: Tensor) -> _Varied:
         (views,) = augmented([images], self.augment, None)
         views = random_light(views, self.light) if self.light else views
-        chance = torch.rand(len(views)).to(views.device)
-        rows = (chance < self.edited + self.masks).nonzero()[:, 0]
+        chance = torch.rand(len(views))
+        rows = sent((chance < self.edited + self.masks).nonzero()[:, 0], views.device)
         if not len(rows):
             return _Varied(views, views, rows, views[:0], views[:0, :1], rows)
         made = self.anomaly.one_of_each(views[rows])
-        rows, edits, masks = rows[made.accepted], made.images[made.accepted], made.masks[made.accepted]
-        as_masks = chance[rows] < self.masks
+        kept = made.accepted.nonzero()[:, 0]
+        rows, edits, masks = rows[kept], made.images[kept], made.masks[kept]
+        as_masks = sent(chance, views.device)[rows] < self.masks
         shown = torch.where(as_masks.view(-1, 1, 1, 1), masks.to(edits.dtype), edits)
         return _Varied(views.index_copy(0, rows, shown), views, rows, edits, masks, as_masks)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_defect.errors import UserError
+from lit_defect.transfer import sent
 
 Augment = Literal["none", "flip", "flips", "dihedral", "strong"]
 Pose = Literal["fixed", "flips", "free"]
@@ -41,7 +42,7 @@ def random_views(images: Tensor, augment: Augment, numbers: Tensor) -> Tensor:
     Args:
         images: (B, 3, H, W) float in [0, 1].
         augment: which views there are.
-        numbers: (B,) view of each picture, below `VIEWS[augment]`.
+        numbers: (B,) view of each picture, below `VIEWS[augment]`; on the CPU, as a GPU would have to be waited for.
 
     Raises:
         UserError: quarter turns of pictures that are not square.
@@ -50,7 +51,7 @@ def random_views(images: Tensor, augment: Augment, numbers: Tensor) -> Tensor:
         _check_square(images)
     out = torch.empty_like(images)
     for number in numbers.unique().tolist():
-        chosen = numbers == number
+        chosen = sent((numbers == number).nonzero()[:, 0], images.device)
         out[chosen] = view(images[chosen], number)
     return _strong()(out).clamp(0, 1) if augment == "strong" else out
 
@@ -70,7 +71,7 @@ def contrastive_views(images: Tensor, pose: Pose) -> Tensor:
     if pose != "fixed":
         square = images.shape[-1] == images.shape[-2]
         augment: Augment = "dihedral" if pose == "free" and square else "flips"
-        images = random_views(images, augment, torch.randint(VIEWS[augment], (count,), device=device))
+        images = random_views(images, augment, torch.randint(VIEWS[augment], (count,)))
     zoom, right, down, gain, lift = torch.rand(5, count, device=device).unbind()
     least = math.sqrt(0.9)  # of either side
     zoom = 1 - (1 - least) * zoom  # side of the part in view
