@@ -546,6 +546,18 @@ def test_only_what_is_opened_is_fetched(hub, folder, tmp_path, monkeypatch):
     assert set(download.fetched) == wanted
 
 
+def test_a_model_of_two_text_encoders_is_refused_before_it_is_fetched(hub, folder, tmp_path, monkeypatch):
+    """Stable Diffusion XL has seven gigabytes, and it is not the hub's fault."""
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": ["transformers", "CLIPTextModel"]}))
+    download = FakeDownload(folder, tmp_path / "fetched")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("lit_defect.diffusion.pipeline_files.knock_at_hub", lambda: None)
+    with pytest.raises(UserError, match="base: maker/model has two text encoders"):
+        LatentBase.open("maker/model")
+    assert download.fetched == ["model_index.json"]
+
+
 def test_pickled_weights_are_fetched_where_there_are_no_others(hub, folder, tmp_path, monkeypatch):
     pickle_weights(folder, folder)
     for name in WEIGHTS.values():

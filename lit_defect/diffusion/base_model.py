@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_defect.diffusion.pipeline_files import INDEX, KEY, pipeline_folder, reason, variant, variants
+from lit_defect.diffusion.pipeline_files import KEY, pipeline_folder, read_index, reason, variant, variants
 from lit_defect.diffusion.process import ForwardProcess, Prediction
 from lit_defect.errors import UserError
 from lit_defect.files import whole_file
@@ -90,9 +90,10 @@ class LatentBase(nn.Module):
         Raises:
             UserError: nothing there, a hub out of reach, a pipeline of another kind, or one that is damaged.
         """
-        folder = pipeline_folder(source, lambda _: _FOLDERS, _is_whole)
+        folder = pipeline_folder(source, lambda index: _needed(source, index), _is_whole)
         try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            index = read_index(folder)
+            _needed(source, index)
             parts = {name: _load(folder, index, name) for name in _PARTS}
             tokenizer = _load_tokenizer(folder, index)
             scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
@@ -204,16 +205,21 @@ def _is_whole(folder: Path, halves: bool) -> bool:
     return others and all(weights.intersection(names) for names in _PARTS.values())
 
 
+def _needed(source: str, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which folders of a pipeline are opened, half of which it has."""
+    if index.get("text_encoder_2", [None, None])[1]:
+        raise UserError(
+            f"{KEY}: {source} has two text encoders, as Stable Diffusion XL, 3 and Flux; take a model with one"
+        )
+    return _FOLDERS
+
+
 def _load(folder: Path, index: dict[str, Any], part: str) -> nn.Module:
     """One of the networks, in float32."""
     import diffusers
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    if index.get("text_encoder_2", [None, None])[1]:
-        raise UserError(
-            f"{KEY}: {folder} has two text encoders, as Stable Diffusion XL, 3 and Flux; take a model with one"
-        )
     name, kind = _entry(folder, index, _PARTS[part])
     expected = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}.get(part, kind)
     if kind != expected:

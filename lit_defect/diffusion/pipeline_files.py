@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,19 +25,23 @@ _WEIGHTS = (
 )
 
 
-def pipeline_folder(source: str, parts: Callable[[str], Iterable[str]], is_whole: Callable[[Path, bool], bool]) -> Path:
+Parts = Callable[[dict[str, Any]], Iterable[str]]
+"""What `model_index.json` says -> folders that are needed; a UserError where it is no pipeline that will do."""
+
+
+def pipeline_folder(source: str, parts: Parts, is_whole: Callable[[Path, bool], bool]) -> Path:
     """The local folder of a pipeline, fetched from the hub if it is not in its cache.
 
     Where the cache has weights in float16 only, they will do if the hub has no others or cannot be reached.
 
     Args:
         source: folder of a saved pipeline, a run folder that holds one as `pipeline`, or `owner/name` on the hub.
-        parts: name of a repository -> folders in it that are needed.
+        parts: which folders of the repository are needed; asked before they are fetched.
         is_whole: whether a folder has them all, the weights in full precision or, if the second argument is true,
             in half of it.
 
     Raises:
-        UserError: nothing there, or a hub out of reach.
+        UserError: nothing there, a hub out of reach, or what `parts` raises.
     """
     return _local_folder(source) or _from_hub(source, parts, is_whole)
 
@@ -59,7 +64,20 @@ def _local_folder(source: str) -> Path | None:
     return None
 
 
-def _from_hub(source: str, parts: Callable[[str], Iterable[str]], is_whole: Callable[[Path, bool], bool]) -> Path:
+def read_index(folder: Path) -> dict[str, Any]:
+    """What `model_index.json` lists: the pipeline's class as `_class_name`, and each part's library and class.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{KEY}: {folder / INDEX} is damaged ({reason(error)}); copy the pipeline again") from error
+    return index
+
+
+def _from_hub(source: str, parts: Parts, is_whole: Callable[[Path, bool], bool]) -> Path:
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
     cached = None
@@ -71,7 +89,7 @@ def _from_hub(source: str, parts: Callable[[str], Iterable[str]], is_whole: Call
         if constants.HF_HUB_OFFLINE:
             raise OSError("it is not in the cache, and HF_HUB_OFFLINE is set")
         knock_at_hub()
-        needed = list(parts(source))
+        needed = list(parts(read_index(Path(snapshot_download(source, allow_patterns=[INDEX], ignore_patterns=[])))))
         for weights, ignored in _WEIGHTS:
             wanted = [f"{part}/{kind}" for part in needed for kind in (*_DESCRIPTIONS, weights)]
             options: Any = {"allow_patterns": [INDEX, TRAINED_ON, *wanted], "ignore_patterns": list(ignored)}
@@ -79,6 +97,8 @@ def _from_hub(source: str, parts: Callable[[str], Iterable[str]], is_whole: Call
             if is_whole(folder, _HALF not in ignored):
                 break
         return folder
+    except UserError:
+        raise
     except Exception as error:  # the client's errors have changed their base class between versions
         if cached and is_whole(cached, True):
             return cached

@@ -5,13 +5,11 @@ As `diffusion.pipeline_files` says, with the parts that `model_index.json` lists
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lit_defect.diffusion import pipeline_files
-from lit_defect.diffusion.pipeline_files import INDEX, KEY, reason, variants
-from lit_defect.errors import UserError
+from lit_defect.diffusion.pipeline_files import read_index, variants
 
 _CHECKER = "safety_checker"  # blanks pictures; never opened
 _NOT_NETWORKS = ("Tokenizer", "Scheduler", "Processor", "Extractor", "Backend")
@@ -26,26 +24,7 @@ def pipeline_folder(source: str) -> Path:
     Raises:
         UserError: nothing there, or a hub out of reach.
     """
-    return pipeline_files.pipeline_folder(source, _listed_on_hub, _is_whole)
-
-
-def _listed_on_hub(source: str) -> list[str]:
-    from huggingface_hub import hf_hub_download
-
-    return list(parts(read_index(Path(hf_hub_download(source, INDEX)).parent)))
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` lists: the pipeline's class as `_class_name`, and each part's library and class.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{KEY}: {folder / INDEX} is damaged ({reason(error)}); copy the pipeline again") from error
-    return index
+    return pipeline_files.pipeline_folder(source, parts, _is_whole)
 
 
 def parts(index: dict[str, Any]) -> dict[str, str]:
