@@ -90,7 +90,9 @@ class StopRequest:
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `take_over`
             yield
-        except Stopped as stop:
+        except BaseException as error:
+            if (stop := self._behind(error)) is None:
+                raise
             signal.set_wakeup_fd(waker)  # first: the watcher closes its end, and `ended` starts a program (SIGCHLD)
             over.set()
             self.number, self._deferred = stop.number, True
@@ -106,6 +108,15 @@ class StopRequest:
                 signal.signal(number, handler)
             self._former = {}
             self._forget()
+
+    def _behind(self, error: BaseException) -> Stopped | None:
+        """The stop that an exception is or follows from; None for others.
+
+        Libraries that are stopped while they are imported end with errors of their own, as numpy with a RecursionError.
+        """
+        if isinstance(error, Stopped):
+            return error
+        return Stopped(self.number) if self.number is not None and math.isfinite(self._ends_at) else None
 
     def _forget(self) -> None:
         self.number, self._deferred, self._ends_at, self._launcher = None, False, math.inf, None
@@ -151,6 +162,8 @@ class StopRequest:
 
     def explained(self, error: BaseException) -> BaseException:
         """The stop behind an error: another process was quicker, and this one has lost its connection."""
+        if stop := self._behind(error):
+            return stop
         lost = isinstance(error, RuntimeError) and re.search(_LOST, f"{type(error).__name__} {error}")
         return Stopped(self.number) if self.number is not None and lost else error
 

@@ -276,6 +276,26 @@ def test_a_stop_is_noted_or_obeyed():
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
+def test_an_error_that_follows_from_a_stop_is_one():
+    """Libraries that are stopped while they are imported fail in their own ways: the exit code was 1."""
+    with pytest.raises(SystemExit) as end:
+        failing_after_a_stop()
+    assert end.value.code == 143
+    with pytest.raises(RecursionError), STOP.heeded():
+        raise RecursionError("its own")
+    with pytest.raises(RecursionError):
+        failing_after_a_stop(deferred=True)  # of the training, which was still to hear of the signal
+
+
+def failing_after_a_stop(deferred: bool = False) -> None:
+    with STOP.heeded():
+        if deferred:
+            STOP.defer()
+        with contextlib.suppress(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RecursionError("maximum recursion depth exceeded")
+
+
 STUCK = """
 import torch.distributed as distributed
 from lit_defect.stopping import STOP
