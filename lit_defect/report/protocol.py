@@ -82,7 +82,7 @@ def leakage(matter: Matter) -> Section | None:
     unknown: list[str] = []
     for arm in matter.arms:
         runs = [run for run in arm.runs if matter.stage in run.measured]
-        found = [_near_duplicates(run, matter.stage) for run in runs]
+        found = [_near_duplicates(run.folder.path / "leakage.csv", matter.stage) for run in runs]
         counted = [count for count in found if count is not None]
         spread, fresh = arm.spread(matter.stage, matter.judged), _fresh(runs, matter)
         learnt, generators = _learnt(runs[0], matter.stage)
@@ -119,7 +119,7 @@ def leakage(matter: Matter) -> Section | None:
         blocks.append(Text("Its generator has learnt from test pictures:", "warning", _shortened(seen)))
     if unknown:
         of_all = len(unknown) == len(matter.arms)
-        text = f"Near-duplicates were not looked for{'.' if of_all else ':'}"
+        text = f"Near-duplicates were not looked for (no `leakage.csv`){'.' if of_all else ':'}"
         blocks.append(Text(text, "note", [] if of_all else _shortened(unknown)))
     if matter.stage == "mirrored":
         blocks.append(Text("The tested pictures are the training pictures mirrored: a leak by design.", "warning"))
@@ -280,17 +280,11 @@ def _environment(runs: Sequence[RunInfo]) -> Iterator[Block]:
     yield Code("\n".join(lines), "made with")
 
 
-def _near_duplicates(run: RunInfo, stage: str) -> int | None:
-    """Pairs between training and the stage's pictures; None where they were not looked for.
-
-    A run that looked and found none has splits.csv alone.
-    """
+def _near_duplicates(file: Path, stage: str) -> int | None:
+    """Pairs between training and the stage's pictures; None where they were not looked for."""
     try:
-        with (run.folder.path / "leakage.csv").open(newline="", encoding="utf-8") as lines:
+        with file.open(newline="", encoding="utf-8") as lines:
             pairs = [{row.get("split_a"), row.get("split_b")} for row in csv.DictReader(lines)]
-    except FileNotFoundError:
-        looked = run.options.get("data.init_args.leakage") in ("warn", "error")
-        return 0 if looked and (run.folder.path / "splits.csv").is_file() else None
     except (OSError, ValueError, csv.Error):
         return None
     return sum(pair == {"train", "test" if stage == "mirrored" else stage} for pair in pairs)
