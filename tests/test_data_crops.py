@@ -74,8 +74,11 @@ def test_the_flawless_class(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no folders"):
+    with pytest.raises(DataError, match=r"there is no folder .*nothing\. Expected a folder per class"):
         ready(tmp_path / "nothing", tmp_path / "c")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no folders"):
+        ready(tmp_path / "empty", tmp_path / "c")
     root = make_crops_folder(tmp_path / "d")
     (root / "dent").mkdir()
     with pytest.raises(DataError, match=r"dent has no pictures"):

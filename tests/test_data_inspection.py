@@ -159,3 +159,5 @@ def test_list_pictures_walks_down(samples, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures"):
         list_pictures(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere; correct the path"):
+        list_pictures(tmp_path / "nowhere")

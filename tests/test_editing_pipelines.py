@@ -343,6 +343,11 @@ def test_a_lora_for_another_model(tmp_path, folder):
     )
     assert refused(folder, lora=[str(other)]).startswith(f"{NETWORK}.lora: {other} cannot be put on this model (")
     assert refused(folder, lora=["nowhere/at/all"]).startswith(f"{NETWORK}.lora: there is no nowhere/at/all")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("{}")
+    assert f"the run {tmp_path / 'run'} has no folder 'lora', which is written at its end" in refused(
+        folder, lora=[str(tmp_path / "run")]
+    )
     assert refused(folder, lora=["some/one"]).startswith(f"{NETWORK}.lora: some/one cannot be put on this model (")
 
 

@@ -48,7 +48,8 @@ def mvtec(folder: Path, settings: dict[str, Any], _: pytest.MonkeyPatch) -> list
 
 
 def crops(folder: Path, settings: dict[str, Any], _: pytest.MonkeyPatch) -> list[str]:
-    make_crops_folder(folder, classes={"good": 20, "defective": 20}, size=(SIDE, SIDE))
+    kinds = ["good", "defective", *settings.get("kinds", [])]
+    make_crops_folder(folder, classes=dict.fromkeys(kinds, 20), size=(SIDE, SIDE))
     if settings.get("annotations"):  # every fourth crop is a generated one
         files = sorted(folder.rglob("*.png"))
         sources = ["stable-diffusion" if number % 4 == 3 else "real" for number in range(len(files))]

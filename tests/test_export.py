@@ -333,7 +333,7 @@ def test_the_factorys_example_runs(runs, exported, tmp_path):
     found = json.loads(said[said.index("{") :])
     assert found["score"] == pytest.approx(float(Onnx(file)(read(picture)[None])["score"][0]))
     assert "['good', 'defective']" in said
-    assert len(EXAMPLE.read_text().split("session = ")[1].splitlines()) <= 10
+    assert len(EXAMPLE.read_text().split("session = ")[1].splitlines()) <= 12
 
 
 def test_the_factorys_example_reads_deep_and_turned_pictures_as_training_does(runs, exported, tmp_path):
@@ -352,10 +352,15 @@ def test_the_factorys_example_reads_deep_and_turned_pictures_as_training_does(ru
         assert json.loads(said[said.index("{") :])["score"] == pytest.approx(
             float(Onnx(file)(pixels[None])["score"][0])
         )
-    words = [sys.executable, str(EXAMPLE), str(file), str(tmp_path / "clear.png")]
+    (tmp_path / "Thumbs.db").write_bytes(b"no picture")
+    names = ("clear.png", "Thumbs.db", "nowhere.png", "turned.png")
+    words = [sys.executable, str(EXAMPLE), str(file), *(str(tmp_path / name) for name in names)]
     refused = subprocess.run(words, check=False, capture_output=True, text=True)
     assert refused.returncode == 1
-    assert "clear.png: mode RGBA" in refused.stderr
+    assert "clear.png is not judged: mode RGBA" in refused.stderr
+    assert [f"{name} is not judged" in refused.stderr for name in names] == [True, True, True, False]
+    assert "Traceback" not in refused.stderr
+    assert refused.stdout.startswith(f"{tmp_path / 'turned.png'} ['good', 'defective']"), "the others are judged"
 
 
 def test_the_verb_is_quick_to_say_what_it_does():

@@ -22,6 +22,7 @@ from lit_defect.generation.placed_masks import (
     PlacedMasks,
     RandomMasks,
     read_placed,
+    strange_masks,
     with_masks,
 )
 
@@ -287,8 +288,8 @@ def test_a_path_is_a_list_of_boxes_drawn_masks_or_masks_of_types(tmp_path):
     assert draw(plain).mask.sum() == 20 * 29, "without real masks any will do"
     strict = read(tmp_path / "types", rules={PAIR: MaskRules(0.1, 0.2, 1 / 3), ("tile", "hole"): MaskRules(0, 1, 1)})
     assert draw(strict).rejected == {"too large": 20}
-    with pytest.raises(DataError, match="has no masks"):
-        read(tmp_path / "drawn", names=["other.png"])
+    with pytest.raises(DataError, match=r"has no masks.* has its name, such as .*drawn/good/other\.png"):
+        read(tmp_path / "drawn", names=["good/other.png"])
     with pytest.raises(DataError, match="is no folder of masks"):
         read(tmp_path / "nowhere")
 
@@ -302,6 +303,18 @@ def test_masks_may_be_there_for_some_pictures_only(tmp_path):
         with_masks(listed(tmp_path, "photo.png,0,0,1,1"), names)
     write_whole(tmp_path / "types/tile/crack/00000.png", png(box(0, 0, 20, 29)))
     assert with_masks(tmp_path / "types", names) == set(names)
+
+
+def test_masks_of_no_picture_are_found(tmp_path):
+    names = [NAME, "other.png"]
+    write(tmp_path / "drawn", np.full(SIZE, 255, np.uint8))
+    assert strange_masks(tmp_path / "drawn", names) == []
+    write_whole(tmp_path / "drawn/othre.png", png(box(3, 4, 9, 20)))
+    (tmp_path / "drawn/._other.png").write_bytes(b"of another system")
+    assert strange_masks(tmp_path / "drawn", names) == ["othre.png"]
+    assert strange_masks(listed(tmp_path, f"{NAME},0,0,1,1", "photo.png,0,0,1,1"), names) == ["photo.png"]
+    write_whole(tmp_path / "types/tile/crack/00000.png", png(box(0, 0, 20, 29)))
+    assert strange_masks(tmp_path / "types", names) == [], "masks of a type do for any picture"
 
 
 def test_types_with_a_slash_have_a_folder_without(tmp_path):

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -35,7 +36,7 @@ from lit_defect.report.blocks import (
     Text,
 )
 from lit_defect.report.charts import Point, segments, spread, thin
-from lit_defect.report.embedding import LONGEST
+from lit_defect.report.embedding import LARGEST
 from lit_defect.report.html import write_html
 from lit_defect.report.html_tables import write
 from lit_defect.reporting.palette import PALETTE
@@ -548,7 +549,29 @@ def test_pictures_are_named_relative_to_the_base(tmp_path):
 def test_big_picture_is_scaled(tmp_path, kind):
     file = save(tmp_path / f"big.{kind.lower()}", (3200, 400), format=kind)
     (image,) = embedded(page_of(tmp_path, Pictures([Picture(file)])))
-    assert image.size == (LONGEST, 200)
+    assert image.size == (LARGEST[0], 200)
+
+
+def test_a_tall_sheet_keeps_its_width(tmp_path):
+    file = save(tmp_path / "edits.png", (1208, 3428))
+    (image,) = embedded(page_of(tmp_path, Pictures([Picture(file)])))
+    assert image.size == (1208, 3428)
+
+
+@pytest.mark.parametrize(("drawn", "kind"), [("photograph", "JPEG"), ("plot", "PNG")])
+def test_a_heavy_sheet_of_photographs_becomes_a_jpeg_and_a_plot_stays(tmp_path, drawn, kind):
+    noise = np.random.default_rng(0)
+    pixels = np.full((800, 1200), 255, np.uint8)
+    if drawn == "photograph":
+        pixels = noise.normal(120, 6, pixels.shape).astype(np.uint8)
+    else:
+        pixels[noise.random(pixels.shape) < 0.1] = 0  # sharp edges, which a JPEG is bad at
+    file = tmp_path / "a.png"
+    Image.fromarray(pixels).convert("RGB").save(file)
+    assert file.stat().st_size > 64 * 2**10
+    (image,) = embedded(page_of(tmp_path, Pictures([Picture(file)])))
+    assert (image.format, image.size) == (kind, (1200, 800))
+    assert np.abs(np.asarray(image.convert("L"), float) - pixels).mean() < 4
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "I", "F", "CMYK"])

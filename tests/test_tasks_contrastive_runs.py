@@ -219,7 +219,7 @@ def test_a_stopped_run_ends_like_an_undisturbed_one(lit_defect, config, folder, 
 
 
 @pytest.mark.parametrize("maps", ["npy", "tiff", "off"])
-def test_new_pictures(lit_defect, config, folder, tmp_path, maps):
+def test_new_pictures(lit_defect, config, folder, tmp_path, maps, capsys):
     path = config(maps=maps)  # of tile, whose pose is free: new pictures have no category to tell that
     words = ("--config", path, "--run_id", "one", "--ckpt_path", "last")
     lit_defect("fit", *words[:4])
@@ -234,6 +234,7 @@ def test_new_pictures(lit_defect, config, folder, tmp_path, maps):
     assert {line["label"] for line in lines} == {""}
     assert {line["prediction"] for line in lines} <= {"good", "defective"}
     place = folder / "predict_maps"
+    assert (f"maps and overlays: {place}" in capsys.readouterr().out) == (maps != "off")
     if maps == "off":
         assert not place.exists()
         return

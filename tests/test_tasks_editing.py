@@ -323,7 +323,7 @@ def test_command_line_edits_without_a_checkpoint(given, tmp_path, lit_defect, ca
     [
         ({"sources": ["crak"]}, "Did you mean crack"),
         ({"result": "hole", "strength": {"bad": 0.5}}, "strength has none for good"),
-        ({"masks": "nowhere"}, "expected none, own, random, augmented"),
+        ({"masks": "nowhere"}, r"no such folder of masks or list of boxes; correct the path, or choose one of none"),
         ({"masks": "own", "result": "hole"}, "none of the 6 pictures to edit has a mask"),
         ({"prompt": {"hole": "a hole"}, "result": "crack"}, "prompt"),
         ({"prompt": "{caption} with a hole", "result": "hole"}, "captioner"),

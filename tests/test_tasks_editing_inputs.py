@@ -160,6 +160,15 @@ def test_pictures_without_a_mask_are_left_out(given, tmp_path, kind):
     assert {row["accepted"] for row in rows} == {"1"}
 
 
+def test_a_mask_of_no_picture_is_named_with_the_nearest(given, tmp_path):
+    masks = drawn(tmp_path / "masks", 1)
+    (masks / "tile/train/good/001.png").with_name("01.png").write_bytes(b"never opened")
+    with pytest.warns(
+        UserWarning, match=r"for 1 pictures that are not in .* tile/train/good/01\.png\. Did you mean tile"
+    ):
+        edited(editor(given.base, masks=str(masks), result="crack"), parts(given.root), tmp_path / "set")
+
+
 def test_a_picture_with_an_unfit_mask_is_rejected_and_the_others_are_made(given, tmp_path):
     drawn(tmp_path / "masks", 0, 1, 2, 3)
     drawn(tmp_path / "masks", 2, size=(20, 30))

@@ -223,8 +223,9 @@ def read_folders(root: Path) -> list[Annotation]:
     """
     inside = _subfolders(root)
     if not inside:
+        problem = f"{root} has no folders" if root.is_dir() else f"there is no folder {root}"
         raise DataError(
-            f"data.root: {root} has no folders. Expected a folder per class (root/good/000.png, "
+            f"data.root: {problem}. Expected a folder per class (root/good/000.png, "
             "root/scratched/000.png, ...), or a list of crops: data.annotations."
         )
     splits = [folder.name for folder in inside if folder.name.lower() in (*PRIORITY, "valid", "validation")]

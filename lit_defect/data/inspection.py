@@ -180,9 +180,11 @@ def list_pictures(folder: Path) -> list[Sample]:
     """Every picture below `folder`, by name, with label -1 and the split `predict`.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or no such folder.
     """
     folder = folder.absolute()
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}; correct the path")
     paths = pictures_below(folder)
     if not paths:
         raise DataError(f"no pictures ({' '.join(sorted(SUFFIXES))}) in {folder}.")

@@ -161,7 +161,7 @@ def _find(key: str, source: str, inner: str = "") -> _Place:
         inner: name of a folder that a run keeps them in.
 
     Raises:
-        UserError: there is nothing, and it is no name of the hub.
+        UserError: there is nothing, and it is no name of the hub; or a run that has not written them.
     """
     from huggingface_hub import constants
 
@@ -171,6 +171,11 @@ def _find(key: str, source: str, inner: str = "") -> _Place:
             return _Place(str(path.parent), path.name, {})
         if path.is_dir():
             within = path / inner
+            if inner and not within.is_dir() and (path / "run.json").is_file():
+                raise UserError(
+                    f"{NETWORK_KEY}.{key}: the run {path} has no folder {inner!r}, which is written at its end; "
+                    "finish it by fit --resume, or name another"
+                )
             return _Place(str(within if inner and within.is_dir() else path), file or None, {})
     if home.count("/") != 1 or home.startswith((".", "/", "~")):
         raise UserError(f"{NETWORK_KEY}.{key}: there is no {source}, and it is no hub name like owner/name:file")

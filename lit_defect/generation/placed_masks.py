@@ -207,6 +207,20 @@ def with_masks(path: Path, names: Iterable[str]) -> set[str]:
     return {name for name in asked if mask_file(folder, name).is_file()} or asked
 
 
+def strange_masks(path: Path, names: Collection[str]) -> list[str]:
+    """What a path given as `masks` names that is none of these pictures; nothing where it has masks for each type.
+
+    Args:
+        path: of a list of boxes or a folder, as for `with_masks`.
+        names: of all pictures that masks may be for.
+    """
+    if path.suffix.lower() == ".csv":
+        return sorted(Boxes(path).boxes.keys() - set(names))
+    known = {mask_file(path, name) for name in names}
+    files = {file for file in path.rglob("*.png") if not file.name.startswith(".")}
+    return sorted(file.relative_to(path).as_posix() for file in files - known) if files & known else []
+
+
 def read_placed(
     path: Path,
     names: Collection[str],
@@ -232,7 +246,11 @@ def read_placed(
     drawn = DrawnMasks(path, threshold)
     if any(mask_file(path, name).is_file() for name in names):
         return drawn
-    return MaskFolder(path, {pair: rules.get(pair, ANY) for pair in pairs})
+    try:
+        return MaskFolder(path, {pair: rules.get(pair, ANY) for pair in pairs})
+    except DataError as problem:
+        named = f"{problem}; a mask that is drawn for one picture has its name, such as {mask_file(path, min(names))}"
+        raise DataError(named) from problem
 
 
 def _blob(area: int, within: Bools, rng: np.random.Generator) -> Bools:

@@ -79,7 +79,7 @@ def run_table(matter: Matter) -> Section:
         for run in matter.runs
     ]
     said = ", ".join(f"{count} {state}" for state, count in states.most_common())
-    blocks: list[Block] = [Text(f"{len(matter.runs)} runs below `{base}`: {said}.")]
+    blocks: list[Block] = [Text(f"Runs below `{base}`: {said}.")]
     if states.keys() & {"lost"}:
         blocks.append(Text("Lost runs say that they run, but their process is gone; `--resume` goes on with them."))
     unfinished = sum(count for state, count in states.items() if state not in ("finished", "evaluation"))

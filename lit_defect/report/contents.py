@@ -37,7 +37,7 @@ def build(matter: Matter) -> Report:
     if matter.asked_of_runs:
         summary = f"{summary} {answer.summary(matter)}".strip()
     made = [
-        f"{len(matter.runs)} runs, {len(matter.grouped.arms)} arms",
+        f"runs: {len(matter.runs)}, arms: {len(matter.grouped.arms)}",
         f"made {datetime.now():%Y-%m-%d %H:%M} by lit_defect {__version__}",
         *([matter.asked.command] if matter.asked.command else []),
     ]

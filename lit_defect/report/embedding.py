@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-LONGEST = 1600  # pixels of the longer side
+LARGEST = (1600, 4000)  # width and height in pixels: sheets are tall, and their words have to be read
 BUDGET = 24 * 2**20  # bytes of all pictures of a page
-_QUALITY = 88  # of the JPEG that a larger picture becomes
+_QUALITY = 88  # of the JPEG that a larger picture or a sheet of photographs becomes
+_HEAVY = 64 * 2**10  # bytes from which on a JPEG is tried
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,20 @@ class Album:
 
 
 def _read(file: Path) -> tuple[str, bytes, int, int] | str:
-    """Kind, bytes, width and height; a PNG or JPEG of a fitting size stays as it is, another becomes one."""
+    """Kind, bytes, width and height; a PNG or JPEG of a fitting size stays as it is, another becomes one.
+
+    A PNG of which a JPEG saves a quarter shows photographs, and becomes a JPEG.
+    """
     from PIL import Image, ImageOps
 
     try:
         data = file.read_bytes()
         with Image.open(io.BytesIO(data)) as opened:
             kind, turned = opened.format, opened.getexif().get(0x0112, 1) != 1
-            fits = max(opened.size) <= LONGEST and kind in ("PNG", "JPEG") and not turned
+            fits = _fits(opened) and kind in ("PNG", "JPEG") and not turned
             opened.load()  # half a file is found out here
-            if fits and opened.mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            stays = fits and opened.mode in ("1", "L", "LA", "P", "RGB", "RGBA")
+            if stays and (kind == "JPEG" or len(data) < _HEAVY):
                 return str(kind).lower(), data, *opened.size
             picture = _eight_bits(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
@@ -85,13 +90,26 @@ def _read(file: Path) -> tuple[str, bytes, int, int] | str:
     # Pillow's plug-ins raise what they like on damaged files; a report of 200 runs does not end for one of them.
     except Exception as error:
         return f"the file cannot be read as a picture ({type(error).__name__})"
-    encoded = io.BytesIO()
-    if max(picture.size) <= LONGEST:
+    if not _fits(picture):
+        picture.thumbnail(LARGEST, Image.Resampling.LANCZOS)
+        return "jpeg", _jpeg(picture), *picture.size
+    if not stays:
+        encoded = io.BytesIO()
         picture.save(encoded, "PNG")
-        return "png", encoded.getvalue(), *picture.size
-    picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+        data = encoded.getvalue()
+    if len(data) >= _HEAVY and len(photograph := _jpeg(picture)) <= 0.75 * len(data):
+        return "jpeg", photograph, *picture.size
+    return "png", data, *picture.size
+
+
+def _fits(picture: Image.Image) -> bool:
+    return picture.width <= LARGEST[0] and picture.height <= LARGEST[1]
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    encoded = io.BytesIO()
     picture.save(encoded, "JPEG", quality=_QUALITY, subsampling=0)  # full colour resolution: figures have red letters
-    return "jpeg", encoded.getvalue(), *picture.size
+    return encoded.getvalue()
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -191,7 +191,9 @@ def write_report(
     write_scores(predictions, evaluation, stage)
     count = len(evaluation.samples)
     if stage == "predict" or not evaluation.known:
-        console.print(f"\n{count} pictures scored: {predictions}\n", soft_wrap=True)
+        maps = folder / "predict_maps"
+        drawn = f"\nmaps and overlays: {maps}" if stage == "predict" and maps.is_dir() else ""
+        console.print(f"\n{count} pictures scored: {predictions}{drawn}\n", soft_wrap=True)
         return
     result: dict[str, Any] = {
         "score": evaluation.score,

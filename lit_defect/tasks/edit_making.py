@@ -119,7 +119,8 @@ class EditMaking:
         label = self.data.label_of(kind)
         if label is None:
             raise UserError(
-                f"{KEY}.result = {kind!r}: no type of this data set; its classes: {', '.join(self.data.class_names)}"
+                f"{KEY}.result = {kind!r}: no type of this data set; its classes: {', '.join(self.data.class_names)}. "
+                "Name one of them; a new type takes one real picture in the data set"
             )
         return int(label)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_defect.editing.options import KEY, Edit, Mode, Network
 from lit_defect.editing.pipelines import Opened, open_pipeline
 from lit_defect.errors import UserError
-from lit_defect.generation.placed_masks import with_masks
+from lit_defect.generation.placed_masks import strange_masks, with_masks
 from lit_defect.generation.store import count
 from lit_defect.tasks.base import Batch
 from lit_defect.tasks.edit_making import EditMaking
@@ -149,9 +149,11 @@ class StableDiffusionEditor(SetMaker):
                 )
         elif path.exists():
             there = with_masks(path, [sample.name for sample in chosen])
+            self._warn_of_strays(path, [sample.name for sample in chosen])
         else:
             raise UserError(
-                f"{KEY}.masks = {named}: expected none, own, random, augmented, a folder or a list of boxes"
+                f"{KEY}.masks = {named}: there is no such folder of masks or list of boxes; correct the path, or "
+                "choose one of none, own, random, augmented"
             )
         if there and len(there) < len(chosen):
             rank_zero_warn(
@@ -159,6 +161,17 @@ class StableDiffusionEditor(SetMaker):
                 "are not edited"
             )
         return [sample for sample in chosen if sample.name in there] or chosen
+
+    def _warn_of_strays(self, path: Path, chosen: list[str]) -> None:
+        """Name the masks and boxes that belong to no picture, such as those whose path has a slip in it."""
+        known = {*chosen, *(sample.name for split in ("train", "val", "test") for sample in self.data.samples[split])}
+        if strays := strange_masks(path, known):
+            near = difflib.get_close_matches(strays[0], sorted(known), 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            rank_zero_warn(
+                f"{KEY}.masks = {path}: it has masks for {len(strays)} pictures that are not in the data set, such as "
+                f"{strays[0]}.{hint}"
+            )
 
     def _check_foreign(self, chosen: list[Any]) -> None:
         """Refuse pictures of the data set: what is made of those that are evaluated must not pass for foreign."""
