@@ -11,7 +11,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_defect import runs
-from lit_defect.claims import Claim, last_launch, still_writes
+from lit_defect.claims import LAUNCHES, Claim, last_launch, still_writes
 from lit_defect.console import say
 from lit_defect.errors import UserError
 
@@ -161,7 +161,7 @@ class RunChoice:
 
 def _is_of_beginning(path: Path) -> bool:
     """Whether a file of a run folder is written before `run.json`, so that a killed run may have left it alone."""
-    return path.name in ("config.yaml", "wandb", ".launches") or path.name.startswith((".run.json.", ".config.yaml."))
+    return path.name in ("config.yaml", "wandb", LAUNCHES) or path.name.startswith((".run.json.", ".config.yaml."))
 
 
 def _learns(class_path: str) -> bool:

@@ -40,7 +40,8 @@ _POLL = 1.0  # seconds
 _working: set[str] = set()  # tokens of what this process has taken and not ended
 LAUNCH = "launch"
 """Task of the launches that train into a folder, or fill it."""
-_LAUNCHES = ".launches"
+LAUNCHES = ".launches"
+"""Folder of their claims in it."""
 _launched: list[Held] = []  # what `begin_launch` has begun and `launching` ends
 
 
@@ -191,7 +192,7 @@ def last_launch(folder: Path, task: str = LAUNCH) -> Claim | None:
 
     To be looked up before it is decided to write there; see `begin_launch`.
     """
-    return Claims(folder / _LAUNCHES).newest(task).get(task)
+    return Claims(folder / LAUNCHES).newest(task).get(task)
 
 
 def begin_launch(folder: Path, before: Claim | None, task: str = LAUNCH) -> bool:
@@ -209,7 +210,7 @@ def begin_launch(folder: Path, before: Claim | None, task: str = LAUNCH) -> bool
     for own in [held for held in _launched if before is not None and held.claim.path == before.path]:
         own.__exit__()  # this process begins anew
         _launched.remove(own)
-    held = Claims(folder / _LAUNCHES).take(task, before)
+    held = Claims(folder / LAUNCHES).take(task, before)
     if held is None:
         return False
     held.on_loss = lambda: _leave_to_the_other(folder)
@@ -258,7 +259,7 @@ def still_writes(launch: Claim | None) -> bool:
 
 def forget_launches(folder: Path) -> None:
     """Take away what tells of the launches, where the folder is complete and is handed on without it."""
-    shutil.rmtree(folder / _LAUNCHES, ignore_errors=True)
+    shutil.rmtree(folder / LAUNCHES, ignore_errors=True)
 
 
 def create(path: Path, content: Any) -> bool:
@@ -309,13 +310,14 @@ def _changed(path: Path) -> int:
 
 def _myself() -> dict[str, Any]:
     pid = os.getpid()
+    job, restarts = _job()
     return {
         "machine": machine(),
         "pid": pid,
         "born": runs.process_start(pid),
         "worker": f"{socket.gethostname()}:{pid}",
-        "job": _job()[0],
-        "restarts": _job()[1],
+        "job": job,
+        "restarts": restarts,
     }
 
 

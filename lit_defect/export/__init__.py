@@ -120,14 +120,14 @@ def _take(unfinished: Path) -> None:
     Raises:
         UserError: another process writes it, or it cannot be written.
     """
-    from lit_defect.claims import begin_launch, last_launch, still_writes
+    from lit_defect.claims import LAUNCHES, begin_launch, last_launch, still_writes
 
     before = last_launch(unfinished)
     try:
         if still_writes(before) or not begin_launch(unfinished, before):
             raise UserError(f"{unfinished} is being written by another export; wait for it, or choose another --out")
         for left in unfinished.iterdir():  # of a process that was killed
-            if left.name != ".launches":
+            if left.name != LAUNCHES:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
     except OSError as error:
         raise UserError(f"{unfinished} cannot be written ({error.strerror}): choose another --out") from None
